@@ -1,0 +1,273 @@
+"""What a run is asked to do: one frozen dataclass, its presets, and the flags generated from it."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import itertools
+import math
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from cs_jax.images import AUGMENTATIONS
+from cs_jax.masks import MIN_INIT_VALUE
+from cs_jax.models import MODELS
+
+
+class ConfigError(ValueError):
+    """A flag cannot be used as it was given; says which, what came and what was wanted, in one line."""
+
+
+def flag(name: str) -> str:
+    """A field's flag: `--batch-size` of `batch_size`."""
+    return "--" + name.replace("_", "-")
+
+
+def one_of(value: str, choices: Any) -> str:
+    """ "one of a, b, c", with the closest match where there is one."""
+    close = difflib.get_close_matches(value, list(choices), n=1)
+    return f"one of {', '.join(choices)}" + (f" (did you mean {close[0]}?)" if close else "")
+
+
+def _is_positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Search a sparse ticket with Continuous Sparsification, rewind it, retrain it, and report.
+
+    Defaults of the class are the authors' CIFAR-10 experiment.
+
+    Raises:
+        ConfigError: a value is out of range; checks that need the data follow when it is loaded.
+    """
+
+    preset: Annotated[str, tyro.conf.Suppress] = "cifar10"
+    """Preset that the other fields started from; names the default run directory."""
+
+    dataset: str = "cifar10"
+    """Data set: digits (comes with scikit-learn), or a TensorFlow Datasets name of images with `image` and `label`."""
+
+    data_dir: Path | None = None
+    """Folder of prepared TensorFlow Datasets; None is $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+
+    model: str = "resnet20"
+    """Network: resnet20 (for CIFAR-10), resnet8 or resnet6 (small ones), or lenet300100."""
+
+    val_set_size: int = 5000
+    """Training examples set aside for validation, in all; drawn evenly over classes as far as they last; 0 for none."""
+
+    max_train_examples: int | None = None
+    """Train on at most so many of the examples that validation leaves, drawn with the seed; None is all."""
+
+    augment: str = "flip-crop"
+    """Augmentation: none, crop (4 black pixels around, random crop) or flip-crop (half mirrored, then crop)."""
+
+    batch_size: int = 128
+    """Examples per step; the last batch of an epoch may be smaller."""
+
+    epochs: int = 85
+    """Epochs in each search round, and again in the ticket's retraining."""
+
+    rounds: int = 2
+    """Search rounds; more rounds prune further."""
+
+    rewind_epoch: int = 2
+    """Epoch of round 0 at whose start the weights are kept that the ticket is rewound to; 0 is initialisation."""
+
+    lr: float = 0.1
+    """Learning rate of the weights at each round's start (SGD with Nesterov momentum 0.9)."""
+
+    score_lr: float | None = None
+    """Learning rate of the mask scores at each round's start; higher hardens them sooner. None is that of --lr."""
+
+    lr_schedule: tuple[int, ...] = (56, 71)
+    """Epochs of a round from which both learning rates drop, increasing; those after the last epoch do nothing."""
+
+    lr_drops: tuple[float, ...] = (0.1, 0.1)
+    """Factors of the drops, one for each epoch of --lr-schedule."""
+
+    decay: float = 1e-4
+    """L2 weight decay of all weights, BatchNorm and biases included; scores do not decay."""
+
+    lmbda: float = 1e-8
+    """Weight of the penalty on the sum of all masks (lambda in the paper); higher keeps fewer weights."""
+
+    final_temp: float = 200.0
+    """Temperature of a round's last epoch, at least 1, which is that of the first; higher makes masks harder."""
+
+    mask_initial_value: float = 0.0
+    """Initial mask score (s0 in the paper), usefully -0.3 to 0.3: the dial for density; higher keeps more weights."""
+
+    reset: Literal["paper", "released"] = "paper"
+    """Between rounds: paper (pruned weights stay pruned) or released (as the authors' script: they can come back)."""
+
+    dense: bool = False
+    """Also train the dense network, from the same start for as many epochs as the ticket, to compare."""
+
+    seed: int = 0
+    """Seed of all randomness, 0 to 4294967295: initial weights, validation split, shuffling, augmentation."""
+
+    out: Path | None = None
+    """Run directory, which must be empty or not yet exist; None is runs/PRESET-seedSEED."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "rounds", "batch_size"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        self._check("max_train_examples", (self.max_train_examples or 1) >= 1, "at least 1")
+        self._check("val_set_size", self.val_set_size >= 0, "0 or more")
+        self._check("seed", 0 <= self.seed < 2**32, "0 to 4294967295")
+        self._check("lr", _is_positive(self.lr), "a finite number above 0")
+        self._check("score_lr", self.score_lr is None or _is_positive(self.score_lr), "a finite number above 0")
+        for name in ("decay", "lmbda"):
+            value = getattr(self, name)
+            self._check(name, math.isfinite(value) and value >= 0, "a finite number of at least 0")
+        self._check("final_temp", math.isfinite(self.final_temp) and self.final_temp >= 1, "a finite number >= 1")
+        self._check(
+            "mask_initial_value",
+            math.isfinite(self.mask_initial_value) and self.mask_initial_value >= MIN_INIT_VALUE,
+            f"a finite number of at least {MIN_INIT_VALUE:g}",
+        )
+        inside = f"0 to {self.epochs - 1}, inside a round of {self.epochs} epochs"
+        self._check("rewind_epoch", 0 <= self.rewind_epoch < self.epochs, inside)
+        self._check_schedule()
+        self._check_choice("model", MODELS)
+        self._check_choice("augment", AUGMENTATIONS)
+        self._check_choice("reset", ("paper", "released"))
+
+    def _check_schedule(self) -> None:
+        boundaries, drops = self.lr_schedule, self.lr_drops
+        increasing = all(early < late for early, late in zip(boundaries, boundaries[1:], strict=False))
+        self._check("lr_schedule", increasing and min(boundaries, default=0) >= 0, "increasing epochs, from 0")
+        self._check("lr_drops", all(map(_is_positive, drops)), "finite numbers above 0")
+        as_many = f"{len(boundaries)} values, as many as --lr-schedule has"
+        self._check("lr_drops", len(drops) == len(boundaries), as_many)
+
+    def _check_choice(self, name: str, choices: Any) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ConfigError(f"{flag(name)}: got {value!r}, wanted {one_of(value, choices)}")
+
+    def _check(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            value = getattr(self, name)
+            shown = " ".join(f"{entry}" for entry in value) if isinstance(value, tuple) else value
+            raise ConfigError(f"{flag(name)}: got {shown}, wanted {wanted}")
+
+    @property
+    def run_directory(self) -> Path:
+        """Where the run's files go."""
+        return self.out or Path("runs") / f"{self.preset}-seed{self.seed}"
+
+
+PRESETS: dict[str, Config] = {
+    "digits": Config(
+        preset="digits",
+        dataset="digits",
+        model="resnet6",
+        val_set_size=180,
+        augment="none",
+        batch_size=64,
+        epochs=15,
+        lr_schedule=(10, 13),
+        lmbda=1e-5,
+        mask_initial_value=-0.02,
+        score_lr=1.0,
+        dense=True,
+    ),
+    "fashion-mnist": Config(
+        preset="fashion-mnist",
+        dataset="fashion_mnist",
+        model="resnet8",
+        augment="flip-crop",
+        epochs=30,
+        lr_schedule=(20, 25),
+    ),
+    "cifar10": Config(),
+}
+"""What `train.py PRESET` starts from. Flags override."""
+
+DEFAULT_PRESET = "digits"
+
+
+def parse(arguments: Sequence[str] | None = None) -> Config:
+    """Config for the command line `[PRESET] [flags]`; prints the help and exits where that is asked for.
+
+    Args:
+        arguments: words after the program's name; by default those of this process.
+
+    Raises:
+        ConfigError: an unknown preset or flag, or a value that cannot be used.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    preset = arguments.pop(0) if arguments and not arguments[0].startswith("-") else DEFAULT_PRESET
+    if preset not in PRESETS:
+        raise ConfigError(f"preset: got {preset!r}, wanted {one_of(preset, PRESETS)}")
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                Config,
+                prog=f"train.py {preset}",
+                description=_description(preset),
+                args=arguments,
+                default=PRESETS[preset],
+            )
+    except SystemExit as stop:
+        if stop.code in (None, 0):
+            raise
+        raise ConfigError(_complaint(complaint.getvalue(), arguments)) from None
+
+
+def _description(preset: str) -> str:
+    return (
+        f"{(Config.__doc__ or '').splitlines()[0]}\n\n"
+        f"Usage: train.py [PRESET] [flags], PRESET one of {', '.join(PRESETS)} ({DEFAULT_PRESET} if none is named). "
+        f"Shown here are the defaults of {preset}."
+    )
+
+
+def _complaint(panel: str, arguments: Sequence[str]) -> str:
+    """tyro's boxed panel as one line: the flag, what came, what was wanted."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", panel)
+    rows = [row.strip("│ ") for row in text.splitlines() if row.startswith("│")]
+    words = " ".join(row for row in rows if row.strip("─"))
+    words = words.split(" For full helptext")[0].removeprefix("Error parsing Config: ")
+    unparsed = re.match(r"Error parsing --([\w-]+): ", words)
+    if unparsed:
+        name = unparsed[1].replace("-", "_")
+        kind = next(field.type for field in dataclasses.fields(Config) if field.name == name)
+        return f"{flag(name)}: got {_given(flag(name), arguments)}, wanted {_KINDS.get(kind, kind)}"
+    if words.startswith("Unrecognized") and "Perhaps" not in words:
+        words += f", wanted flags of --help; a preset ({', '.join(PRESETS)}) comes first"
+    return words
+
+
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    int | None: "a whole number",
+    float: "a number",
+    float | None: "a number",
+    tuple[int, ...]: "whole numbers",
+    tuple[float, ...]: "numbers",
+}
+
+
+def _given(name: str, arguments: Sequence[str]) -> str:
+    """What the command line gave for a flag."""
+    words = " ".join(arguments).replace(f"{name}=", f"{name} ").split()
+    values = words[words.index(name) + 1 :]
+    return " ".join(itertools.takewhile(lambda word: not word.startswith("--"), values))
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The config's fields as JSON values."""
+    fields = dataclasses.asdict(config)
+    return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}

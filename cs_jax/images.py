@@ -1,0 +1,76 @@
+"""What happens to images on the device: they rest as uint8, are augmented there, and normalised last."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+CROP_PADDING = 4  # pixels on every side, as the authors pad CIFAR-10
+
+
+@struct.dataclass
+class ImageSet:
+    """Labelled images on the device, with the constants that normalise them.
+
+    Attributes:
+        images: (n, height, width, channels) uint8.
+        labels: (n,) int32, classes from 0.
+        mean: (channels,) float, in units of a pixel (0 to 255), subtracted.
+        std: (channels,) float, in the same units, divided by. Its dtype is that of the network's input.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    mean: jax.Array
+    std: jax.Array
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+
+def normalize(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
+    """Network input `(images - mean) / std`, (n, height, width, channels) of the dtype of `mean`.
+
+    >>> normalize(jnp.array([[[[10], [30]]]], jnp.uint8), jnp.array([10.0]), jnp.array([2.0]))[0, 0, :, 0]
+    Array([ 0., 10.], dtype=float32)
+    """
+    return (images.astype(mean.dtype) - mean.reshape(1, 1, 1, -1)) / std.reshape(1, 1, 1, -1)
+
+
+def random_crop(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Each image padded by 4 black pixels on every side and cropped to its size at a random place of its own.
+
+    Args:
+        key: PRNG key.
+        images: (n, height, width, channels) uint8, before normalising, so that the padding is black.
+
+    Returns:
+        Array like `images`.
+    """
+    n, *shape = images.shape
+    padding = (CROP_PADDING, CROP_PADDING)
+    padded = jnp.pad(images, ((0, 0), padding, padding, (0, 0)))
+    corners = jax.random.randint(key, (n, 2), 0, 2 * CROP_PADDING + 1)
+    return jax.vmap(lambda image, corner: lax.dynamic_slice(image, (*corner, 0), shape))(padded, corners)
+
+
+def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Each image mirrored left to right with probability 1/2; shapes as in `random_crop`."""
+    mirrored = jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))
+    return jnp.where(mirrored, images[:, :, ::-1], images)
+
+
+def flip_and_crop(key: jax.Array, images: jax.Array) -> jax.Array:
+    """`random_flip`, then `random_crop`: the authors' augmentation of CIFAR-10."""
+    flip_key, crop_key = jax.random.split(key)
+    return random_crop(crop_key, random_flip(flip_key, images))
+
+
+AUGMENTATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "none": lambda key, images: images,
+    "crop": random_crop,
+    "flip-crop": flip_and_crop,
+}
+"""What `--augment` can name: functions of a key and uint8 images that keep shape and dtype."""

@@ -1,0 +1,295 @@
+"""Scores to masks and back: the formulas of Continuous Sparsification as pure functions on pytrees.
+
+A *score* is a trainable number, one per maskable weight. A *mask* is what multiplies the weight. Every function
+here takes one array or any pytree of JAX or NumPy arrays and keeps its structure and dtypes; a NumPy array of
+float64 stays float64 whether or not JAX's 64-bit mode is on.
+
+References:
+    Savarese, Silva and Maire, "Winning the Lottery with Continuous Sparsification", NeurIPS 2020, arXiv:1912.04427.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+PyTree = Any
+
+MIN_INIT_VALUE = -80.0
+"""Least initial score: below it the mask scale 1/sigmoid(init_value) leaves float32."""
+
+
+def init_scores(masks: PyTree, value: float, *, dtype: DTypeLike | None = None) -> PyTree:
+    """Scores of the same structure and shapes as `masks`, every entry `value`.
+
+    Args:
+        masks: arrays, any shapes; one leaf per masked weight array (for a Flax model, its "masks" collection).
+        value: initial score (s0 in the paper), finite and at least -80; higher keeps more weights.
+        dtype: float dtype of the scores; by default that of each mask, but float32 where the mask's is narrower,
+            because small steps vanish in bfloat16.
+
+    Returns:
+        Tree like `masks` of constant arrays.
+
+    Raises:
+        ValueError: `value` is not finite or below -80, or `dtype` is not a float dtype.
+
+    >>> init_scores({"kernel": jnp.ones((1, 2), jnp.bfloat16)}, -0.02)
+    {'kernel': Array([[-0.02, -0.02]], dtype=float32)}
+    """
+    _check_init_value(value, name="value")
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype is {jnp.dtype(dtype)}, wanted a float dtype")
+
+    def fill(mask: Any) -> jax.Array:
+        return jnp.full(mask.shape, value, jnp.promote_types(mask.dtype, jnp.float32) if dtype is None else dtype)
+
+    return _map(fill, masks)
+
+
+def soft_mask(scores: PyTree, temperature: ArrayLike, *, init_value: ArrayLike) -> PyTree:
+    """Relaxed mask `sigmoid(temperature * score) / sigmoid(init_value)`, leaf by leaf.
+
+    Multiplies the weights while scores are trained, and tends to `hard_mask` as the temperature (beta in the paper)
+    grows. It is 1, to rounding, where a score still has its initial value and the temperature is 1. Values and
+    gradients are finite for every finite score and temperature.
+
+    Args:
+        scores: float arrays, any shapes; one leaf per masked weight array.
+        temperature: scalar > 0, dimensionless, may be traced; larger is harder.
+        init_value: the value that every score started from, at least -80; fixes the scale. May be traced.
+
+    Returns:
+        Tree like `scores` (structure, shapes, dtypes), entries in [0, 1 / sigmoid(init_value)].
+
+    Raises:
+        ValueError: a leaf is not a float array, or the temperature or initial value, where concrete, is out of range.
+
+    References:
+        Savarese et al., 2020, arXiv:1912.04427, section 3.
+
+    >>> soft_mask({"kernel": jnp.zeros(2)}, temperature=1.0, init_value=0.0)
+    {'kernel': Array([1., 1.], dtype=float32)}
+    """
+    _check_temperature(temperature)
+    _check_init_value(init_value)
+    _check_floats(scores, "scores")
+
+    def soften(score: jax.Array) -> jax.Array:
+        wide = _widened(score)
+        return (jax.nn.sigmoid(temperature * wide) * _scale(init_value, wide.dtype)).astype(score.dtype)
+
+    return _map(soften, scores)
+
+
+def hard_mask(scores: PyTree, *, init_value: ArrayLike) -> PyTree:
+    """Ticket's mask `[score > 0] / sigmoid(init_value)`, leaf by leaf.
+
+    The inequality is strict: a score of exactly 0 is off. The scale stays, so at `init_value` 0 a kept weight is
+    multiplied by 2: it is what the network was trained with while masks were soft.
+
+    Args:
+        scores: float arrays, any shapes.
+        init_value: the value that every score started from, at least -80. May be traced.
+
+    Returns:
+        Tree like `scores` (structure, shapes, dtypes); entries are 0 or `1 / sigmoid(init_value)`.
+
+    Raises:
+        ValueError: a leaf is not a float array, or the initial value, where concrete, is out of range.
+
+    >>> hard_mask({"kernel": jnp.array([-0.5, 0.0, 0.5])}, init_value=0.0)
+    {'kernel': Array([0., 0., 2.], dtype=float32)}
+    """
+    _check_init_value(init_value)
+    _check_floats(scores, "scores")
+
+    def harden(score: jax.Array) -> jax.Array:
+        wide = _widened(score)
+        return jnp.where(wide > 0, _scale(init_value, wide.dtype), 0).astype(score.dtype)
+
+    return _map(harden, scores)
+
+
+def prune_scores(scores: PyTree, temperature: ArrayLike, *, init_value: ArrayLike) -> PyTree:
+    """Scores after the reset between rounds, `min(temperature * score, init_value)`, leaf by leaf.
+
+    Positive evidence is forgotten, negative evidence kept. With the temperature that the round ended on, this is the
+    paper's reset, after which pruned entries stay pruned; with temperature 1 it is the one that the authors' script
+    performs, after which they can come back.
+
+    Afterwards no score exceeds `init_value`, so for `init_value <= 0` the hard mask is empty: evaluate a ticket
+    before the reset, never right after it.
+
+    Args:
+        scores: float arrays, any shapes.
+        temperature: scalar > 0, may be traced.
+        init_value: the value that every score started from, at least -80. May be traced.
+
+    Returns:
+        Tree like `scores` (structure, shapes, dtypes). A product too large for the dtype becomes its lowest finite
+        value.
+
+    Raises:
+        ValueError: a leaf is not a float array, or the temperature or initial value, where concrete, is out of range.
+
+    >>> prune_scores({"kernel": jnp.array([-0.5, 0.25])}, temperature=4.0, init_value=0.0)
+    {'kernel': Array([-2.,  0.], dtype=float32)}
+    """
+    _check_temperature(temperature)
+    _check_init_value(init_value)
+    _check_floats(scores, "scores")
+
+    def reset(score: jax.Array) -> jax.Array:
+        evidence = jnp.minimum(temperature * _widened(score), init_value)
+        return jnp.maximum(evidence, float(jnp.finfo(score.dtype).min)).astype(score.dtype)
+
+    return _map(reset, scores)
+
+
+def mask_penalty(masks: PyTree) -> jax.Array:
+    """Sum of all mask entries, a scalar: the penalty that, times its weight (lambda in the paper), joins the loss.
+
+    Entries are counted with their scale `1 / sigmoid(init_value)`, as in the authors' code.
+
+    Args:
+        masks: arrays, any shapes.
+
+    Returns:
+        Scalar array, accumulated in at least float32; 0 for a tree without leaves.
+
+    >>> mask_penalty({"kernel": jnp.array([0.0, 0.5, 2.0])})
+    Array(2.5, dtype=float32)
+    """
+
+    def total(mask: Any) -> jax.Array:
+        return jnp.sum(mask, dtype=jnp.promote_types(mask.dtype, jnp.float32))
+
+    return sum(jax.tree.leaves(_map(total, masks)), start=jnp.zeros(()))
+
+
+def density(masks: PyTree) -> float | jax.Array:
+    """Share of nonzero entries over the whole tree of hard masks, in [0, 1].
+
+    Entries are counted in integers over all leaves together, so large layers weigh more than small ones. Soft masks
+    are hardly ever exactly 0: count `hard_mask(scores, ...)`.
+
+    Args:
+        masks: hard masks (of any dtype), any shapes; not all empty.
+
+    Returns:
+        A Python float; a scalar array where a mask is traced.
+
+    Raises:
+        ValueError: there is no entry to count.
+
+    >>> density({"a": jnp.array([0.0, 2.0, 2.0]), "b": jnp.zeros(5)})
+    0.25
+    """
+    leaves = jax.tree.leaves(masks)
+    total = sum(math.prod(mask.shape) for mask in leaves)
+    if total == 0:
+        raise ValueError("density of masks without any entry: wanted at least one")
+    if any(isinstance(mask, jax.core.Tracer) for mask in leaves):
+        return jnp.asarray(sum(jnp.count_nonzero(mask) for mask in leaves) / total)
+    # Rows are counted where the masks are and added up on the host: no 32-bit count can overflow.
+    counts = jax.device_get([_count_rows(mask) for mask in leaves])
+    return sum(int(np.sum(count, dtype=np.int64)) for count in counts) / total
+
+
+def _count_rows(mask: Any) -> Any:
+    if isinstance(mask, np.ndarray):
+        return np.count_nonzero(mask)
+    return jnp.count_nonzero(mask, axis=-1 if mask.ndim else None)
+
+
+def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
+    """Weights multiplied by the masks found under the same path; the others are returned as they are.
+
+    Args:
+        params: weights, any nested tree.
+        masks: masks under the paths of the weights that they multiply, each of its weight's shape; a weight without
+            a mask is absent from this tree.
+
+    Returns:
+        Tree like `params` (structure, shapes, dtypes).
+
+    Raises:
+        ValueError: a mask has no weight under its path, or another shape than its weight.
+
+    >>> params = {"dense": {"kernel": jnp.array([3.0, 4.0]), "bias": jnp.array([1.0])}}
+    >>> apply_masks(params, {"dense": {"kernel": jnp.array([0.0, 1.0])}})
+    {'dense': {'bias': Array([1.], dtype=float32), 'kernel': Array([0., 4.], dtype=float32)}}
+    """
+    masks_by_path = {_path_name(path): mask for path, mask in jax.tree.leaves_with_path(masks)}
+    weights_by_path = {_path_name(path): weight for path, weight in jax.tree.leaves_with_path(params)}
+    for name, mask in masks_by_path.items():
+        if name not in weights_by_path:
+            raise ValueError(f"mask {name!r} has no weights: params hold {', '.join(weights_by_path) or 'nothing'}")
+        if mask.shape != weights_by_path[name].shape:
+            raise ValueError(
+                f"mask {name!r} has shape {mask.shape}, its weights {weights_by_path[name].shape}: wanted equal shapes"
+            )
+
+    def multiply(path: tuple, weight: Any) -> Any:
+        mask = masks_by_path.get(_path_name(path))
+        return weight if mask is None else _map(lambda array: array * mask.astype(array.dtype), weight)
+
+    return jax.tree.map_with_path(multiply, params)
+
+
+def _path_name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _scale(init_value: ArrayLike, dtype: DTypeLike) -> ArrayLike:
+    """Scale `1 / sigmoid(init_value)`, as `1 + exp(-init_value)`: exactly 2 at 0."""
+    return 1 + (jnp.exp(-init_value.astype(dtype)) if isinstance(init_value, jax.Array) else math.exp(-init_value))
+
+
+def _widened(score: jax.Array) -> jax.Array:
+    return score.astype(jnp.promote_types(score.dtype, jnp.float32))
+
+
+def _map(function: Callable[[Any], Any], tree: PyTree) -> PyTree:
+    """`jax.tree.map` that does not narrow NumPy's 64-bit leaves where JAX's 64-bit mode is off."""
+
+    def apply(leaf: Any) -> Any:
+        wide = isinstance(leaf, np.ndarray) and leaf.dtype == np.float64
+        with jax.enable_x64(True) if wide else contextlib.nullcontext():
+            return function(jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf)
+
+    return jax.tree.map(apply, tree)
+
+
+def _check_floats(tree: PyTree, what: str) -> None:
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        name = f"{what} {_path_name(path)!r}" if path else what
+        if not hasattr(leaf, "dtype"):
+            raise ValueError(f"{name}: got {leaf!r}, wanted a float array")
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"{name}: got dtype {leaf.dtype}, wanted a float dtype")
+
+
+def _check_temperature(temperature: ArrayLike) -> None:
+    value = _concrete_scalar(temperature, "temperature")
+    if value is not None and not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"temperature: got {value:g}, wanted a finite number above 0")
+
+
+def _check_init_value(init_value: ArrayLike, name: str = "init_value") -> None:
+    value = _concrete_scalar(init_value, name)
+    if value is not None and not (math.isfinite(value) and value >= MIN_INIT_VALUE):
+        raise ValueError(f"{name}: got {value:g}, wanted a finite number of at least {MIN_INIT_VALUE:g}")
+
+
+def _concrete_scalar(value: ArrayLike, name: str) -> float | None:
+    """`value` as a Python float; None where it is traced."""
+    if np.shape(value) != ():
+        raise ValueError(f"{name}: got an array of shape {np.shape(value)}, wanted a scalar")
+    return None if isinstance(value, jax.core.Tracer) else float(np.asarray(value))

@@ -1,0 +1,45 @@
+"""Batch normalisation whose running variance is PyTorch's."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+
+class BatchNorm(nn.BatchNorm):
+    """`flax.linen.BatchNorm` that keeps the unbiased variance in its running average, as PyTorch does.
+
+    Training is the same: a batch is normalised by its biased variance. Running variances, and so evaluation, differ
+    by the factor n / (n - 1) per update, for n values per feature in a batch.
+
+    Args of a call:
+        x: (..., features) for the default `axis`, at least 2 values per feature while training.
+        use_running_average: normalise by the running averages (evaluation) instead of the batch's.
+
+    Raises:
+        ValueError: a training batch has one value per feature, whose variance is undefined; or a `mask` is given.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, use_running_average: bool | None = None, *, mask: jax.Array | None = None) -> Any:
+        if mask is not None:
+            raise ValueError("mask of a BatchNorm is not supported: wanted None")
+        old = self.get_variable("batch_stats", "var")
+        y = super().__call__(x, use_running_average)
+        use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        if use_running_average or self.is_initializing():
+            return y
+        # super() stored old * momentum + biased * (1 - momentum): the second term is what grows.
+        kept = self.momentum * old
+        biased = self.get_variable("batch_stats", "var") - kept
+        self.put_variable("batch_stats", "var", kept + biased * self._unbiased_factor(x))
+        return y
+
+    def _unbiased_factor(self, x: jax.Array) -> float:
+        features = math.prod(x.shape[axis] for axis in np.atleast_1d(self.axis))
+        n = x.size // features * (jax.lax.axis_size(self.axis_name) if self.axis_name else 1)
+        if n < 2:
+            raise ValueError(f"{'/'.join(self.path)}: got 1 value per feature in a training batch, wanted at least 2")
+        return n / (n - 1)

@@ -1,0 +1,278 @@
+"""Train state, one optimizer step, an epoch of them, and evaluation.
+
+A compiled step is built from a `Recipe`, which is static and hashable: equal recipes share compiled code. What
+changes while training (`Hyperparams`) is traced, so a round compiles once per batch shape.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Float, Int, UInt8
+
+from cs_jax import masks
+from cs_jax.images import AUGMENTATIONS, ImageSet, normalize
+
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a compiled step is built from, fixed for a run.
+
+    Attributes:
+        model: Linen module of masked layers, called with images and `train`.
+        augment: name in `images.AUGMENTATIONS`.
+        momentum: of both optimizers (Nesterov), dimensionless.
+        decay: L2 factor added to the gradient of every weight, BatchNorm and biases included, before momentum.
+    """
+
+    model: nn.Module
+    augment: str = "none"
+    momentum: float = 0.9
+    decay: float = 1e-4
+
+
+class Hyperparams(NamedTuple):
+    """What may change from epoch to epoch: traced scalars."""
+
+    temperature: Float[Array, ""]  # multiplies the scores
+    init_value: Float[Array, ""]  # the scores' initial value, which fixes the masks' scale
+    learning_rate: Float[Array, ""]  # of the weights
+    score_learning_rate: Float[Array, ""]
+    penalty_weight: Float[Array, ""]  # lambda in the paper
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that one step changes or needs, apart from data and hyperparameters."""
+
+    step: Int[Array, ""]  # updates done in this phase; seeds each step's augmentation
+    params: PyTree
+    batch_stats: PyTree  # {} for a model without BatchNorm
+    scores: PyTree  # {} where the masks are fixed
+    masks: PyTree  # the fixed masks; {} where they are learned from scores
+    weight_momentum: optax.OptState
+    score_momentum: optax.OptState
+
+
+class StepMetrics(NamedTuple):
+    """Figures of one step, or with a leading axis of several."""
+
+    cross_entropy: Float[Array, "*steps"]  # mean over the batch
+    penalty: Float[Array, "*steps"]  # weighted: what is added to the cross-entropy to make the loss
+
+    @property
+    def loss(self) -> Float[Array, "*steps"]:
+        return self.cross_entropy + self.penalty
+
+
+def weight_direction(recipe: Recipe) -> optax.GradientTransformation:
+    """Nesterov momentum of the gradient plus decay: what the learning rate multiplies."""
+    return optax.chain(optax.add_decayed_weights(recipe.decay), score_direction(recipe))
+
+
+def score_direction(recipe: Recipe) -> optax.GradientTransformation:
+    """Nesterov momentum alone: scores do not decay."""
+    return optax.trace(recipe.momentum, nesterov=True)
+
+
+def init_variables(recipe: Recipe, key: Array, image_shape: tuple[int, ...]) -> dict[str, PyTree]:
+    """Fresh "params", "batch_stats" ({} where there are none) and "masks" (ones) of the recipe's model.
+
+    Args:
+        recipe: its model is initialised.
+        key: PRNG key.
+        image_shape: (height, width, channels).
+    """
+    init = jax.jit(functools.partial(recipe.model.init, train=False))
+    variables = init(key, jnp.zeros((1, *image_shape)))
+    return {collection: variables.get(collection, {}) for collection in ("params", "batch_stats", "masks")}
+
+
+def init_state(recipe: Recipe, params: PyTree, batch_stats: PyTree, *, scores: PyTree, masks: PyTree) -> TrainState:
+    """State before the first step, momentum at zero. One of `scores` (learned) and `masks` (fixed) is {}."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        scores=scores,
+        masks=masks,
+        weight_momentum=weight_direction(recipe).init(params),
+        score_momentum=score_direction(recipe).init(scores),
+    )
+
+
+def loss_fn(
+    recipe: Recipe,
+    params: PyTree,
+    scores: PyTree,
+    state: TrainState,
+    inputs: Float[Array, "batch height width channels"],
+    labels: Int[Array, " batch"],
+    hyper: Hyperparams,
+) -> tuple[Float[Array, ""], tuple[StepMetrics, PyTree]]:
+    """Mean cross-entropy plus penalty of `params` and `scores` (or of the state's fixed masks where those are {}).
+
+    Returns:
+        The loss, and with it the step's figures and the new "batch_stats".
+    """
+    step_masks = masks.soft_mask(scores, hyper.temperature, init_value=hyper.init_value) if scores else state.masks
+    variables = {"params": params, "batch_stats": state.batch_stats, "masks": step_masks}
+    logits, updates = recipe.model.apply(variables, inputs, train=True, mutable=["batch_stats"])
+    metrics = StepMetrics(
+        cross_entropy=optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(),
+        penalty=hyper.penalty_weight * masks.mask_penalty(step_masks),
+    )
+    return metrics.loss, (metrics, updates.get("batch_stats", {}))
+
+
+def step(
+    recipe: Recipe,
+    state: TrainState,
+    data: ImageSet,
+    indices: Int[Array, " batch"],
+    key: Array,
+    hyper: Hyperparams,
+) -> tuple[TrainState, StepMetrics]:
+    """State after one update of weights and scores on the examples `indices` of `data`, and the step's figures.
+
+    Scores are updated where the state has some; fixed masks stay as they are. The augmentation is drawn from `key`
+    and the state's step number, so any step can be repeated alone.
+    """
+    images = AUGMENTATIONS[recipe.augment](jax.random.fold_in(key, state.step), data.images[indices])
+    inputs = normalize(images, data.mean, data.std)
+    differentiate = jax.grad(functools.partial(loss_fn, recipe), argnums=(0, 1), has_aux=True)
+    gradients, (metrics, batch_stats) = differentiate(
+        state.params, state.scores, state, inputs, data.labels[indices], hyper
+    )
+    weight_gradient, score_gradient = gradients
+    weights, weight_momentum = weight_direction(recipe).update(weight_gradient, state.weight_momentum, state.params)
+    scores, score_momentum = score_direction(recipe).update(score_gradient, state.score_momentum)
+    state = state.replace(
+        step=state.step + 1,
+        params=_descend(state.params, weights, hyper.learning_rate),
+        batch_stats=batch_stats,
+        scores=_descend(state.scores, scores, hyper.score_learning_rate),
+        weight_momentum=weight_momentum,
+        score_momentum=score_momentum,
+    )
+    return state, metrics
+
+
+def _descend(values: PyTree, direction: PyTree, rate: Float[Array, ""]) -> PyTree:
+    return optax.apply_updates(values, jax.tree.map(lambda change: -rate * change, direction))
+
+
+compiled_step = jax.jit(step, static_argnames="recipe", donate_argnames="state")
+
+
+@functools.partial(jax.jit, static_argnames=("recipe", "batch_size"), donate_argnames="state")
+def compiled_epoch(
+    recipe: Recipe,
+    state: TrainState,
+    data: ImageSet,
+    order: Int[Array, " examples"],
+    key: Array,
+    hyper: Hyperparams,
+    *,
+    batch_size: int,
+) -> tuple[TrainState, StepMetrics]:
+    """A whole epoch as one compiled call: all full batches in a loop, then the smaller last one."""
+
+    def body(state: TrainState, indices: Array) -> tuple[TrainState, StepMetrics]:
+        return step(recipe, state, data, indices, key, hyper)
+
+    full = order.size // batch_size * batch_size
+    state, metrics = lax.scan(body, state, order[:full].reshape(-1, batch_size))
+    if full < order.size:
+        state, last = body(state, order[full:])
+        metrics = jax.tree.map(lambda head, tail: jnp.append(head, tail), metrics, last)
+    return state, metrics
+
+
+def train_epoch(
+    recipe: Recipe,
+    state: TrainState,
+    data: ImageSet,
+    order: Int[Array, " examples"],
+    key: Array,
+    hyper: Hyperparams,
+    *,
+    batch_size: int,
+    on_steps: Callable[[int, int, TrainState], None] = lambda done, total, state: None,
+) -> tuple[TrainState, StepMetrics]:
+    """State after one pass over `order`, each example once, and the figures of every step.
+
+    On an accelerator an epoch is one compiled call. On the CPU it is one a step, because XLA computes the weight
+    gradient of a convolution 10 to 100 times slower inside a loop there (jax-ml/jax#12868).
+
+    Args:
+        recipe: what the step is built from.
+        state: donated, not to be used again.
+        data: training images.
+        order: indices into `data`; the last batch is smaller where the batch size does not divide their number.
+        key: PRNG key of the phase.
+        hyper: scalars, constant through the epoch.
+        batch_size: examples per step.
+        on_steps: called after every compiled call with the steps done and in all, and the state, which is donated
+            to the next call: copy what is to be kept.
+    """
+    num_steps = -(-order.size // batch_size)
+    if jax.default_backend() != "cpu":
+        state, metrics = compiled_epoch(recipe, state, data, order, key, hyper, batch_size=batch_size)
+        on_steps(num_steps, num_steps, state)
+        return state, metrics
+    order = np.asarray(order)
+    figures = []
+    for done in range(num_steps):
+        indices = order[done * batch_size : (done + 1) * batch_size]
+        state, metrics = compiled_step(recipe, state, data, indices, key, hyper)
+        figures.append(metrics)
+        on_steps(done + 1, num_steps, state)
+    return state, jax.tree.map(lambda *steps: np.stack(steps), *figures)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _forward(model: nn.Module, variables: PyTree, images: UInt8[Array, "..."], mean: Array, std: Array) -> Array:
+    return model.apply(variables, normalize(images, mean, std), train=False)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _forward_all(model: nn.Module, variables: PyTree, data: ImageSet, batches: Int[Array, "steps batch"]) -> Array:
+    return lax.map(lambda batch: _forward(model, variables, data.images[batch], data.mean, data.std), batches)
+
+
+def predict(
+    model: nn.Module, variables: PyTree, data: ImageSet, *, batch_size: int
+) -> Float[Array, "examples classes"]:
+    """Logits of every example of `data`, in order, in evaluation mode.
+
+    Args:
+        model: Linen module, called with `train=False`.
+        variables: "params", "batch_stats" and "masks".
+        data: images to classify.
+        batch_size: examples per call; the last batch is filled up with copies of an example, which are dropped.
+    """
+    n = len(data)
+    batch_size = min(batch_size, n)
+    indices = np.minimum(np.arange(-(-n // batch_size) * batch_size), n - 1).reshape(-1, batch_size)
+    if jax.default_backend() == "cpu":
+        logits = [_forward(model, variables, data.images[batch], data.mean, data.std) for batch in indices]
+        return jnp.concatenate(logits)[:n]
+    logits = _forward_all(model, variables, data, jnp.asarray(indices))
+    return logits.reshape(-1, logits.shape[-1])[:n]
+
+
+def accuracy(model: nn.Module, variables: PyTree, data: ImageSet, *, batch_size: int) -> float:
+    """Share of `data` classified right, in [0, 1], counted exactly; arguments as in `predict`."""
+    predicted = jnp.argmax(predict(model, variables, data, batch_size=batch_size), axis=-1)
+    return int(jnp.sum(predicted == data.labels)) / len(data)

@@ -76,9 +76,8 @@ def load(config: Config) -> Data:
     mean, std = AUTHORS_STATISTICS.get(config.dataset) or statistics(train.images)
 
     def place(split: Split) -> ImageSet:
-        return ImageSet(
-            *map(jnp.asarray, (split.images, split.labels)), jnp.asarray(mean, float), jnp.asarray(std, float)
-        )
+        constants = {"mean": jnp.asarray(mean, float), "std": jnp.asarray(std, float)}
+        return ImageSet(images=jnp.asarray(split.images), labels=jnp.asarray(split.labels), **constants)
 
     return Data(place(train), place(validation) if len(validation) else None, place(test), num_classes)
 
@@ -134,9 +133,9 @@ def _load_digits() -> tuple[Split, Split, int]:
 
     images, labels = load_digits(return_X_y=True)
     images = np.round(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
-    parts = train_test_split(images, labels.astype(np.int32), test_size=360, stratify=labels, random_state=0)
-    train_images, test_images, train_labels, test_labels = parts
-    return Split(train_images, train_labels), Split(test_images, test_labels), 10
+    everything = Split(images, labels.astype(np.int32))
+    train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
+    return everything[np.asarray(train)], everything[np.asarray(test)], 10
 
 
 def _load_tfds(config: Config) -> tuple[Split, Split, int]:

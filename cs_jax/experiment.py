@@ -48,7 +48,7 @@ def run(config: Config, problem: Problem, data: Data, observer: Observer) -> dic
         NonFiniteLossError: in which round, epoch and step.
     """
     started = time.perf_counter()
-    ticket, round_ends = search.search_ticket(config, problem, search.init_variables(problem), observer)
+    ticket, round_ends = search.search_ticket(config, problem, search.init_state(config, problem), observer)
     state = search.retrain(config, problem, ticket, observer)
     summary = {
         "dataset": config.dataset,

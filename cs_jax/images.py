@@ -10,8 +10,7 @@ from jax import lax
 CROP_PADDING = 4  # pixels on every side, as the authors pad CIFAR-10
 
 
-@struct.dataclass
-class ImageSet:
+class ImageSet(struct.PyTreeNode):
     """Labelled images on the device, with the constants that normalise them.
 
     Attributes:

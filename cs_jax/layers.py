@@ -6,14 +6,17 @@ same path in the "masks" collection. `init` makes masks of ones, so a fresh mask
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+# The mixin is no module itself, so that one on the wrong side of a module can be told; type checkers see one.
+_Mixin = nn.Module if TYPE_CHECKING else object
 
-class Masked:
+
+class Masked(_Mixin):
     """Mixin for a Linen module: multiplies the named parameters by their leaf of the "masks" collection.
 
     It comes before the module that it masks. Masks are made by `init`, as ones of the parameter's shape and dtype
@@ -61,8 +64,8 @@ class Masked:
     def param(self, name: str, init_fn: Callable, *init_args: Any, unbox: bool = True, **init_kwargs: Any) -> Any:
         """`nn.Module.param`, multiplied by its mask where `name` is in `masked_params`."""
         if name not in self.masked_params:
-            return super().param(name, init_fn, *init_args, unbox=unbox, **init_kwargs)  # pyright: ignore
-        boxed = super().param(name, init_fn, *init_args, unbox=False, **init_kwargs)  # pyright: ignore
+            return super().param(name, init_fn, *init_args, unbox=unbox, **init_kwargs)
+        boxed = super().param(name, init_fn, *init_args, unbox=False, **init_kwargs)
         self._check_masks_are_there(name)
         boxed_mask = self.variable("masks", name, lambda: jax.tree.map(jnp.ones_like, boxed), unbox=False).value
         weight, mask = nn.unbox(boxed), nn.unbox(boxed_mask)
@@ -95,7 +98,13 @@ def _checks_masked_params(declare: Callable) -> Callable:
 
     @functools.wraps(declare)
     def declare_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = declare(self, *args, **kwargs)
+        if "_declares_params" in vars(self):  # called through super(): the outermost call checks
+            return declare(self, *args, **kwargs)
+        object.__setattr__(self, "_declares_params", True)
+        try:
+            result = declare(self, *args, **kwargs)
+        finally:
+            object.__delattr__(self, "_declares_params")
         for name in self.masked_params:
             found = self.get_variable("params", name)
             if found is None or isinstance(found, Mapping):

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 PyTree = Any
@@ -173,7 +174,7 @@ def mask_penalty(masks: PyTree) -> jax.Array:
     return sum(jax.tree.leaves(_map(total, masks)), start=jnp.zeros(()))
 
 
-def density(masks: PyTree) -> float | jax.Array:
+def density(masks: PyTree) -> Any:
     """Share of nonzero entries over the whole tree of hard masks, in [0, 1].
 
     Entries are counted in integers over all leaves together, so large layers weigh more than small ones. Soft masks
@@ -195,7 +196,7 @@ def density(masks: PyTree) -> float | jax.Array:
     total = sum(math.prod(mask.shape) for mask in leaves)
     if total == 0:
         raise ValueError("density of masks without any entry: wanted at least one")
-    if any(isinstance(mask, jax.core.Tracer) for mask in leaves):
+    if any(isinstance(mask, Tracer) for mask in leaves):
         return jnp.asarray(sum(jnp.count_nonzero(mask) for mask in leaves) / total)
     # Rows are counted where the masks are and added up on the host: no 32-bit count can overflow.
     counts = jax.device_get([_count_rows(mask) for mask in leaves])
@@ -249,7 +250,9 @@ def _path_name(path: tuple) -> str:
 
 def _scale(init_value: ArrayLike, dtype: DTypeLike) -> ArrayLike:
     """Scale `1 / sigmoid(init_value)`, as `1 + exp(-init_value)`: exactly 2 at 0."""
-    return 1 + (jnp.exp(-init_value.astype(dtype)) if isinstance(init_value, jax.Array) else math.exp(-init_value))
+    if isinstance(init_value, jax.Array):
+        return 1 + jnp.exp(-init_value.astype(dtype))
+    return 1 + math.exp(-float(np.asarray(init_value)))
 
 
 def _widened(score: jax.Array) -> jax.Array:
@@ -292,4 +295,4 @@ def _concrete_scalar(value: ArrayLike, name: str) -> float | None:
     """`value` as a Python float; None where it is traced."""
     if np.shape(value) != ():
         raise ValueError(f"{name}: got an array of shape {np.shape(value)}, wanted a scalar")
-    return None if isinstance(value, jax.core.Tracer) else float(np.asarray(value))
+    return None if isinstance(value, Tracer) else float(np.asarray(value))

@@ -105,10 +105,10 @@ class Problem:
     train: ImageSet
     validation: ImageSet | None  # None where no example was set aside
     key: jax.Array  # PRNG key of the run
-    order: Callable[[int, int], Any] | None = None
-    """Indices into `train` for a phase (rounds from 0, then the retraining) and epoch; by default a shuffle from `key`."""
+    order: Callable[[int, int], Any] | None = None  # indices into `train` of a phase's epoch; None is a shuffle
 
     def epoch_order(self, phase: int, epoch: int) -> Any:
+        """Indices into `train`, in the order of an epoch. Phases are the rounds from 0, then the retraining."""
         if self.order is not None:
             return self.order(phase, epoch)
         return jax.random.permutation(_key(self.key, "order", phase, epoch), len(self.train))
@@ -119,15 +119,22 @@ def init_variables(problem: Problem) -> dict[str, PyTree]:
     return training.init_variables(problem.recipe, _key(problem.key, "init"), problem.train.images.shape[1:])
 
 
+def init_state(config: Config, problem: Problem) -> TrainState:
+    """State before the first step of the search: a fresh network, every score at its initial value."""
+    variables = init_variables(problem)
+    scores = masks.init_scores(variables["masks"], config.mask_initial_value)
+    return training.init_state(problem.recipe, variables["params"], variables["batch_stats"], scores=scores, masks={})
+
+
 def search_ticket(
-    config: Config, problem: Problem, variables: dict[str, PyTree], observer: Observer
+    config: Config, problem: Problem, state: TrainState, observer: Observer
 ) -> tuple[Ticket, list[EpochRecord]]:
     """Trains weights and scores together over all rounds.
 
     Args:
         config: rounds, epochs, schedules, reset and the rest.
         problem: model and data.
-        variables: the network to start from; its arrays are donated.
+        state: what `init_state` makes; donated, not to be used again.
         observer: told of every phase, step and epoch.
 
     Returns:
@@ -136,9 +143,7 @@ def search_ticket(
     Raises:
         NonFiniteLossError: in which round, epoch and step.
     """
-    scores = masks.init_scores(variables["masks"], config.mask_initial_value)
-    state = training.init_state(problem.recipe, variables["params"], variables["batch_stats"], scores=scores, masks={})
-    round_ends = []
+    records = []
     snapshot = None
     for round in range(config.rounds):
         state = state.replace(step=jnp.zeros_like(state.step))
@@ -147,12 +152,13 @@ def search_ticket(
             if round == 0 and epoch == config.rewind_epoch:
                 snapshot = take_snapshot(state)
             state, record = _epoch(config, problem, state, observer, phase=SEARCH, number=round, epoch=epoch)
-        round_ends.append(record)
+            records.append(record)
         observer.on_phase_end(SEARCH, round, state)
         if round < config.rounds - 1:
             state = reset_scores(config, state)
     assert snapshot is not None
-    return Ticket(snapshot, masks.hard_mask(state.scores, init_value=config.mask_initial_value)), round_ends
+    ticket = Ticket(snapshot, masks.hard_mask(state.scores, init_value=config.mask_initial_value))
+    return ticket, records[config.epochs - 1 :: config.epochs]
 
 
 def take_snapshot(state: TrainState) -> Snapshot:
@@ -244,14 +250,14 @@ def hyperparams(config: Config, phase: str, epoch: int) -> Hyperparams:
     """The scalars of an epoch. The dense network has no penalty; a ticket's is constant, as its masks are."""
     drops = (config.lr_schedule, config.lr_drops)
     score_lr = config.lr if config.score_lr is None else config.score_lr
-    values = Hyperparams(
+    values = dict(
         temperature=schedules.temperature(epoch, config.epochs, config.final_temp),
         init_value=config.mask_initial_value,
         learning_rate=schedules.learning_rate(epoch, config.lr, *drops),
         score_learning_rate=schedules.learning_rate(epoch, score_lr, *drops),
         penalty_weight=0.0 if phase == DENSE else config.lmbda,
     )
-    return Hyperparams(*(jnp.asarray(value, float) for value in values))
+    return Hyperparams(**{name: jnp.asarray(value, float) for name, value in values.items()})
 
 
 def _evaluate(
@@ -260,12 +266,13 @@ def _evaluate(
     """Validation accuracy with soft masks and with hard ones (None without meaning), and density."""
     hard_masks = masks.hard_mask(state.scores, init_value=hyper.init_value) if state.scores else state.masks
     density = masks.density(hard_masks)
-    if problem.validation is None:
+    validation = problem.validation
+    if validation is None:
         return None, None, density
 
     def accuracy(some_masks: PyTree) -> float:
         variables = {"params": state.params, "batch_stats": state.batch_stats, "masks": some_masks}
-        return training.accuracy(problem.recipe.model, variables, problem.validation, batch_size=config.batch_size)
+        return training.accuracy(problem.recipe.model, variables, validation, batch_size=config.batch_size)
 
     soft_masks = masks.soft_mask(state.scores, hyper.temperature, init_value=hyper.init_value)
     return accuracy(soft_masks) if state.scores else None, accuracy(hard_masks) if density > 0 else None, density

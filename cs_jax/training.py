@@ -51,8 +51,7 @@ class Hyperparams(NamedTuple):
     penalty_weight: Float[Array, ""]  # lambda in the paper
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """Everything that one step changes or needs, apart from data and hyperparameters."""
 
     step: Int[Array, ""]  # updates done in this phase; seeds each step's augmentation
@@ -219,7 +218,8 @@ def train_epoch(
         recipe: what the step is built from.
         state: donated, not to be used again.
         data: training images.
-        order: indices into `data`; the last batch is smaller where the batch size does not divide their number.
+        order: indices into `data`, on the device or the host; the last batch is smaller where the batch size does
+            not divide their number.
         key: PRNG key of the phase.
         hyper: scalars, constant through the epoch.
         batch_size: examples per step.
@@ -230,11 +230,11 @@ def train_epoch(
     if jax.default_backend() != "cpu":
         state, metrics = compiled_epoch(recipe, state, data, order, key, hyper, batch_size=batch_size)
         on_steps(num_steps, num_steps, state)
-        return state, metrics
-    order = np.asarray(order)
+        return state, jax.device_get(metrics)
+    host_order = np.asarray(order)
     figures = []
     for done in range(num_steps):
-        indices = order[done * batch_size : (done + 1) * batch_size]
+        indices = host_order[done * batch_size : (done + 1) * batch_size]
         state, metrics = compiled_step(recipe, state, data, indices, key, hyper)
         figures.append(metrics)
         on_steps(done + 1, num_steps, state)
@@ -243,7 +243,9 @@ def train_epoch(
 
 @functools.partial(jax.jit, static_argnames="model")
 def _forward(model: nn.Module, variables: PyTree, images: UInt8[Array, "..."], mean: Array, std: Array) -> Array:
-    return model.apply(variables, normalize(images, mean, std), train=False)
+    logits = model.apply(variables, normalize(images, mean, std), train=False)
+    assert isinstance(logits, Array)
+    return logits
 
 
 @functools.partial(jax.jit, static_argnames="model")

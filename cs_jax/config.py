@@ -121,7 +121,7 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("epochs", "rounds", "batch_size"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
-        self._check("max_train_examples", (self.max_train_examples or 1) >= 1, "at least 1")
+        self._check("max_train_examples", self.max_train_examples is None or self.max_train_examples >= 1, "at least 1")
         self._check("val_set_size", self.val_set_size >= 0, "0 or more")
         self._check("seed", 0 <= self.seed < 2**32, "0 to 4294967295")
         self._check("lr", _is_positive(self.lr), "a finite number above 0")
@@ -236,9 +236,9 @@ def _description(preset: str) -> str:
 
 def _complaint(panel: str, arguments: Sequence[str]) -> str:
     """tyro's boxed panel as one line: the flag, what came, what was wanted."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", panel)
-    rows = [row.strip("│ ") for row in text.splitlines() if row.startswith("│")]
-    words = " ".join(row for row in rows if row.strip("─"))
+    text = re.sub(r"\x1b\[[0-9;]*m", "", panel).strip()
+    rows = [row.strip("│ ") for row in text.splitlines()[1:]]  # the first holds the title
+    words = " ".join(row for row in rows if row.strip("─-╭╮╰╯ "))
     words = words.split(" For full helptext")[0].removeprefix("Error parsing Config: ")
     unparsed = re.match(r"Error parsing --([\w-]+): ", words)
     if unparsed:

@@ -55,13 +55,13 @@ class ProgressDisplay(Observer):
     def on_epoch_end(self, record: EpochRecord, state: TrainState) -> None:
         self._epoch = record.epoch + 1
         self._bar.advance(self._task)
-        self._console.print(f"{self._title:<15} {_describe_epoch(record)}", highlight=False)
+        self._console.print(f"{self._title:<14}  {_describe_epoch(record)}", highlight=False, soft_wrap=True)
 
 
 def _describe_epoch(record: EpochRecord) -> str:
-    figures = [f"epoch {record.epoch:3d}", f"loss {record.loss:6.4f}", f"lr {record.learning_rate:g}"]
+    figures = [f"epoch {record.epoch:2d}", f"loss {record.loss:.4f}", f"lr {record.learning_rate:<6g}"]
     if record.phase == SEARCH:
-        figures += [f"temperature {record.temperature:5.1f}", f"density {record.density:7.2%}"]
+        figures += [f"temp {record.temperature:5.1f}", f"density {record.density:7.2%}"]
         figures += [f"val soft {_percent(record.soft_accuracy)} hard {_percent(record.hard_accuracy)}"]
     else:
         figures += [f"val {_percent(record.hard_accuracy)}"]
@@ -100,4 +100,4 @@ def _network_row(num_weights: int, density: float, accuracies: dict[str, Any]) -
 
 
 def _percent(share: float | None) -> str:
-    return "     -" if share is None else f"{share:6.2%}"
+    return "      -" if share is None else f"{share:7.2%}"

@@ -1,6 +1,7 @@
 """Where data comes in: embedded digits, prepared TensorFlow Datasets, and the split into training and validation."""
 
 import contextlib
+import importlib.util
 import logging
 import os
 import queue
@@ -196,7 +197,7 @@ def _check_features(config: Config, builder: Any) -> None:
     has_label = "label" in features and isinstance(features["label"], tfds.features.ClassLabel)
     if not ("image" in features and isinstance(features["image"], tfds.features.Image) and has_label):
         raise ConfigError(
-            f"--dataset: got {config.dataset}, whose features are {', '.join(features)}, wanted an image "
+            f"--dataset: got {config.dataset}, whose features are {', '.join(sorted(features))}, wanted an image "
             "classification set with the features image and label"
         )
     shape, dtype = features["image"].shape, np.dtype(features["image"].np_dtype)
@@ -222,21 +223,26 @@ def _is_prepared(config: Config, builder: Any) -> bool:
 
 
 def _prepare(config: Config, builder: Any) -> Any:
-    """Builder of the data set, downloaded and prepared; refuses at once if none of its servers answers.
+    """Builder of the data set, downloaded and prepared, where TensorFlow is installed and a server answers.
 
-    TFDS alone would retry for minutes without a word.
+    TFDS reads prepared sets without TensorFlow, but encodes images with it. Out of reach, it would retry for minutes
+    without a word; here that is refused at once.
     """
     import tensorflow_datasets as tfds
 
     directory = _data_dir(config)
-    if builder.url_infos and not _any_answers(list(builder.url_infos)):
-        statement = (
-            f"import tensorflow_datasets as tfds; tfds.builder('{config.dataset}', data_dir='{directory}', "
-            "file_format='array_record').download_and_prepare()"
-        )
+    missing = None
+    if importlib.util.find_spec("tensorflow") is None:
+        missing = "which cannot be prepared without TensorFlow"
+    elif builder.url_infos and not _any_answers(list(builder.url_infos)):
+        missing = "whose servers are out of reach"
+    if missing:
         raise ConfigError(
-            f"--dataset: got {config.dataset}, which is not in {directory} and whose servers are out of reach; wanted "
-            f'a prepared set: where there is a network, run  python -c "{statement}"  and bring that folder here'
+            f"--dataset: got {config.dataset}, which is not in {directory} and {missing}; wanted a prepared set. "
+            "Prepare it once, where there is a network, in an environment of its own:  python -m venv prepare && "
+            "prepare/bin/pip install tensorflow tensorflow-datasets importlib_resources && prepare/bin/python -c "
+            f"\"import tensorflow_datasets as tfds; tfds.builder('{config.dataset}', data_dir='{directory}', "
+            "file_format='array_record').download_and_prepare()\""
         )
     print(f"preparing {config.dataset} in {directory}", flush=True)
     builder = tfds.builder(config.dataset, data_dir=directory, file_format="array_record")

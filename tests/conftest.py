@@ -3,7 +3,13 @@
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+from cs_jax.images import ImageSet
+from cs_jax.models import LeNet300100
+from cs_jax.training import Recipe
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -13,3 +19,23 @@ def x64() -> Iterator[None]:
     """JAX's 64-bit mode, for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def synthetic() -> ImageSet:
+    """37 grey 6x6 images of four classes that a linear layer can tell apart."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(37) % 4
+    images = rng.integers(0, 60, (37, 6, 6, 1))
+    images[np.arange(37), labels] += 150
+    return ImageSet(
+        images=jnp.asarray(images, jnp.uint8),
+        labels=jnp.asarray(labels, jnp.int32),
+        mean=jnp.array([60.0]),
+        std=jnp.array([60.0]),
+    )
+
+
+@pytest.fixture
+def lenet() -> Recipe:
+    return Recipe(LeNet300100(num_classes=4), augment="flip-crop", decay=1e-3)

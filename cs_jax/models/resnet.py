@@ -30,6 +30,7 @@ class ResNet(nn.Module):
         widths: channels in each stage; the stem has those of the first.
         dtype: of the computation; by default that of images and weights.
         param_dtype: of the weights.
+        conv: class of the 3x3 convolutions; `flax.linen.Conv` makes the plain dense network.
     """
 
     num_classes: int = 10
@@ -37,18 +38,25 @@ class ResNet(nn.Module):
     widths: Sequence[int] = (16, 32, 64)
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    conv: type[nn.Conv] = MaskedConv
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv = partial(_conv3x3, dtype=self.dtype, param_dtype=self.param_dtype)
+        conv = partial(_conv3x3, self.conv, dtype=self.dtype, param_dtype=self.param_dtype)
         norm = partial(_norm, train=train, dtype=self.dtype, param_dtype=self.param_dtype)
         x = conv(self.widths[0], name="conv0")(x)
         x = nn.relu(norm(name="bn0")(x))
         for stage, (num_blocks, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True), start=1):
             for block in range(1, num_blocks + 1):
                 stride = 2 if block == 1 and stage > 1 else 1
-                block_class = partial(ResidualBlock, dtype=self.dtype, param_dtype=self.param_dtype)
-                x = block_class(width, stride, name=f"stage{stage}_block{block}")(x, train)
+                x = ResidualBlock(
+                    width,
+                    stride,
+                    dtype=self.dtype,
+                    param_dtype=self.param_dtype,
+                    conv=self.conv,
+                    name=f"stage{stage}_block{block}",
+                )(x, train)
         x = jnp.mean(x, axis=(1, 2))
         return nn.Dense(
             self.num_classes,
@@ -69,10 +77,11 @@ class ResidualBlock(nn.Module):
     stride: int = 1
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    conv: type[nn.Conv] = MaskedConv
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv = partial(_conv3x3, dtype=self.dtype, param_dtype=self.param_dtype)
+        conv = partial(_conv3x3, self.conv, dtype=self.dtype, param_dtype=self.param_dtype)
         norm = partial(_norm, train=train, dtype=self.dtype, param_dtype=self.param_dtype)
         y = conv(self.width, strides=self.stride, name="conv_a")(x)
         y = nn.relu(norm(name="bn_a")(y))
@@ -104,9 +113,15 @@ ResNet6 = partial(ResNet, stage_sizes=(1, 1), widths=(32, 64))
 
 
 def _conv3x3(
-    features: int, *, strides: int = 1, name: str, dtype: DTypeLike | None, param_dtype: DTypeLike
-) -> nn.Module:
-    return MaskedConv(
+    conv: type[nn.Conv],
+    features: int,
+    *,
+    strides: int = 1,
+    name: str,
+    dtype: DTypeLike | None,
+    param_dtype: DTypeLike,
+) -> nn.Conv:
+    return conv(
         features,
         (3, 3),
         strides=strides,

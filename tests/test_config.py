@@ -1,0 +1,136 @@
+"""Flags, presets, and one line for each thing that cannot be used."""
+
+import dataclasses
+import io
+import math
+
+import pytest
+
+from cs_jax import config
+from cs_jax.config import Config, ConfigError, parse
+
+
+def test_digits_is_the_preset_when_none_is_named() -> None:
+    assert parse([]) == config.PRESETS["digits"]
+    assert parse(["--epochs", "20"]) == dataclasses.replace(config.PRESETS["digits"], epochs=20)
+
+
+def test_cifar10_is_the_authors_experiment() -> None:
+    cifar10 = parse(["cifar10"])
+    assert (cifar10.rounds, cifar10.epochs, cifar10.batch_size, cifar10.rewind_epoch) == (2, 85, 128, 2)
+    assert (cifar10.lr, cifar10.lr_schedule, cifar10.lr_drops, cifar10.decay) == (0.1, (56, 71), (0.1, 0.1), 1e-4)
+    assert (cifar10.lmbda, cifar10.final_temp, cifar10.mask_initial_value) == (1e-8, 200.0, 0.0)
+    assert (cifar10.reset, cifar10.val_set_size, cifar10.augment, cifar10.score_lr) == (
+        "paper",
+        5000,
+        "flip-crop",
+        None,
+    )
+
+
+def test_every_flag_overrides_its_field() -> None:
+    words = (
+        "cifar10 --batch-size 7 --epochs 9 --rounds 3 --lr 0.2 --lr-schedule 1 3 5 --lr-drops 0.5 0.4 0.3 --decay 0 "
+        "--rewind-epoch 4 --lmbda 1e-3 --final-temp 1 --mask-initial-value -0.3 --val-set-size 0 --seed 5 "
+        "--reset released --model resnet8 --dataset fashion_mnist --data-dir d --max-train-examples 11 --dense "
+        "--score-lr 2 --augment none --out o"
+    )
+    parsed = parse(words.split())
+    changed = [f.name for f in dataclasses.fields(Config) if getattr(parsed, f.name) != getattr(Config(), f.name)]
+    assert changed == [f.name for f in dataclasses.fields(Config) if f.name != "preset"]
+    assert parsed.lr_schedule == (1, 3, 5)
+    assert parsed.mask_initial_value == -0.3
+
+
+def test_the_run_directory_is_named_for_preset_and_seed() -> None:
+    assert str(parse(["fashion-mnist", "--seed", "3"]).run_directory) == "runs/fashion-mnist-seed3"
+    assert str(parse(["--out", "there"]).run_directory) == "there"
+
+
+def test_drops_after_the_last_epoch_and_no_drops_are_allowed() -> None:
+    assert parse(["--epochs", "3", "--lr-schedule", "56", "71"]).lr_schedule == (56, 71)
+    assert parse(["--lr-schedule", "--lr-drops"]).lr_schedule == ()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (
+            "fashion",
+            "preset: got 'fashion', wanted one of digits, fashion-mnist, cifar10 (did you mean fashion-mnist?)",
+        ),
+        ("--model resnet21", "--model: got 'resnet21', wanted one of resnet20, resnet8, resnet6, lenet300100"),
+        ("--augment flip", "--augment: got 'flip', wanted one of none, crop, flip-crop"),
+        ("--reset both", "invalid choice 'both' for argument '--reset'. Expected one of ('paper', 'released')"),
+        ("--epoch 3", "Unrecognized options: --epoch, 3 Perhaps you meant: --epochs INT"),
+        ("--frobnicate", "Unrecognized options: --frobnicate, wanted flags of --help"),
+        ("--epochs 3 cifar10", "Unrecognized options: cifar10, wanted flags of --help; a preset ("),
+        ("--epochs", "Missing value for argument '--epochs'"),
+        ("--epochs 0", "--epochs: got 0, wanted at least 1"),
+        ("--epochs 1.5", "--epochs: got 1.5, wanted a whole number"),
+        ("--epochs=x", "--epochs: got x, wanted a whole number"),
+        ("--rounds -1", "--rounds: got -1, wanted at least 1"),
+        ("--batch-size 0", "--batch-size: got 0, wanted at least 1"),
+        ("--max-train-examples 0", "--max-train-examples: got 0, wanted at least 1"),
+        ("--max-train-examples x", "--max-train-examples: got x, wanted a whole number"),
+        ("--val-set-size -1", "--val-set-size: got -1, wanted 0 or more"),
+        ("--lr 0", "--lr: got 0.0, wanted a finite number above 0"),
+        ("--lr nan", "--lr: got nan, wanted a finite number above 0"),
+        ("--lr abc", "--lr: got abc, wanted a number"),
+        ("--score-lr inf", "--score-lr: got inf, wanted a finite number above 0"),
+        ("--score-lr x", "--score-lr: got x, wanted a number"),
+        ("--decay -1e-4", "--decay: got -0.0001, wanted a finite number of at least 0"),
+        ("--lmbda -1", "--lmbda: got -1.0, wanted a finite number of at least 0"),
+        ("--lmbda nan", "--lmbda: got nan, wanted a finite number of at least 0"),
+        ("--final-temp 0.99", "--final-temp: got 0.99, wanted a finite number >= 1"),
+        ("--final-temp inf", "--final-temp: got inf, wanted a finite number >= 1"),
+        ("--mask-initial-value nan", "--mask-initial-value: got nan, wanted a finite number of at least -80"),
+        ("--mask-initial-value -81", "--mask-initial-value: got -81.0, wanted a finite number of at least -80"),
+        ("--epochs 2", "--rewind-epoch: got 2, wanted 0 to 1, inside a round of 2 epochs"),
+        ("--rewind-epoch -1", "--rewind-epoch: got -1, wanted 0 to 14, inside a round of 15 epochs"),
+        ("--lr-schedule 3 3", "--lr-schedule: got 3 3, wanted increasing epochs, from 0"),
+        ("--lr-schedule -1 3", "--lr-schedule: got -1 3, wanted increasing epochs, from 0"),
+        ("--lr-schedule 1 x", "--lr-schedule: got 1 x, wanted whole numbers"),
+        ("--lr-drops 0.1", "--lr-drops: got 0.1, wanted 2 values, as many as --lr-schedule has"),
+        ("--lr-drops 0.1 0", "--lr-drops: got 0.1 0.0, wanted finite numbers above 0"),
+        ("--seed -1", "--seed: got -1, wanted 0 to 4294967295"),
+        ("--seed 4294967296", "--seed: got 4294967296, wanted 0 to 4294967295"),
+    ],
+)
+def test_what_cannot_be_used_is_told_in_one_line(words: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(words.split())
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("width", ["20", "60", "400"])
+def test_the_line_does_not_depend_on_the_terminal(width: str, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    for given, message in (
+        ("0", "--epochs: got 0, wanted at least 1"),
+        ("x", "--epochs: got x, wanted a whole number"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{message}$"):
+            parse(["--epochs", given])
+
+
+def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit) as stop:
+        parse(["cifar10", "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(Config):
+        assert (config.flag(field.name) in shown) == (field.name != "preset")
+    assert "digits, fashion-mnist, cifar10" in shown
+    assert shown.count("default: ") == len(dataclasses.fields(Config)) - 1
+
+
+def test_a_config_made_in_python_is_checked_too() -> None:
+    with pytest.raises(ConfigError, match="--lr: got nan"):
+        Config(lr=math.nan)
+    with pytest.raises(ConfigError, match="--reset: got 'both', wanted one of paper, released"):
+        Config(reset="both")  # pyright: ignore[reportArgumentType]

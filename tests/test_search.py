@@ -1,0 +1,209 @@
+"""Rounds, snapshot, resets, ticket and retraining on a network that trains in no time."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cs_jax import masks, search, training
+from cs_jax.config import Config
+from cs_jax.images import ImageSet
+from cs_jax.search import Observer, Problem
+from cs_jax.training import Recipe, TrainState
+
+CONFIG = Config(
+    epochs=3,
+    rounds=2,
+    rewind_epoch=1,
+    batch_size=16,
+    lr=0.05,
+    score_lr=5.0,
+    lr_schedule=(2,),
+    lr_drops=(0.1,),
+    lmbda=1e-4,
+    mask_initial_value=0.02,
+    final_temp=50.0,
+)
+
+
+def copy(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: np.array(leaf), tree)
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+class History(Observer):
+    """Copies of the state at every phase's start and end and after every epoch."""
+
+    def __init__(self) -> None:
+        self.starts: list[tuple[str, int | None, TrainState]] = []
+        self.ends: list[tuple[str, int | None, TrainState]] = []
+        self.epochs: list[tuple[search.EpochRecord, TrainState]] = []
+
+    def on_phase_start(self, phase: str, round: int | None, state: TrainState) -> None:
+        self.starts.append((phase, round, copy(state)))
+
+    def on_phase_end(self, phase: str, round: int | None, state: TrainState) -> None:
+        self.ends.append((phase, round, copy(state)))
+
+    def on_epoch_end(self, record: search.EpochRecord, state: TrainState) -> None:
+        self.epochs.append((record, copy(state)))
+
+    @property
+    def records(self) -> list[search.EpochRecord]:
+        return [record for record, _ in self.epochs]
+
+
+@pytest.fixture
+def problem(lenet: Recipe, synthetic: ImageSet) -> Problem:
+    return Problem(lenet, synthetic, validation=synthetic, key=jax.random.key(3))
+
+
+def run(config: Config, problem: Problem) -> tuple[search.Ticket, TrainState, History]:
+    history = History()
+    ticket, _ = search.search_ticket(config, problem, search.init_state(config, problem), history)
+    return ticket, search.retrain(config, problem, ticket, history), history
+
+
+def test_the_ticket_is_the_snapshot_under_hard_masks(problem: Problem) -> None:
+    ticket, state, history = run(CONFIG, problem)
+    after_epoch_0 = history.epochs[0][1]
+    assert_equal(tuple(ticket.snapshot), (after_epoch_0.params, after_epoch_0.batch_stats))
+    last_search = history.ends[1][2]
+    assert_equal(ticket.masks, masks.hard_mask(last_search.scores, init_value=0.02))
+    phase, round, start = history.starts[2]
+    assert (phase, round) == ("ticket", None)
+    assert_equal((start.params, start.batch_stats), tuple(ticket.snapshot))
+    assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(start.weight_momentum))
+    assert_equal(state.masks, ticket.masks)
+    assert 0.0 < masks.density(ticket.masks) < 1.0
+
+
+def test_rewinding_to_epoch_0_is_rewinding_to_initialisation(problem: Problem) -> None:
+    config = dataclasses.replace(CONFIG, rewind_epoch=0, rounds=1)
+    ticket, _ = search.search_ticket(config, problem, search.init_state(config, problem), Observer())
+    assert_equal(ticket.snapshot.params, search.init_variables(problem)["params"])
+
+
+@pytest.mark.parametrize("reset, temperature", [("paper", 50.0), ("released", 1.0)])
+def test_between_rounds_only_scores_are_reset(problem: Problem, reset: Any, temperature: float) -> None:
+    _, _, history = run(dataclasses.replace(CONFIG, reset=reset), problem)
+    end, start = history.ends[0][2], history.starts[1][2]
+    assert_equal(start.scores, masks.prune_scores(end.scores, temperature, init_value=0.02))
+    for name in ("params", "batch_stats", "weight_momentum", "score_momentum"):
+        assert_equal(getattr(start, name), getattr(end, name))
+    last = history.ends[1][2]  # not reset after the last round
+    assert max(float(leaf.max()) for leaf in jax.tree.leaves(last.scores)) > 0.02
+
+
+def test_pruned_entries_come_back_after_the_released_reset_alone(problem: Problem) -> None:
+    """An entry at -0.05 restarts with a mask near 1 in one variant and near 0 in the other."""
+    state = search.init_state(CONFIG, problem)
+    state = state.replace(scores=jax.tree.map(lambda s: jnp.full_like(s, -0.05), state.scores))
+    released = search.reset_scores(dataclasses.replace(CONFIG, reset="released", final_temp=200.0), state)
+    paper = search.reset_scores(dataclasses.replace(CONFIG, reset="paper", final_temp=200.0), state)
+    restarted = {
+        name: float(jax.tree.leaves(masks.soft_mask(reset.scores, 1.0, init_value=0.0))[0][0, 0])
+        for name, reset in (("released", released), ("paper", paper))
+    }
+    assert restarted["released"] == pytest.approx(0.975, abs=1e-3)
+    assert restarted["paper"] < 1e-3
+
+
+def test_each_round_starts_its_schedules_again(problem: Problem) -> None:
+    _, _, history = run(CONFIG, problem)
+    searched, retrained = history.records[:6], history.records[6:]
+    assert [record.round for record in searched] == [0, 0, 0, 1, 1, 1]
+    assert [record.epoch for record in history.records] == [0, 1, 2] * 3
+    np.testing.assert_allclose([record.temperature for record in searched], [1, math.sqrt(50), 50] * 2, rtol=1e-6)
+    rates = [record.learning_rate for record in history.records]
+    np.testing.assert_allclose(rates, [0.05, 0.05, 0.005] * 3, rtol=1e-6)
+    assert {(record.phase, record.round, record.temperature) for record in retrained} == {("ticket", None, None)}
+
+
+def test_records_hold_what_the_state_gives(problem: Problem, synthetic: ImageSet, lenet: Recipe) -> None:
+    _, _, history = run(CONFIG, problem)
+    for record, state in history.epochs:
+        fixed = record.phase == "ticket"
+        hard = state.masks if fixed else masks.hard_mask(state.scores, init_value=0.02)
+        assert record.density == masks.density(hard)
+        variables = {"params": state.params, "batch_stats": {}, "masks": hard}
+        right = training.accuracy(lenet.model, variables, synthetic, batch_size=8)
+        assert record.hard_accuracy == (right if record.density > 0 else None)
+        assert (record.soft_accuracy is None) == fixed
+    penalties = [record.penalty for record in history.records if record.phase == "ticket"]
+    kept = sum(int((leaf > 0).sum()) for leaf in jax.tree.leaves(history.ends[2][2].masks))
+    assert penalties == pytest.approx([1e-4 * kept * (1 + math.exp(-0.02))] * 3, rel=1e-5)
+
+
+def test_hard_accuracy_is_left_out_while_hard_masks_are_empty(problem: Problem) -> None:
+    config = dataclasses.replace(CONFIG, score_lr=1e-9, mask_initial_value=-0.5, rounds=1)
+    history = History()
+    search.search_ticket(config, problem, search.init_state(config, problem), history)
+    assert [record.hard_accuracy for record in history.records] == [None] * 3
+    assert [record.density for record in history.records] == [0.0] * 3
+    assert None not in [record.soft_accuracy for record in history.records]
+
+
+def test_without_validation_there_is_no_accuracy(problem: Problem) -> None:
+    _, _, history = run(CONFIG, dataclasses.replace(problem, validation=None))
+    assert {(record.soft_accuracy, record.hard_accuracy) for record in history.records} == {(None, None)}
+
+
+def test_a_repeated_run_is_identical_and_another_seed_is_not(problem: Problem) -> None:
+    first, second = run(CONFIG, problem), run(CONFIG, problem)
+    other = run(CONFIG, dataclasses.replace(problem, key=jax.random.key(4)))
+    assert_equal(first[0], second[0])
+    assert_equal(copy(first[1]), copy(second[1]))
+    without_time = [[record._replace(seconds=0.0) for record in result[2].records] for result in (first, second, other)]
+    assert without_time[0] == without_time[1] != without_time[2]
+
+
+def test_an_epoch_has_every_example_once_and_every_epoch_its_own_order(problem: Problem) -> None:
+    orders = [np.asarray(problem.epoch_order(phase, epoch)) for phase in range(2) for epoch in range(2)]
+    assert all(sorted(order) == list(range(37)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_the_dense_network_starts_alike_sees_the_same_batches_and_keeps_everything(problem: Problem) -> None:
+    history = History()
+    dense = search.dense_ticket(search.init_variables(problem))
+    state = search.retrain(CONFIG, problem, dense, history, phase=search.DENSE)
+    assert_equal(history.starts[0][2].params, search.init_variables(problem)["params"])
+    assert all((np.asarray(leaf) == 1).all() for leaf in jax.tree.leaves(state.masks))
+    assert [(record.phase, record.density, record.penalty) for record in history.records] == [("dense", 1.0, 0.0)] * 3
+
+
+def test_the_ticket_can_be_retrained_again(problem: Problem) -> None:
+    ticket, state, _ = run(CONFIG, problem)
+    again = search.retrain(CONFIG, problem, ticket, Observer())
+    assert_equal(state.params, again.params)
+
+
+@pytest.mark.parametrize(
+    "phase, message",
+    [
+        (search.SEARCH, "in round 0, epoch 0, step [0-2]$"),
+        (search.TICKET, "in the ticket's training, epoch 0, step [0-2]$"),
+    ],
+)
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(problem: Problem, phase: str, message: str) -> None:
+    config = dataclasses.replace(CONFIG, lr=1e30)
+    with pytest.raises(search.NonFiniteLossError, match="^loss is (nan|inf) " + message):
+        if phase == search.SEARCH:
+            search.search_ticket(config, problem, search.init_state(config, problem), Observer())
+        else:
+            dense = search.dense_ticket(search.init_variables(problem))
+            search.retrain(config, problem, dense, Observer(), phase=phase)
+
+
+def test_one_epoch_a_round_has_the_final_temperature(problem: Problem) -> None:
+    config = dataclasses.replace(CONFIG, epochs=1, rounds=1, rewind_epoch=0)
+    _, _, history = run(config, problem)
+    assert history.records[0].temperature == 50.0

@@ -1,0 +1,190 @@
+"""`train.py` as its users meet it: results, files, plain output, and what happens when something is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import train
+
+ROOT = Path(train.__file__).parent
+QUICK = "--model lenet300100 --epochs 2 --rounds 2 --rewind-epoch 1 --lr 0.01".split()
+
+
+def prepared(name: str) -> str:
+    """The folder of prepared data sets; skips where it does not hold `name`."""
+    folder = os.environ.get("TFDS_DATA_DIR")
+    if not folder or not (Path(folder) / name).is_dir():
+        pytest.skip(f"TFDS_DATA_DIR ({folder or 'not set'}) holds no prepared {name}")
+    return folder
+
+
+def run_script(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quick") / "run"
+    assert train.main([*QUICK, "--out", str(folder)]) == 0
+    return folder
+
+
+def test_metrics_have_a_line_an_epoch(quick_run: Path) -> None:
+    metrics = read_metrics(quick_run)
+    assert [(line["phase"], line["round"], line["epoch"]) for line in metrics] == [
+        ("search", 0, 0), ("search", 0, 1), ("search", 1, 0), ("search", 1, 1),
+        ("ticket", None, 0), ("ticket", None, 1), ("dense", None, 0), ("dense", None, 1),
+    ]  # fmt: skip
+    keys = "phase round epoch temperature learning_rate loss penalty density soft_accuracy hard_accuracy seconds"
+    assert all(list(line) == keys.split() for line in metrics)
+
+
+def test_the_summary_agrees_with_the_metrics(quick_run: Path) -> None:
+    summary, metrics = json.loads((quick_run / "summary.json").read_text()), read_metrics(quick_run)
+    assert (summary["dataset"], summary["model"], summary["seed"]) == ("digits", "lenet300100", 0)
+    for record, line in zip(summary["search"], (metrics[1], metrics[3]), strict=True):
+        assert {key: line[key] for key in record} == record
+    ticket, dense = summary["ticket"], summary["dense"]
+    assert ticket["density"] == metrics[3]["density"] == metrics[5]["density"]
+    assert ticket["val_accuracy"] == metrics[5]["hard_accuracy"]
+    assert dense["val_accuracy"] == metrics[7]["hard_accuracy"]
+    assert 0 <= ticket["test_accuracy"] <= 1
+    everything = 64 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10
+    masked = 64 * 300 + 300 * 100
+    assert (dense["num_weights"], ticket["num_all_weights"]) == (everything, everything)
+    assert ticket["num_weights"] == round(ticket["density"] * masked) + everything - masked
+    assert ticket["density_all_weights"] == ticket["num_weights"] / everything
+
+
+def test_the_config_file_says_what_was_asked_and_with_what(quick_run: Path) -> None:
+    stored = json.loads((quick_run / "config.json").read_text())
+    assert (stored["model"], stored["epochs"], stored["seed"], stored["lr_schedule"]) == ("lenet300100", 2, 0, [10, 13])
+    assert {"cs_jax", "jax", "flax", "optax", "device"} <= stored["versions"].keys()
+
+
+def test_the_same_command_gives_the_same_numbers(quick_run: Path, tmp_path: Path) -> None:
+    assert train.main([*QUICK, "--out", str(tmp_path / "again")]) == 0
+
+    def figures(folder: Path) -> list[dict[str, Any]]:
+        return [{**line, "seconds": None} for line in read_metrics(folder)]
+
+    assert figures(quick_run) == figures(tmp_path / "again")
+
+
+def test_plain_lines_and_the_table_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*QUICK, "--val-set-size", "0", "--no-dense", "--out", str(tmp_path / "run")]
+    assert train.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0].strip() for line in lines[:6]] == ["search round 0"] * 2 + ["search round 1"] * 2 + [
+        "ticket"
+    ] * 2
+    assert not any("\x1b" in line or "\r" in line for line in lines)
+    assert "dense" not in "".join(lines)
+    assert any(line.split()[:1] == ["ticket"] and "%" in line for line in lines[6:])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["dense"] is None
+
+
+@pytest.mark.slow
+def test_digits_end_with_a_small_and_good_ticket(tmp_path: Path) -> None:
+    """The default command, in a process and folder of its own."""
+    result = run_script(cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    summary = json.loads((tmp_path / "runs" / "digits-seed0" / "summary.json").read_text())
+    ticket, dense = summary["ticket"], summary["dense"]
+    assert ticket["density"] <= 0.04
+    assert ticket["test_accuracy"] >= max(0.98, dense["test_accuracy"] - 0.01)
+
+
+@pytest.mark.slow
+def test_fashion_mnist_from_the_prepared_set(tmp_path: Path) -> None:
+    words = "fashion-mnist --epochs 2 --rounds 1 --rewind-epoch 1 --max-train-examples 6400".split()
+    words += ["--data-dir", prepared("fashion_mnist"), "--out", str(tmp_path / "run")]
+    assert train.main(words) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["ticket"]["test_accuracy"] > 0.5
+
+
+@pytest.mark.slow
+def test_cifar10_from_the_prepared_set(tmp_path: Path) -> None:
+    words = "cifar10 --epochs 1 --rounds 1 --rewind-epoch 0 --max-train-examples 256 --val-set-size 256".split()
+    words += ["--data-dir", prepared("cifar10"), "--out", str(tmp_path / "run")]
+    assert train.main(words) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["ticket"]["num_all_weights"] == 272_282
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["digit"], "preset: got 'digit', wanted one of"),
+        (["--epochs", "none"], "--epochs: got none, wanted a whole number"),
+        (["--val-set-size", "1437"], "--val-set-size: got 1437, wanted less than the 1437 training examples"),
+        (["--batch-size", "1258"], "--batch-size: got 1258, wanted at most 1257, the training examples"),
+        (["--dataset", "imagenet", "--data-dir", "."], "--dataset: got 'imagenet', wanted digits or a name in"),
+        (["cifar10", "--data-dir", "nowhere"], "--dataset: got cifar10, which is not in nowhere"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line_and_leaves_nothing(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train.main(words) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"train.py: error: {message}")
+    assert shown.err.count("\n") == 1
+    assert shown.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_directory_in_use_is_refused_and_untouched(quick_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.read_bytes() for path in quick_run.iterdir()}
+    assert train.main([*QUICK, "--out", str(quick_run)]) == 2
+    assert "is not empty, wanted an empty or new folder: give another --out, or remove it" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in quick_run.iterdir()} == before
+
+
+@pytest.mark.parametrize("out, message", [("file", "which is a file, wanted a folder"), ("file/run", "cannot be made")])
+def test_a_run_directory_that_cannot_be_made_is_refused(
+    out: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert train.main([*QUICK, "--out", str(tmp_path / out)]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("train.py: error: --out: got ") and message in shown and shown.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*QUICK, "--lr", "1e30", "--out", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: stopped: loss is nan in round 0, epoch 0, step ")
+    assert error.count("\n") == 1
+
+
+def test_an_unknown_flag_ends_the_process_with_exit_code_2(tmp_path: Path) -> None:
+    result = run_script("--epoch", "3", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("train.py: error: Unrecognized options: --epoch, 3 Perhaps you meant: --epochs INT")
+    assert result.stderr.count("\n") == 1
+    assert (result.stdout, list(tmp_path.iterdir())) == ("", [])
+
+
+def test_an_interrupt_ends_the_process_with_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), *QUICK, "--epochs", "500", "--out", "run"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("search round 0")
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.startswith("train.py: interrupted") and error.count("\n") == 1
+    assert len(read_metrics(tmp_path / "run")) >= 1

@@ -1,0 +1,185 @@
+"""One optimizer step, an epoch in its two forms, and evaluation."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cs_jax import masks, training
+from cs_jax.images import ImageSet
+from cs_jax.models import ResNet
+from cs_jax.training import Hyperparams, Recipe, TrainState
+
+KEY = jax.random.key(7)
+
+
+def hyperparams(**values: float) -> Hyperparams:
+    defaults = dict(temperature=2.0, init_value=0.1, learning_rate=0.1, score_learning_rate=0.5, penalty_weight=1e-3)
+    return Hyperparams(**{name: jnp.float32(value) for name, value in (defaults | values).items()})
+
+
+def search_state(recipe: Recipe, data: ImageSet, init_value: float = 0.1) -> TrainState:
+    variables = training.init_variables(recipe, jax.random.key(0), data.images.shape[1:])
+    scores = masks.init_scores(variables["masks"], init_value)
+    return training.init_state(recipe, variables["params"], variables["batch_stats"], scores=scores, masks={})
+
+
+def ticket_state(recipe: Recipe, data: ImageSet) -> TrainState:
+    variables = training.init_variables(recipe, jax.random.key(0), data.images.shape[1:])
+    fixed = jax.tree.map(lambda m: 2.0 * jax.random.bernoulli(KEY, 0.3, m.shape), variables["masks"])
+    return training.init_state(recipe, variables["params"], variables["batch_stats"], scores={}, masks=fixed)
+
+
+def equal(a: Any, b: Any) -> bool:
+    return jax.tree.all(jax.tree.map(lambda x, y: bool((np.asarray(x) == np.asarray(y)).all()), a, b))
+
+
+def copy(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: np.array(leaf), tree)
+
+
+def test_a_step_is_nesterov_with_decay_on_weights_and_without_on_scores(lenet: Recipe, synthetic: ImageSet) -> None:
+    """Two steps by the formula `v = 0.9 v + g; p -= lr (g + 0.9 v)`, with g of the loss through the masks."""
+    recipe = dataclasses.replace(lenet, augment="none")
+    state, hyper = search_state(recipe, synthetic), hyperparams()
+    inputs = training.normalize(synthetic.images, synthetic.mean, synthetic.std)
+
+    def loss(params: Any, scores: Any) -> jax.Array:
+        step_masks = masks.soft_mask(scores, 2.0, init_value=0.1)
+        logits = recipe.model.apply({"params": params, "masks": step_masks}, inputs[:16])
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), synthetic.labels[:16, None], axis=1)
+        return -picked.mean() + 1e-3 * masks.mask_penalty(step_masks)
+
+    params, scores = copy(state.params), copy(state.scores)
+    weight_v = jax.tree.map(np.zeros_like, params)
+    score_v = jax.tree.map(np.zeros_like, scores)
+    for _ in range(2):
+        weight_g, score_g = jax.grad(loss, argnums=(0, 1))(params, scores)
+        weight_g = jax.tree.map(lambda g, p: g + 1e-3 * p, weight_g, params)
+        weight_v = jax.tree.map(lambda v, g: 0.9 * v + g, weight_v, weight_g)
+        score_v = jax.tree.map(lambda v, g: 0.9 * v + g, score_v, score_g)
+        params = jax.tree.map(lambda p, g, v: p - 0.1 * (g + 0.9 * v), params, weight_g, weight_v)
+        scores = jax.tree.map(lambda s, g, v: s - 0.5 * (g + 0.9 * v), scores, score_g, score_v)
+        state, _ = training.compiled_step(recipe, state, synthetic, np.arange(16), KEY, hyper)
+    assert int(state.step) == 2
+    for ours, expected in ((state.params, params), (state.scores, scores)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), ours, expected)
+
+
+def test_the_loss_is_cross_entropy_plus_penalty(lenet: Recipe, synthetic: ImageSet) -> None:
+    state = search_state(lenet, synthetic)
+    entries = sum(leaf.size for leaf in jax.tree.leaves(state.scores))
+    hyper = hyperparams(temperature=1.0)
+    _, metrics = training.compiled_step(lenet, state, synthetic, np.arange(16), KEY, hyper)
+    assert float(metrics.penalty) == pytest.approx(1e-3 * entries, rel=1e-5)
+    assert float(metrics.loss) == pytest.approx(float(metrics.cross_entropy) + float(metrics.penalty), rel=1e-6)
+
+
+def test_fixed_masks_stay_and_masked_weights_only_decay(lenet: Recipe, synthetic: ImageSet) -> None:
+    state = ticket_state(lenet, synthetic)
+    before = copy((state.params, state.masks))
+    state, _ = training.compiled_step(lenet, state, synthetic, np.arange(16), KEY, hyperparams())
+    assert equal(state.masks, before[1])
+    assert state.scores == {}
+    for layer, mask in state.masks.items():
+        old, new = before[0][layer]["kernel"], np.asarray(state.params[layer]["kernel"])
+        off = np.asarray(mask["kernel"]) == 0
+        np.testing.assert_allclose(new[off], old[off] * (1 - 0.1 * 1.9 * 1e-3), rtol=1e-6)
+        assert (new[~off] != old[~off]).mean() > 0.5
+
+
+def test_new_hyperparameters_do_not_retrace(lenet: Recipe, synthetic: ImageSet) -> None:
+    state = search_state(lenet, synthetic)
+    traces = []
+    step = jax.jit(lambda *arguments: traces.append(1) or training.step(lenet, *arguments))
+    for temperature, rate in ((1.0, 0.1), (14.0, 0.1), (200.0, 0.001)):
+        hyper = hyperparams(temperature=temperature, learning_rate=rate, penalty_weight=rate)
+        state, _ = step(state, synthetic, np.arange(16), KEY, hyper)
+    assert len(traces) == 1
+
+
+def test_equal_recipes_share_compiled_code(synthetic: ImageSet) -> None:
+    before = training.compiled_step._cache_size()
+    for _ in range(2):
+        recipe = Recipe(ResNet(num_classes=4, stage_sizes=(1,), widths=(2,)), augment="none")
+        state = search_state(recipe, synthetic)
+        training.train_epoch(recipe, state, synthetic, np.arange(20), KEY, hyperparams(), batch_size=16)
+    assert training.compiled_step._cache_size() == before + 2  # a full batch and a smaller one
+
+
+def test_an_epoch_takes_every_example_once_and_the_last_batch_is_smaller(lenet: Recipe, synthetic: ImageSet) -> None:
+    calls = []
+    state, metrics = training.train_epoch(
+        lenet,
+        search_state(lenet, synthetic),
+        synthetic,
+        np.arange(37),
+        KEY,
+        hyperparams(),
+        batch_size=16,
+        on_steps=lambda done, total, state: calls.append((done, total, int(state.step))),
+    )
+    assert calls == [(1, 3, 1), (2, 3, 2), (3, 3, 3)]
+    again, losses = search_state(lenet, synthetic), []
+    for indices in (np.arange(16), np.arange(16, 32), np.arange(32, 37)):
+        again, one = training.compiled_step(lenet, again, synthetic, indices, KEY, hyperparams())
+        losses.append(float(one.loss))
+    assert metrics.loss.tolist() == losses
+    assert equal(state, again)
+
+
+@pytest.mark.parametrize("make_state", [search_state, ticket_state])
+@pytest.mark.parametrize("batch_size", [16, 37, 5])
+def test_an_epoch_in_one_call_equals_its_steps(
+    lenet: Recipe, synthetic: ImageSet, make_state: Any, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The form that accelerators run, on the CPU: same figures, weights, scores and momentum."""
+    arguments = (synthetic, jax.random.permutation(KEY, 37), KEY, hyperparams())
+    stepped, step_metrics = training.train_epoch(lenet, make_state(lenet, synthetic), *arguments, batch_size=batch_size)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    calls = []
+    whole, metrics = training.train_epoch(
+        lenet,
+        make_state(lenet, synthetic),
+        *arguments,
+        batch_size=batch_size,
+        on_steps=lambda done, total, state: calls.append((done, total)),
+    )
+    steps = -(-37 // batch_size)
+    assert calls == [(steps, steps)]
+    assert metrics.loss.shape == step_metrics.loss.shape == (steps,)
+    np.testing.assert_allclose(metrics.loss, step_metrics.loss, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), whole, stepped)
+
+
+def test_augmentation_differs_from_step_to_step_and_repeats_with_the_key(lenet: Recipe, synthetic: ImageSet) -> None:
+    def loss(step: int, key: jax.Array) -> float:
+        state = search_state(lenet, synthetic).replace(step=jnp.int32(step))
+        return float(training.compiled_step(lenet, state, synthetic, np.arange(16), key, hyperparams())[1].loss)
+
+    assert loss(3, KEY) == loss(3, KEY)
+    assert len({loss(3, KEY), loss(4, KEY), loss(3, jax.random.key(8))}) == 3
+
+
+def test_a_step_donates_its_state(lenet: Recipe, synthetic: ImageSet) -> None:
+    state = search_state(lenet, synthetic)
+    training.compiled_step(lenet, state, synthetic, np.arange(16), KEY, hyperparams())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.scores, state.weight_momentum)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 36, 37, 100])
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_evaluation_covers_every_example_once(
+    lenet: Recipe, synthetic: ImageSet, batch_size: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    variables = training.init_variables(lenet, jax.random.key(0), (6, 6, 1))
+    inputs = training.normalize(synthetic.images, synthetic.mean, synthetic.std)
+    expected = lenet.model.apply(variables, inputs)
+    logits = training.predict(lenet.model, variables, synthetic, batch_size=batch_size)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    right = int((np.argmax(expected, axis=1) == synthetic.labels).sum())
+    assert training.accuracy(lenet.model, variables, synthetic, batch_size=batch_size) == right / 37

@@ -178,7 +178,7 @@ PRESETS: dict[str, Config] = {
         epochs=15,
         lr_schedule=(10, 13),
         lmbda=1e-5,
-        mask_initial_value=-0.02,
+        mask_initial_value=-0.03,
         score_lr=1.0,
         dense=True,
     ),

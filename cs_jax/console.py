@@ -1,31 +1,40 @@
 """What a person sees of a run: a progress bar on a terminal, plain lines elsewhere, and the table at the end."""
 
+import time
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console, Group
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from cs_jax.config import Config
-from cs_jax.search import DENSE, SEARCH, TICKET, EpochRecord, Observer
-from cs_jax.training import TrainState
+from cs_jax.search import EpochRecord, Observer
+from cs_jax.training import StepMetrics, TrainState
+
+REFRESH_SECONDS = 0.2
+
+_HEADER = "phase     epoch     loss      lr   temp  density  val soft  val hard  seconds"
 
 
 class ProgressDisplay(Observer):
-    """Shows how far a run is and its newest figures. A context manager, so that the bar is gone at the end."""
+    """Prints a line an epoch and, on a terminal, a bar below with the current step.
+
+    A context manager, so that the bar is gone at the end.
+    """
 
     def __init__(self, config: Config, console: Console) -> None:
-        self._config = config
         self._console = console
-        self._title = ""
+        self._phase = ""
         self._epoch = 0
+        self._epochs_before = 0
+        self._next_refresh = 0.0
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("epochs"),
+            BarColumn(bar_width=16),
+            TaskProgressColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -33,9 +42,11 @@ class ProgressDisplay(Observer):
             disable=not console.is_terminal,
             transient=True,
         )
-        self._task = self._bar.add_task("starting", total=config.epochs * (config.rounds + 1 + config.dense))
+        phases = config.rounds + 1 + config.dense
+        self._task = self._bar.add_task("starting", total=config.epochs * phases)
 
     def __enter__(self) -> "ProgressDisplay":
+        self._print(_HEADER)
         self._bar.start()
         return self
 
@@ -45,49 +56,51 @@ class ProgressDisplay(Observer):
         self._bar.stop()
 
     def on_phase_start(self, phase: str, round: int | None, state: TrainState) -> None:
-        self._title = {SEARCH: f"search round {round}", TICKET: "ticket", DENSE: "dense"}[phase]
+        self._phase = phase if round is None else f"{phase} {round}"
         self._epoch = 0
 
-    def on_steps(self, done: int, total: int, state: TrainState) -> None:
-        description = f"{self._title}, epoch {self._epoch}, step {done}/{total}"
-        self._bar.update(self._task, description=description)
+    def on_steps(self, done: int, total: int, state: TrainState, metrics: StepMetrics) -> None:
+        if self._bar.disable or time.monotonic() < self._next_refresh:
+            return
+        loss = np.asarray(metrics.loss).flat[-1]  # waits for the step: not more often than the bar is drawn
+        self._next_refresh = time.monotonic() + REFRESH_SECONDS
+        description = f"{self._phase} epoch {self._epoch} step {done}/{total} loss {loss:.4f}"
+        self._bar.update(self._task, completed=self._epochs_before + done / total, description=description)
 
     def on_epoch_end(self, record: EpochRecord, state: TrainState) -> None:
         self._epoch = record.epoch + 1
-        self._bar.advance(self._task)
-        self._console.print(f"{self._title:<14}  {_describe_epoch(record)}", highlight=False, soft_wrap=True)
+        self._epochs_before += 1
+        self._bar.update(self._task, completed=self._epochs_before)
+        temperature = "-" if record.temperature is None else f"{record.temperature:.1f}"
+        self._print(
+            f"{self._phase:<9} {record.epoch:>5} {record.loss:>8.4f} {record.learning_rate:>7g} {temperature:>6} "
+            f"{record.density:>8.2%} {_percent(record.soft_accuracy):>9} {_percent(record.hard_accuracy):>9} "
+            f"{record.seconds:>8.1f}"
+        )
 
-
-def _describe_epoch(record: EpochRecord) -> str:
-    figures = [f"epoch {record.epoch:2d}", f"loss {record.loss:.4f}", f"lr {record.learning_rate:<6g}"]
-    if record.phase == SEARCH:
-        figures += [f"temp {record.temperature:5.1f}", f"density {record.density:7.2%}"]
-        figures += [f"val soft {_percent(record.soft_accuracy)} hard {_percent(record.hard_accuracy)}"]
-    else:
-        figures += [f"val {_percent(record.hard_accuracy)}"]
-    return "  ".join([*figures, f"{record.seconds:.1f} s"])
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True)
 
 
 def result_table(summary: dict[str, Any]) -> Group:
     """What each round did, and the ticket beside the dense network where that was trained."""
-    rounds = Table(
-        "round", "density", "val soft", "val hard", title="Search", box=box.SIMPLE_HEAD, title_justify="left"
-    )
+    rounds = _table("Search", "round", "density", "val soft", "val hard")
     for record in summary["search"]:
-        rounds.add_row(
-            str(record["round"]),
-            f"{record['density']:.2%}",
-            _percent(record["soft_accuracy"]),
-            _percent(record["hard_accuracy"]),
-        )
-    networks = Table(
-        "network", "weights kept", "density", "val", "test", title="Result", box=box.SIMPLE_HEAD, title_justify="left"
-    )
+        accuracies = (_percent(record["soft_accuracy"]), _percent(record["hard_accuracy"]))
+        rounds.add_row(str(record["round"]), f"{record['density']:.2%}", *accuracies)
+    networks = _table("Result", "network", "weights kept", "density", "val", "test")
     ticket, dense = summary["ticket"], summary["dense"]
     if dense is not None:
         networks.add_row("dense", *_network_row(dense["num_weights"], 1.0, dense))
     networks.add_row("ticket", *_network_row(ticket["num_weights"], ticket["density"], ticket))
     return Group(rounds, networks)
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    table = Table(first, title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for header in others:
+        table.add_column(header, justify="right")
+    return table
 
 
 def _network_row(num_weights: int, density: float, accuracies: dict[str, Any]) -> list[str]:
@@ -100,4 +113,4 @@ def _network_row(num_weights: int, density: float, accuracies: dict[str, Any]) -
 
 
 def _percent(share: float | None) -> str:
-    return "      -" if share is None else f"{share:7.2%}"
+    return "-" if share is None else f"{share:.2%}"

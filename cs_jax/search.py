@@ -17,7 +17,7 @@ import numpy as np
 from cs_jax import masks, schedules, training
 from cs_jax.config import Config
 from cs_jax.images import ImageSet
-from cs_jax.training import Hyperparams, Recipe, TrainState
+from cs_jax.training import Hyperparams, Recipe, StepMetrics, TrainState
 
 PyTree = Any
 
@@ -64,8 +64,8 @@ class Observer:
     def on_phase_start(self, phase: str, round: int | None, state: TrainState) -> None:
         """Before the first epoch of a search round, of the ticket or of the dense network."""
 
-    def on_steps(self, done: int, total: int, state: TrainState) -> None:
-        """After every compiled call. `done` of the epoch's `total` steps are over; the state is donated to the next."""
+    def on_steps(self, done: int, total: int, state: TrainState, metrics: StepMetrics) -> None:
+        """After every compiled call: `done` of the epoch's `total` steps. The state is donated to the next call."""
 
     def on_epoch_end(self, record: EpochRecord, state: TrainState) -> None:
         """After an epoch and its evaluation."""
@@ -84,9 +84,9 @@ class Observers(Observer):
         for observer in self._observers:
             observer.on_phase_start(phase, round, state)
 
-    def on_steps(self, done: int, total: int, state: TrainState) -> None:
+    def on_steps(self, done: int, total: int, state: TrainState, metrics: StepMetrics) -> None:
         for observer in self._observers:
-            observer.on_steps(done, total, state)
+            observer.on_steps(done, total, state, metrics)
 
     def on_epoch_end(self, record: EpochRecord, state: TrainState) -> None:
         for observer in self._observers:
@@ -278,7 +278,7 @@ def _evaluate(
     return accuracy(soft_masks) if state.scores else None, accuracy(hard_masks) if density > 0 else None, density
 
 
-def _check_finite(metrics: training.StepMetrics, phase: str, round: int | None, epoch: int) -> None:
+def _check_finite(metrics: StepMetrics, phase: str, round: int | None, epoch: int) -> None:
     bad = np.flatnonzero(~np.isfinite(metrics.loss))
     if bad.size:
         where = f"round {round}" if phase == SEARCH else f"the {phase}'s training"

@@ -207,7 +207,7 @@ def train_epoch(
     hyper: Hyperparams,
     *,
     batch_size: int,
-    on_steps: Callable[[int, int, TrainState], None] = lambda done, total, state: None,
+    on_steps: Callable[[int, int, TrainState, StepMetrics], None] = lambda done, total, state, metrics: None,
 ) -> tuple[TrainState, StepMetrics]:
     """State after one pass over `order`, each example once, and the figures of every step.
 
@@ -223,13 +223,13 @@ def train_epoch(
         key: PRNG key of the phase.
         hyper: scalars, constant through the epoch.
         batch_size: examples per step.
-        on_steps: called after every compiled call with the steps done and in all, and the state, which is donated
-            to the next call: copy what is to be kept.
+        on_steps: called after every compiled call with the steps done and in all, the state, which is donated to
+            the next call (copy what is to be kept), and the call's figures, which may not have been computed yet.
     """
     num_steps = -(-order.size // batch_size)
     if jax.default_backend() != "cpu":
         state, metrics = compiled_epoch(recipe, state, data, order, key, hyper, batch_size=batch_size)
-        on_steps(num_steps, num_steps, state)
+        on_steps(num_steps, num_steps, state, metrics)
         return state, jax.device_get(metrics)
     host_order = np.asarray(order)
     figures = []
@@ -237,7 +237,7 @@ def train_epoch(
         indices = host_order[done * batch_size : (done + 1) * batch_size]
         state, metrics = compiled_step(recipe, state, data, indices, key, hyper)
         figures.append(metrics)
-        on_steps(done + 1, num_steps, state)
+        on_steps(done + 1, num_steps, state, metrics)
     return state, jax.tree.map(lambda *steps: np.stack(steps), *figures)
 
 

@@ -150,7 +150,7 @@ class Recorder(Observer):
         elif round:
             self.keep(f"round{round - 1}_pruned", state)
 
-    def on_steps(self, done: int, total: int, state: TrainState) -> None:
+    def on_steps(self, done: int, total: int, state: TrainState, metrics: training.StepMetrics) -> None:
         self._steps += 1
         if self._phase == 0 and self._steps in (1, 2):
             self.keep(f"after_step{self._steps}", state)

@@ -86,12 +86,12 @@ def test_plain_lines_and_the_table_without_a_terminal(tmp_path: Path, capsys: py
     words = [*QUICK, "--val-set-size", "0", "--no-dense", "--out", str(tmp_path / "run")]
     assert train.main(words) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0].strip() for line in lines[:6]] == ["search round 0"] * 2 + ["search round 1"] * 2 + [
-        "ticket"
-    ] * 2
+    assert lines[0].split("  ")[0] == "phase"
+    assert [line[:8].strip() for line in lines[1:7]] == ["search 0"] * 2 + ["search 1"] * 2 + ["ticket"] * 2
+    assert max(map(len, lines)) <= 80
     assert not any("\x1b" in line or "\r" in line for line in lines)
     assert "dense" not in "".join(lines)
-    assert any(line.split()[:1] == ["ticket"] and "%" in line for line in lines[6:])
+    assert any(line.split()[:1] == ["ticket"] and "%" in line for line in lines[7:])
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["dense"] is None
 
 
@@ -182,7 +182,8 @@ def test_an_interrupt_ends_the_process_with_one_line(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), *QUICK, "--epochs", "500", "--out", "run"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    assert process.stdout.readline().startswith("search round 0")
+    assert process.stdout.readline().startswith("phase")
+    assert process.stdout.readline().startswith("search 0")
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130

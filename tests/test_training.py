@@ -120,7 +120,7 @@ def test_an_epoch_takes_every_example_once_and_the_last_batch_is_smaller(lenet: 
         KEY,
         hyperparams(),
         batch_size=16,
-        on_steps=lambda done, total, state: calls.append((done, total, int(state.step))),
+        on_steps=lambda done, total, state, metrics: calls.append((done, total, int(state.step))),
     )
     assert calls == [(1, 3, 1), (2, 3, 2), (3, 3, 3)]
     again, losses = search_state(lenet, synthetic), []
@@ -146,7 +146,7 @@ def test_an_epoch_in_one_call_equals_its_steps(
         make_state(lenet, synthetic),
         *arguments,
         batch_size=batch_size,
-        on_steps=lambda done, total, state: calls.append((done, total)),
+        on_steps=lambda done, total, state, metrics: calls.append((done, total)),
     )
     steps = -(-37 // batch_size)
     assert calls == [(steps, steps)]

@@ -5,7 +5,6 @@ import dataclasses
 import difflib
 import io
 import itertools
-import math
 import re
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import tyro
 
 from cs_jax.images import AUGMENTATIONS
@@ -35,8 +35,13 @@ def one_of(value: str, choices: Any) -> str:
     return f"one of {', '.join(choices)}" + (f" (did you mean {close[0]}?)" if close else "")
 
 
+def _is_finite(value: float) -> bool:
+    """Whether a number is finite in float32, in which the network computes."""
+    return abs(value) <= float(np.finfo(np.float32).max)
+
+
 def _is_positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
+    return _is_finite(value) and value >= float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,11 +133,11 @@ class Config:
         self._check("score_lr", self.score_lr is None or _is_positive(self.score_lr), "a finite number above 0")
         for name in ("decay", "lmbda"):
             value = getattr(self, name)
-            self._check(name, math.isfinite(value) and value >= 0, "a finite number of at least 0")
-        self._check("final_temp", math.isfinite(self.final_temp) and self.final_temp >= 1, "a finite number >= 1")
+            self._check(name, _is_finite(value) and value >= 0, "a finite number of at least 0")
+        self._check("final_temp", _is_finite(self.final_temp) and self.final_temp >= 1, "a finite number >= 1")
         self._check(
             "mask_initial_value",
-            math.isfinite(self.mask_initial_value) and self.mask_initial_value >= MIN_INIT_VALUE,
+            _is_finite(self.mask_initial_value) and self.mask_initial_value >= MIN_INIT_VALUE,
             f"a finite number of at least {MIN_INIT_VALUE:g}",
         )
         inside = f"0 to {self.epochs - 1}, inside a round of {self.epochs} epochs"
@@ -164,7 +169,7 @@ class Config:
     @property
     def run_directory(self) -> Path:
         """Where the run's files go."""
-        return self.out or Path("runs") / f"{self.preset}-seed{self.seed}"
+        return (self.out or Path("runs") / f"{self.preset}-seed{self.seed}").expanduser()
 
 
 PRESETS: dict[str, Config] = {
@@ -264,7 +269,7 @@ def _given(name: str, arguments: Sequence[str]) -> str:
     """What the command line gave for a flag."""
     words = " ".join(arguments).replace(f"{name}=", f"{name} ").split()
     values = words[words.index(name) + 1 :]
-    return " ".join(itertools.takewhile(lambda word: not word.startswith("--"), values))
+    return " ".join(itertools.takewhile(lambda word: not word.startswith("--"), values)) or "nothing"
 
 
 def to_json(config: Config) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -82,7 +82,7 @@ class ProgressDisplay(Observer):
         self._console.print(line, highlight=False, soft_wrap=True)
 
 
-def result_table(summary: dict[str, Any]) -> Group:
+def print_result(console: Console, summary: dict[str, Any]) -> None:
     """What each round did, and the ticket beside the dense network where that was trained."""
     rounds = _table("Search", "round", "density", "val soft", "val hard")
     for record in summary["search"]:
@@ -93,7 +93,10 @@ def result_table(summary: dict[str, Any]) -> Group:
     if dense is not None:
         networks.add_row("dense", *_network_row(dense["num_weights"], 1.0, dense))
     networks.add_row("ticket", *_network_row(ticket["num_weights"], ticket["density"], ticket))
-    return Group(rounds, networks)
+    for table in (rounds, networks):
+        console.print(table, width=max(60, console.width), crop=False)
+    if ticket["density"] == 0:
+        console.print("The ticket is empty: no maskable weight is left. Raise --mask-initial-value or lower --lmbda.")
 
 
 def _table(title: str, first: str, *others: str) -> Table:

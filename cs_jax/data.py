@@ -156,7 +156,7 @@ def _load_tfds(config: Config) -> tuple[Split, Split, int]:
 
 
 def _data_dir(config: Config) -> Path:
-    return config.data_dir or Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    return (config.data_dir or Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")).expanduser()
 
 
 @contextlib.contextmanager

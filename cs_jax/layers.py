@@ -69,8 +69,11 @@ class Masked(_Mixin):
         self._check_masks_are_there(name)
         boxed_mask = self.variable("masks", name, lambda: jax.tree.map(jnp.ones_like, boxed), unbox=False).value
         weight, mask = nn.unbox(boxed), nn.unbox(boxed_mask)
-        if mask.shape != weight.shape:
-            raise ValueError(f"mask of {self._describe(name)} has shape {mask.shape}, its weights {weight.shape}")
+        if not (hasattr(weight, "dtype") and jnp.issubdtype(weight.dtype, jnp.floating)):
+            found = getattr(weight, "dtype", type(weight).__name__)
+            raise ValueError(f"{self._describe(name)} is masked and has dtype {found}, wanted a float array")
+        if jnp.shape(mask) != weight.shape:
+            raise ValueError(f"mask of {self._describe(name)} has shape {jnp.shape(mask)}, its weights {weight.shape}")
         masked = weight * mask.astype(weight.dtype)
         return masked if unbox else jax.tree.map(lambda _: masked, boxed)
 

@@ -8,7 +8,6 @@ References:
     Savarese, Silva and Maire, "Winning the Lottery with Continuous Sparsification", NeurIPS 2020, arXiv:1912.04427.
 """
 
-import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -44,6 +43,7 @@ def init_scores(masks: PyTree, value: float, *, dtype: DTypeLike | None = None) 
     {'kernel': Array([[-0.02, -0.02]], dtype=float32)}
     """
     _check_init_value(value, name="value")
+    _check_arrays(masks, "masks")
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype is {jnp.dtype(dtype)}, wanted a float dtype")
 
@@ -167,6 +167,7 @@ def mask_penalty(masks: PyTree) -> jax.Array:
     >>> mask_penalty({"kernel": jnp.array([0.0, 0.5, 2.0])})
     Array(2.5, dtype=float32)
     """
+    _check_arrays(masks, "masks")
 
     def total(mask: Any) -> jax.Array:
         return jnp.sum(mask, dtype=jnp.promote_types(mask.dtype, jnp.float32))
@@ -192,6 +193,7 @@ def density(masks: PyTree) -> Any:
     >>> density({"a": jnp.array([0.0, 2.0, 2.0]), "b": jnp.zeros(5)})
     0.25
     """
+    _check_arrays(masks, "masks")
     leaves = jax.tree.leaves(masks)
     total = sum(math.prod(mask.shape) for mask in leaves)
     if total == 0:
@@ -227,6 +229,7 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
     >>> apply_masks(params, {"dense": {"kernel": jnp.array([0.0, 1.0])}})
     {'dense': {'bias': Array([1.], dtype=float32), 'kernel': Array([0., 4.], dtype=float32)}}
     """
+    _check_arrays(masks, "masks")
     masks_by_path = {_path_name(path): mask for path, mask in jax.tree.leaves_with_path(masks)}
     weights_by_path = {_path_name(path): weight for path, weight in jax.tree.leaves_with_path(params)}
     for name, mask in masks_by_path.items():
@@ -263,20 +266,32 @@ def _map(function: Callable[[Any], Any], tree: PyTree) -> PyTree:
     """`jax.tree.map` that does not narrow NumPy's 64-bit leaves where JAX's 64-bit mode is off."""
 
     def apply(leaf: Any) -> Any:
-        wide = isinstance(leaf, np.ndarray) and leaf.dtype == np.float64
-        with jax.enable_x64(True) if wide else contextlib.nullcontext():
-            return function(jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf)
+        if not isinstance(leaf, np.ndarray):
+            return function(leaf)
+        if jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype or leaf.dtype != np.float64:
+            return function(jnp.asarray(leaf))
+        with jax.enable_x64(True):
+            result = function(jnp.asarray(leaf))
+        return result if isinstance(result, Tracer) else np.asarray(result)
 
     return jax.tree.map(apply, tree)
 
 
-def _check_floats(tree: PyTree, what: str) -> None:
+def _check_arrays(tree: PyTree, what: str) -> None:
     for path, leaf in jax.tree.leaves_with_path(tree):
-        name = f"{what} {_path_name(path)!r}" if path else what
         if not hasattr(leaf, "dtype"):
-            raise ValueError(f"{name}: got {leaf!r}, wanted a float array")
+            raise ValueError(f"{_leaf_name(path, what)}: got {leaf!r}, wanted an array")
+
+
+def _check_floats(tree: PyTree, what: str) -> None:
+    _check_arrays(tree, what)
+    for path, leaf in jax.tree.leaves_with_path(tree):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(f"{name}: got dtype {leaf.dtype}, wanted a float dtype")
+            raise ValueError(f"{_leaf_name(path, what)}: got dtype {leaf.dtype}, wanted a float dtype")
+
+
+def _leaf_name(path: tuple, what: str) -> str:
+    return f"{what} {_path_name(path)!r}" if path else what
 
 
 def _check_temperature(temperature: ArrayLike) -> None:
@@ -293,6 +308,13 @@ def _check_init_value(init_value: ArrayLike, name: str = "init_value") -> None:
 
 def _concrete_scalar(value: ArrayLike, name: str) -> float | None:
     """`value` as a Python float; None where it is traced."""
-    if np.shape(value) != ():
-        raise ValueError(f"{name}: got an array of shape {np.shape(value)}, wanted a scalar")
-    return None if isinstance(value, Tracer) else float(np.asarray(value))
+    if isinstance(value, Tracer):
+        if value.shape != ():
+            raise ValueError(f"{name}: got an array of shape {value.shape}, wanted a scalar")
+        return None
+    array = np.asarray(value)
+    if array.shape != ():
+        raise ValueError(f"{name}: got an array of shape {array.shape}, wanted a scalar")
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+        raise ValueError(f"{name}: got {value!r}, wanted a real number")
+    return float(array)

@@ -26,6 +26,10 @@ def check_free(config: Config) -> None:
         ConfigError: it exists and is not empty, is no folder, or cannot be written.
     """
     path = config.run_directory
+    try:
+        path.exists()
+    except OSError as error:
+        raise ConfigError(f"--out: got {path}, which is no usable path: {error.strerror}") from error
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--out: got {path}, which is a file, wanted a folder")
     if path.is_dir() and any(path.iterdir()):

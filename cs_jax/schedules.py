@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
-from jax.typing import ArrayLike
 
-
-def temperature(epoch: ArrayLike, num_epochs: int, final: float) -> ArrayLike:
+def temperature(epoch: Any, num_epochs: int, final: float) -> Any:
     """Temperature of an epoch, `final ** (epoch / (num_epochs - 1))`: 1 in the first epoch, `final` in the last.
 
     Constant inside an epoch, and 1 again at the start of each round. A round of one epoch has `final`.

@@ -54,7 +54,7 @@ class EpochRecord(NamedTuple):
     penalty: float  # weighted, mean over the epoch's examples
     density: float  # of the hard masks
     soft_accuracy: float | None  # on the validation set, with the masks of this epoch; search alone
-    hard_accuracy: float | None  # on the validation set, with hard masks; None while they are empty
+    hard_accuracy: float | None  # on the validation set, with hard masks; None while the search's are empty
     seconds: float
 
 
@@ -233,8 +233,8 @@ def _epoch(
         phase=phase,
         round=round,
         epoch=epoch,
-        temperature=float(hyper.temperature) if phase == SEARCH else None,
-        learning_rate=float(hyper.learning_rate),
+        temperature=schedules.temperature(epoch, config.epochs, config.final_temp) if phase == SEARCH else None,
+        learning_rate=_learning_rate(config, epoch, config.lr),
         loss=float(np.average(metrics.loss, weights=sizes)),
         penalty=float(np.average(metrics.penalty, weights=sizes)),
         density=density,
@@ -247,17 +247,20 @@ def _epoch(
 
 
 def hyperparams(config: Config, phase: str, epoch: int) -> Hyperparams:
-    """The scalars of an epoch. The dense network has no penalty; a ticket's is constant, as its masks are."""
-    drops = (config.lr_schedule, config.lr_drops)
+    """The scalars of an epoch, on the device. The dense network has no penalty; a ticket's is constant."""
     score_lr = config.lr if config.score_lr is None else config.score_lr
     values = dict(
         temperature=schedules.temperature(epoch, config.epochs, config.final_temp),
         init_value=config.mask_initial_value,
-        learning_rate=schedules.learning_rate(epoch, config.lr, *drops),
-        score_learning_rate=schedules.learning_rate(epoch, score_lr, *drops),
+        learning_rate=_learning_rate(config, epoch, config.lr),
+        score_learning_rate=_learning_rate(config, epoch, score_lr),
         penalty_weight=0.0 if phase == DENSE else config.lmbda,
     )
     return Hyperparams(**{name: jnp.asarray(value, float) for name, value in values.items()})
+
+
+def _learning_rate(config: Config, epoch: int, base: float) -> float:
+    return schedules.learning_rate(epoch, base, config.lr_schedule, config.lr_drops)
 
 
 def _evaluate(
@@ -274,8 +277,10 @@ def _evaluate(
         variables = {"params": state.params, "batch_stats": state.batch_stats, "masks": some_masks}
         return training.accuracy(problem.recipe.model, variables, validation, batch_size=config.batch_size)
 
+    if not state.scores:
+        return None, accuracy(hard_masks), density
     soft_masks = masks.soft_mask(state.scores, hyper.temperature, init_value=hyper.init_value)
-    return accuracy(soft_masks) if state.scores else None, accuracy(hard_masks) if density > 0 else None, density
+    return accuracy(soft_masks), accuracy(hard_masks) if density > 0 else None, density
 
 
 def _check_finite(metrics: StepMetrics, phase: str, round: int | None, epoch: int) -> None:

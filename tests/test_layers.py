@@ -292,3 +292,21 @@ def test_a_mask_of_another_shape_is_refused_even_if_it_would_broadcast() -> None
     params = model.init(KEY, FLAT, None)["params"]
     with pytest.raises(ValueError, match=r"mask of dense/kernel has shape \(1, 4\), its weights \(4, 4\)"):
         model.apply({"params": params, "masks": {"dense": {"kernel": jnp.ones((1, 4))}}}, FLAT, None)
+
+
+def test_a_mask_that_is_no_array_is_refused() -> None:
+    params = layers.MaskedDense(3).init(KEY, FLAT)["params"]
+    with pytest.raises(ValueError, match=r"mask of kernel has shape \(\), its weights \(4, 3\)"):
+        layers.MaskedDense(3).apply({"params": params, "masks": {"kernel": 1.0}}, FLAT)
+
+
+def test_a_parameter_that_is_no_float_array_is_refused() -> None:
+    class Counted(layers.Masked, nn.Module):
+        masked_params = ("count",)
+
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return x * self.param("count", lambda key: jnp.arange(3))
+
+    with pytest.raises(ValueError, match="count is masked and has dtype int32, wanted a float array"):
+        Counted().init(KEY, jnp.ones(3))

@@ -184,7 +184,7 @@ def test_apply_masks_multiplies_matching_paths_and_leaves_the_rest() -> None:
     [
         (lambda: masks.soft_mask({"a": jnp.arange(3)}, 1.0, init_value=0.0), "scores 'a': got dtype int32"),
         (lambda: masks.hard_mask(np.arange(3), init_value=0.0), "scores: got dtype int64"),
-        (lambda: masks.prune_scores({"a": [1.0]}, 1.0, init_value=0.0), "scores 'a/0': got 1.0, wanted a float array"),
+        (lambda: masks.prune_scores({"a": [1.0]}, 1.0, init_value=0.0), "scores 'a/0': got 1.0, wanted an array"),
         (
             lambda: masks.soft_mask(jnp.ones(2), 0.0, init_value=0.0),
             "temperature: got 0, wanted a finite number above 0",
@@ -198,6 +198,10 @@ def test_apply_masks_multiplies_matching_paths_and_leaves_the_rest() -> None:
         (lambda: masks.soft_mask(jnp.ones(2), 1.0, init_value=-81.0), "init_value: got -81"),
         (lambda: masks.init_scores(jnp.ones(2), float("inf")), "value: got inf"),
         (lambda: masks.init_scores(jnp.ones(2), 0.0, dtype=jnp.int32), "dtype is int32, wanted a float dtype"),
+        (lambda: masks.soft_mask(jnp.ones(2), "1", init_value=0.0), "temperature: got '1', wanted a real number"),
+        (lambda: masks.soft_mask(jnp.ones(2), None, init_value=0.0), "temperature: got None, wanted a real number"),
+        (lambda: masks.init_scores({"a": 1.0}, 0.0), "masks 'a': got 1.0, wanted an array"),
+        (lambda: masks.density(1.0), "masks: got 1.0, wanted an array"),
         (lambda: masks.density({}), "without any entry"),
         (lambda: masks.density(jnp.ones((0, 3))), "without any entry"),
         (lambda: masks.apply_masks({"a": jnp.ones(2)}, {"b": jnp.ones(2)}), "mask 'b' has no weights: params hold a"),

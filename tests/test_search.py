@@ -119,6 +119,8 @@ def test_pruned_entries_come_back_after_the_released_reset_alone(problem: Proble
 def test_each_round_starts_its_schedules_again(problem: Problem) -> None:
     _, _, history = run(CONFIG, problem)
     searched, retrained = history.records[:6], history.records[6:]
+    assert [int(state.step) for _, _, state in history.starts] == [0, 0, 0]
+    assert [int(state.step) for _, _, state in history.ends] == [9, 9, 9]  # 3 epochs of 3 steps
     assert [record.round for record in searched] == [0, 0, 0, 1, 1, 1]
     assert [record.epoch for record in history.records] == [0, 1, 2] * 3
     np.testing.assert_allclose([record.temperature for record in searched], [1, math.sqrt(50), 50] * 2, rtol=1e-6)

@@ -25,7 +25,7 @@ SEARCH, TICKET, DENSE = "search", "ticket", "dense"
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss is no longer a finite number; says in which phase, round, epoch and step."""
+    """Loss or weights are no longer finite; says in which phase, round, epoch and step."""
 
 
 class Snapshot(NamedTuple):
@@ -225,7 +225,7 @@ def _epoch(
         batch_size=config.batch_size,
         on_steps=observer.on_steps,
     )
-    _check_finite(metrics, phase, round, epoch)
+    _check_finite(state, metrics, phase, round, epoch)
     soft, hard, density = _evaluate(config, problem, state, hyper)
     sizes = np.full(metrics.loss.shape, config.batch_size)
     sizes[-1] = len(order) - sizes[:-1].sum()
@@ -283,11 +283,21 @@ def _evaluate(
     return accuracy(soft_masks), accuracy(hard_masks) if density > 0 else None, density
 
 
-def _check_finite(metrics: StepMetrics, phase: str, round: int | None, epoch: int) -> None:
+def _check_finite(state: TrainState, metrics: StepMetrics, phase: str, round: int | None, epoch: int) -> None:
+    """A step's loss is that before its update, so what the last update made is looked at too."""
+    where = f"round {round}" if phase == SEARCH else f"the {phase}'s training"
     bad = np.flatnonzero(~np.isfinite(metrics.loss))
     if bad.size:
-        where = f"round {round}" if phase == SEARCH else f"the {phase}'s training"
         raise NonFiniteLossError(f"loss is {float(metrics.loss[bad[0]])} in {where}, epoch {epoch}, step {bad[0]}")
+    if not _all_finite((state.params, state.scores)):
+        raise NonFiniteLossError(
+            f"weights or scores are no longer finite in {where}, after epoch {epoch}, step {len(metrics.loss) - 1}"
+        )
+
+
+@jax.jit
+def _all_finite(tree: PyTree) -> jax.Array:
+    return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def _key(key: jax.Array, purpose: str, *numbers: int) -> jax.Array:

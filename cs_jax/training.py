@@ -92,9 +92,13 @@ def init_variables(recipe: Recipe, key: Array, image_shape: tuple[int, ...]) -> 
         key: PRNG key.
         image_shape: (height, width, channels).
     """
-    init = jax.jit(functools.partial(recipe.model.init, train=False))
-    variables = init(key, jnp.zeros((1, *image_shape)))
+    variables = _init(recipe.model, key, image_shape)
     return {collection: variables.get(collection, {}) for collection in ("params", "batch_stats", "masks")}
+
+
+@functools.partial(jax.jit, static_argnames=("model", "image_shape"))
+def _init(model: nn.Module, key: Array, image_shape: tuple[int, ...]) -> PyTree:
+    return model.init(key, jnp.zeros((1, *image_shape)), train=False)
 
 
 def init_state(recipe: Recipe, params: PyTree, batch_stats: PyTree, *, scores: PyTree, masks: PyTree) -> TrainState:
@@ -127,11 +131,17 @@ def loss_fn(
     step_masks = masks.soft_mask(scores, hyper.temperature, init_value=hyper.init_value) if scores else state.masks
     variables = {"params": params, "batch_stats": state.batch_stats, "masks": step_masks}
     logits, updates = recipe.model.apply(variables, inputs, train=True, mutable=["batch_stats"])
+    logits = _widened(logits)
     metrics = StepMetrics(
         cross_entropy=optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(),
         penalty=hyper.penalty_weight * masks.mask_penalty(step_masks),
     )
     return metrics.loss, (metrics, updates.get("batch_stats", {}))
+
+
+def _widened(logits: Array) -> Array:
+    """Logits in at least float32, whatever the network computes in: a bfloat16 has three digits."""
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
 def step(
@@ -245,7 +255,7 @@ def train_epoch(
 def _forward(model: nn.Module, variables: PyTree, images: UInt8[Array, "..."], mean: Array, std: Array) -> Array:
     logits = model.apply(variables, normalize(images, mean, std), train=False)
     assert isinstance(logits, Array)
-    return logits
+    return _widened(logits)
 
 
 @functools.partial(jax.jit, static_argnames="model")

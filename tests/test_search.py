@@ -138,7 +138,11 @@ def test_records_hold_what_the_state_gives(problem: Problem, synthetic: ImageSet
         variables = {"params": state.params, "batch_stats": {}, "masks": hard}
         right = training.accuracy(lenet.model, variables, synthetic, batch_size=8)
         assert record.hard_accuracy == (right if record.density > 0 else None)
-        assert (record.soft_accuracy is None) == fixed
+        soft = None
+        if not fixed:
+            soft_masks = masks.soft_mask(state.scores, record.temperature, init_value=0.02)
+            soft = training.accuracy(lenet.model, variables | {"masks": soft_masks}, synthetic, batch_size=8)
+        assert record.soft_accuracy == soft
     penalties = [record.penalty for record in history.records if record.phase == "ticket"]
     kept = sum(int((leaf > 0).sum()) for leaf in jax.tree.leaves(history.ends[2][2].masks))
     assert penalties == pytest.approx([1e-4 * kept * (1 + math.exp(-0.02))] * 3, rel=1e-5)
@@ -203,6 +207,32 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(problem: Pro
         else:
             dense = search.dense_ticket(search.init_variables(problem))
             search.retrain(config, problem, dense, Observer(), phase=phase)
+
+
+def test_an_update_that_is_not_finite_stops_the_run_even_if_it_is_the_last(problem: Problem) -> None:
+    """One step, whose loss is fine; what it makes of the weights is not."""
+    config = dataclasses.replace(CONFIG, lr=3e38, epochs=1, rounds=1, rewind_epoch=0, batch_size=37)
+    problem = dataclasses.replace(problem, recipe=dataclasses.replace(problem.recipe, decay=100.0))
+    with pytest.raises(search.NonFiniteLossError, match="no longer finite in round 0, after epoch 0, step 0$"):
+        search.search_ticket(config, problem, search.init_state(config, problem), Observer())
+
+
+def test_every_phase_augments_differently(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys differ between rounds and the retraining; ticket and dense share theirs, as they share their batches."""
+    keys = []
+    train_epoch = training.train_epoch
+
+    def watch(recipe: Any, state: Any, data: Any, order: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
+        keys.append(tuple(jax.random.key_data(key).tolist()))
+        return train_epoch(recipe, state, data, order, key, *args, **kwargs)
+
+    monkeypatch.setattr(training, "train_epoch", watch)
+    ticket, _, _ = run(CONFIG, problem)
+    search.retrain(CONFIG, problem, ticket, Observer(), phase=search.DENSE)
+    per_phase = [set(keys[i : i + 3]) for i in range(0, 12, 3)]
+    assert [len(phase) for phase in per_phase] == [1, 1, 1, 1]
+    assert per_phase[2] == per_phase[3]
+    assert len(set(keys)) == 3
 
 
 def test_one_epoch_a_round_has_the_final_temperature(problem: Problem) -> None:

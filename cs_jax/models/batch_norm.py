@@ -19,22 +19,28 @@ class BatchNorm(nn.BatchNorm):
         use_running_average: normalise by the running averages (evaluation) instead of the batch's.
 
     Raises:
-        ValueError: a training batch has one value per feature, whose variance is undefined; or a `mask` is given.
+        ValueError: a training batch has one value per feature, whose variance is undefined; or a `mask` or
+            `axis_index_groups` is given.
     """
 
     @nn.compact
     def __call__(self, x: jax.Array, use_running_average: bool | None = None, *, mask: jax.Array | None = None) -> Any:
         if mask is not None:
             raise ValueError("mask of a BatchNorm is not supported: wanted None")
-        old = self.get_variable("batch_stats", "var")
+        if self.axis_index_groups is not None:
+            raise ValueError("axis_index_groups of a BatchNorm are not supported: wanted None")
+        old_mean, old_var = (self.get_variable("batch_stats", name) for name in ("mean", "var"))
         y = super().__call__(x, use_running_average)
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         if use_running_average or self.is_initializing():
             return y
         # super() stored old * momentum + biased * (1 - momentum): the second term is what grows.
-        kept = self.momentum * old
+        kept = self.momentum * old_var
         biased = self.get_variable("batch_stats", "var") - kept
-        self.put_variable("batch_stats", "var", kept + biased * self._unbiased_factor(x))
+        var = kept + biased * self._unbiased_factor(x)
+        # A running average keeps its dtype, whatever that of the batch: steps can be looped over.
+        self.put_variable("batch_stats", "var", var.astype(old_var.dtype))
+        self.put_variable("batch_stats", "mean", self.get_variable("batch_stats", "mean").astype(old_mean.dtype))
         return y
 
     def _unbiased_factor(self, x: jax.Array) -> float:

@@ -83,7 +83,8 @@ class Masked(_Mixin):
         if self.is_initializing():
             raise ValueError(
                 f"{self._describe(name)} cannot make its mask: a lifted transform around it does not carry the "
-                "collection 'masks'; name it beside 'params', as in variable_axes={'params': 0, 'masks': 0}"
+                "collection 'masks'; name it beside 'params', as in variable_axes={'params': 0, 'masks': 0} (or in "
+                "mutable=, where that was given)"
             )
         raise ValueError(
             f"{self._describe(name)} has no mask: the collection 'masks' is missing or does not hold it; apply the "

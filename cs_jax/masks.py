@@ -172,7 +172,7 @@ def mask_penalty(masks: PyTree) -> jax.Array:
     def total(mask: Any) -> jax.Array:
         return jnp.sum(mask, dtype=jnp.promote_types(mask.dtype, jnp.float32))
 
-    return sum(jax.tree.leaves(_map(total, masks)), start=jnp.zeros(()))
+    return sum(jax.tree.leaves(_map(total, masks)), start=jnp.zeros((), jnp.float32))
 
 
 def density(masks: PyTree) -> Any:
@@ -223,25 +223,28 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
         Tree like `params` (structure, shapes, dtypes).
 
     Raises:
-        ValueError: a mask has no weight under its path, or another shape than its weight.
+        ValueError: a mask has no weight under its path, or another shape than its weight, or that is no float array.
 
     >>> params = {"dense": {"kernel": jnp.array([3.0, 4.0]), "bias": jnp.array([1.0])}}
     >>> apply_masks(params, {"dense": {"kernel": jnp.array([0.0, 1.0])}})
     {'dense': {'bias': Array([1.], dtype=float32), 'kernel': Array([0., 4.], dtype=float32)}}
     """
     _check_arrays(masks, "masks")
-    masks_by_path = {_path_name(path): mask for path, mask in jax.tree.leaves_with_path(masks)}
-    weights_by_path = {_path_name(path): weight for path, weight in jax.tree.leaves_with_path(params)}
-    for name, mask in masks_by_path.items():
-        if name not in weights_by_path:
-            raise ValueError(f"mask {name!r} has no weights: params hold {', '.join(weights_by_path) or 'nothing'}")
-        if mask.shape != weights_by_path[name].shape:
-            raise ValueError(
-                f"mask {name!r} has shape {mask.shape}, its weights {weights_by_path[name].shape}: wanted equal shapes"
-            )
+    masks_by_path = dict(jax.tree.leaves_with_path(masks))
+    weights_by_path = dict(jax.tree.leaves_with_path(params))
+    for path, mask in masks_by_path.items():
+        name = _path_name(path)
+        if path not in weights_by_path:
+            paths = ", ".join(map(_path_name, weights_by_path)) or "nothing"
+            raise ValueError(f"mask {name!r} has no weights: params hold {paths}")
+        weight = weights_by_path[path]
+        if mask.shape != weight.shape:
+            raise ValueError(f"mask {name!r} has shape {mask.shape}, its weights {weight.shape}: wanted equal shapes")
+        if not jnp.issubdtype(weight.dtype, jnp.inexact):
+            raise ValueError(f"weights {name!r}: got dtype {weight.dtype}, wanted a float dtype")
 
     def multiply(path: tuple, weight: Any) -> Any:
-        mask = masks_by_path.get(_path_name(path))
+        mask = masks_by_path.get(path)
         return weight if mask is None else _map(lambda array: array * mask.astype(array.dtype), weight)
 
     return jax.tree.map_with_path(multiply, params)

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from jax.core import Tracer
+
 
 def temperature(epoch: Any, num_epochs: int, final: float) -> Any:
     """Temperature of an epoch, `final ** (epoch / (num_epochs - 1))`: 1 in the first epoch, `final` in the last.
@@ -31,7 +33,7 @@ def temperature(epoch: Any, num_epochs: int, final: float) -> Any:
         raise ValueError(f"num_epochs: got {num_epochs}, wanted at least 1")
     if not (math.isfinite(final) and final > 0):
         raise ValueError(f"final: got {final:g}, wanted a finite number above 0")
-    if isinstance(epoch, int) and not 0 <= epoch < num_epochs:
+    if not isinstance(epoch, Tracer) and not 0 <= epoch < num_epochs:
         raise ValueError(f"epoch: got {epoch}, wanted 0 to {num_epochs - 1}")
     if num_epochs == 1:
         return final

@@ -179,6 +179,15 @@ def test_apply_masks_multiplies_matching_paths_and_leaves_the_rest() -> None:
     assert masked["a"]["bias"] is bias
 
 
+def test_paths_that_read_alike_are_told_apart() -> None:
+    masked = masks.apply_masks({"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}, {"a": {"b": jnp.zeros(1)}})
+    assert (float(masked["a/b"][0]), float(masked["a"]["b"][0])) == (1.0, 0.0)
+
+
+def test_penalty_of_float64_numpy_masks_needs_no_64_bit_mode() -> None:
+    assert float(masks.mask_penalty({"a": np.ones(3), "b": jnp.ones(2)})) == 5.0
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -205,6 +214,10 @@ def test_apply_masks_multiplies_matching_paths_and_leaves_the_rest() -> None:
         (lambda: masks.density({}), "without any entry"),
         (lambda: masks.density(jnp.ones((0, 3))), "without any entry"),
         (lambda: masks.apply_masks({"a": jnp.ones(2)}, {"b": jnp.ones(2)}), "mask 'b' has no weights: params hold a"),
+        (
+            lambda: masks.apply_masks({"a": jnp.arange(2)}, {"a": jnp.ones(2)}),
+            "weights 'a': got dtype int32, wanted a float dtype",
+        ),
         (
             lambda: masks.apply_masks({"a": {"k": jnp.ones((2, 3))}}, {"a": {"k": jnp.ones((3,))}}),
             r"mask 'a/k' has shape \(3,\), its weights \(2, 3\)",

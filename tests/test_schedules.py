@@ -30,6 +30,7 @@ def test_temperature_takes_an_array() -> None:
         ((0, 0, 200.0), "num_epochs: got 0, wanted at least 1"),
         ((3, 3, 200.0), "epoch: got 3, wanted 0 to 2"),
         ((-1, 3, 200.0), "epoch: got -1, wanted 0 to 2"),
+        ((-1.0, 3, 200.0), "epoch: got -1.0, wanted 0 to 2"),
         ((0, 3, 0.0), "final: got 0, wanted a finite number above 0"),
         ((0, 3, float("inf")), "final: got inf"),
     ],

@@ -45,7 +45,9 @@ def run(settings: config.Config, terminal: Console, watch: Interrupts) -> None:
         raise KeyboardInterrupt(hint) from None
     directory.write_summary(summary)
     console.print_result(terminal, summary)
-    terminal.print(f"{directory.path}: config.json, metrics.jsonl, summary.json; {time.perf_counter() - started:.0f} s")
+    seconds = time.perf_counter() - started
+    closing = f"{directory.path}: config.json, metrics.jsonl, summary.json; {seconds:.0f} s"
+    terminal.print(closing, markup=False, highlight=False, soft_wrap=True)
 
 
 def complain(message: str, code: int) -> int:

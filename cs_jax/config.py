@@ -31,8 +31,13 @@ def flag(name: str) -> str:
 
 def one_of(value: str, choices: Any) -> str:
     """ "one of a, b, c", with the closest match where there is one."""
+    return f"one of {', '.join(choices)}{closest(value, choices)}"
+
+
+def closest(value: str, choices: Any) -> str:
+    """ " (did you mean a?)", or nothing where no choice is alike."""
     close = difflib.get_close_matches(value, list(choices), n=1)
-    return f"one of {', '.join(choices)}" + (f" (did you mean {close[0]}?)" if close else "")
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _is_finite(value: float) -> bool:
@@ -212,6 +217,7 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         ConfigError: an unknown preset or flag, or a value that cannot be used.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = [_dashed(word) for word in arguments]
     preset = arguments.pop(0) if arguments and not arguments[0].startswith("-") else DEFAULT_PRESET
     if preset not in PRESETS:
         raise ConfigError(f"preset: got {preset!r}, wanted {one_of(preset, PRESETS)}")
@@ -229,6 +235,12 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
         if stop.code in (None, 0):
             raise
         raise ConfigError(_complaint(complaint.getvalue(), arguments)) from None
+
+
+def _dashed(word: str) -> str:
+    """`--batch-size` for `--batch_size`: tyro takes both."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
 def _description(preset: str) -> str:
@@ -250,6 +262,9 @@ def _complaint(panel: str, arguments: Sequence[str]) -> str:
         name = unparsed[1].replace("-", "_")
         kind = next(field.type for field in dataclasses.fields(Config) if field.name == name)
         return f"{flag(name)}: got {_given(flag(name), arguments)}, wanted {_KINDS.get(kind, kind)}"
+    lacking = re.search(r"(--[\w-]+)'?[^-]*Expected \d+ values?\.", words)
+    if words.startswith("Missing value") and lacking:
+        return f"{lacking[1]}: got nothing, wanted a value"
     if words.startswith("Unrecognized") and "Perhaps" not in words:
         words += f", wanted flags of --help; a preset ({', '.join(PRESETS)}) comes first"
     return words
@@ -268,7 +283,7 @@ _KINDS: dict[Any, str] = {
 def _given(name: str, arguments: Sequence[str]) -> str:
     """What the command line gave for a flag."""
     words = " ".join(arguments).replace(f"{name}=", f"{name} ").split()
-    values = words[words.index(name) + 1 :]
+    values = words[len(words) - words[::-1].index(name) :]  # the last is what counts
     return " ".join(itertools.takewhile(lambda word: not word.startswith("--"), values)) or "nothing"
 
 

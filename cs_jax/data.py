@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from cs_jax.config import Config, ConfigError, one_of
+from cs_jax.config import Config, ConfigError, closest
 from cs_jax.images import ImageSet
 
 CONNECT_SECONDS = 6
@@ -180,13 +181,12 @@ def _builder(config: Config) -> Any:
     directory = _data_dir(config)
     if directory.exists() and not (directory.is_dir() and os.access(directory, os.R_OK | os.X_OK)):
         raise ConfigError(f"--data-dir: got {directory}, wanted a folder that can be read")
-    if config.dataset not in (known := tfds.list_builders(with_community_datasets=False)):
-        if not (directory / config.dataset).is_dir():
-            close = one_of(config.dataset, known).rpartition(" (")[2].rstrip(")")
-            hint = f"; {close}" if close.startswith("did you mean") else ""
-            raise ConfigError(
-                f"--dataset: got {config.dataset!r}, wanted digits or a name in TensorFlow Datasets{hint}"
-            )
+    known = tfds.list_builders(with_community_datasets=False)
+    name = re.split("[/:]", config.dataset)[0]  # what follows is a variant or version
+    if name not in known and not (name and (directory / name).is_dir()):
+        raise ConfigError(
+            f"--dataset: got {config.dataset!r}, wanted digits or a name in TensorFlow Datasets{closest(name, known)}"
+        )
     return tfds.builder(config.dataset, data_dir=directory)
 
 

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from cs_jax import data as data_module
 from cs_jax import masks, search, training
@@ -28,14 +29,23 @@ def prepare(config: Config) -> tuple[Problem, Data]:
     )
     problem = Problem(recipe, data.train, data.validation, jax.random.key(config.seed))
     try:
-        jax.eval_shape(lambda: search.init_variables(problem))
+        jax.eval_shape(lambda: _smallest_step(config, problem))
     except (TypeError, ValueError, ZeroDivisionError) as error:
         shape = data.train.images.shape[1:]
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"--model: got {config.model}, which cannot take images of shape {shape}: {reason}"
+            f"--model: got {config.model}, which cannot be trained on images of shape {shape}, "
+            f"{config.batch_size} at a time: {reason}"
         ) from error
     return problem, data
+
+
+def _smallest_step(config: Config, problem: Problem) -> Any:
+    """A step on as few examples as the last batch of an epoch has."""
+    state = search.init_state(config, problem)
+    hyper = search.hyperparams(config, search.SEARCH, 0)
+    indices = jnp.arange(len(problem.train) % config.batch_size or config.batch_size)
+    return training.step(problem.recipe, state, problem.train, indices, problem.key, hyper)
 
 
 def run(config: Config, problem: Problem, data: Data, observer: Observer) -> dict[str, Any]:

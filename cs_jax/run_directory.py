@@ -27,16 +27,16 @@ def check_free(config: Config) -> None:
     """
     path = config.run_directory
     try:
-        path.exists()
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"--out: got {path}, which is a file, wanted a folder")
+        if path.is_dir() and any(path.iterdir()):
+            raise ConfigError(
+                f"--out: got {path}, which is not empty, wanted an empty or new folder: "
+                "give another --out, or remove it"
+            )
+        nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     except OSError as error:
-        raise ConfigError(f"--out: got {path}, which is no usable path: {error.strerror}") from error
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"--out: got {path}, which is a file, wanted a folder")
-    if path.is_dir() and any(path.iterdir()):
-        raise ConfigError(
-            f"--out: got {path}, which is not empty, wanted an empty or new folder: give another --out, or remove it"
-        )
-    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        raise ConfigError(f"--out: got {path}, which cannot be used: {error.strerror}") from error
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
         raise ConfigError(f"--out: got {path}, which cannot be made: {nearest} is no folder that can be written")
 

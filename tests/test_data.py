@@ -147,6 +147,14 @@ def test_a_prepared_set_is_read_without_tensorflow(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded.test.labels, pixels[:, 0, 0, 0] // 2 % 3)
 
 
+def test_cifar10_is_normalised_by_the_authors_constants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = prepare(tmp_path)
+    monkeypatch.setitem(data.AUTHORS_STATISTICS, "toy_images", data.AUTHORS_STATISTICS["cifar10"])
+    loaded = data.load(settings)
+    np.testing.assert_allclose(loaded.train.mean, [125.3, 123.0, 113.9], rtol=1e-6)
+    np.testing.assert_allclose(loaded.test.std, [63.0, 62.1, 66.7], rtol=1e-6)
+
+
 def test_data_dir_is_taken_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = dataclasses.replace(prepare(tmp_path), data_dir=None)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
@@ -205,7 +213,7 @@ def spoil_features(folder: Path) -> None:
     (folder / "toy_images" / "1.0.0" / "features.json").write_text("[]")
 
 
-@pytest.mark.parametrize("damage", [truncate, empty, scramble, remove, spoil_info])
+@pytest.mark.parametrize("damage", [truncate, empty, scramble, remove, spoil_info, spoil_features])
 @pytest.mark.usefixtures("absl_unchanged")
 def test_a_damaged_set_is_told_in_one_line(tmp_path: Path, damage: Any) -> None:
     settings = prepare(tmp_path)
@@ -223,7 +231,7 @@ def test_a_data_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_set_is_refused_with_the_closest_name(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--dataset: got 'cifar11', wanted digits or .*; did you mean cifar10"):
+    with pytest.raises(ConfigError, match="--dataset: got 'cifar11', wanted digits or .* .did you mean cifar10"):
         data.load(Config(dataset="cifar11", data_dir=tmp_path))
 
 

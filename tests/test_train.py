@@ -1,16 +1,24 @@
 """`train.py` as its users meet it: results, files, plain output, and what happens when something is wrong."""
 
+import contextlib
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from rich.console import Console
 
 import train
+from cs_jax import apply_masks, config, console, experiment, search
+from cs_jax.interrupts import Interrupts
 
 ROOT = Path(train.__file__).parent
 QUICK = "--model lenet300100 --epochs 2 --rounds 2 --rewind-epoch 1 --lr 0.01".split()
@@ -65,6 +73,53 @@ def test_the_summary_agrees_with_the_metrics(quick_run: Path) -> None:
     assert (dense["num_weights"], ticket["num_all_weights"]) == (everything, everything)
     assert ticket["num_weights"] == round(ticket["density"] * masked) + everything - masked
     assert ticket["density_all_weights"] == ticket["num_weights"] / everything
+
+
+def test_test_accuracy_is_that_of_the_retrained_ticket_on_the_test_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config.parse([*QUICK, "--no-dense", "--seed", "4"])
+    problem, data = experiment.prepare(settings)
+    states = []
+    retrain = search.retrain
+    monkeypatch.setattr(search, "retrain", lambda *args, **kwargs: states.append(retrain(*args, **kwargs)) or states[0])
+    summary = experiment.run(settings, problem, data, search.Observer())
+    weights = apply_masks(states[0].params, states[0].masks)
+    x = (np.asarray(data.test.images, np.float32) - data.test.mean) / data.test.std
+    x = x.reshape(360, -1)
+    for layer in ("hidden0", "hidden1"):
+        x = np.maximum(x @ weights[layer]["kernel"] + weights[layer]["bias"][None], 0)
+    logits = x @ weights["classifier"]["kernel"] + weights["classifier"]["bias"][None]
+    right = int((np.argmax(logits, axis=1) == data.test.labels).sum())
+    assert summary["ticket"]["test_accuracy"] == right / 360
+
+
+def test_a_terminal_shows_the_bar_with_step_and_loss(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=100)
+    settings = config.parse([*QUICK, "--no-dense"])
+    problem, data = experiment.prepare(settings)
+    with console.ProgressDisplay(settings, terminal) as display:
+        experiment.run(settings, problem, data, display)
+    text = shown.getvalue()
+    assert re.search(r"search 0 epoch 0 step \d+/20 loss \d\.\d{4}", text)
+    assert re.search(r"ticket +1 +\d\.\d{4}", text)
+
+
+def test_an_interrupt_that_was_swallowed_comes_again_at_the_next_step() -> None:
+    with Interrupts() as watch:
+        with contextlib.suppress(KeyboardInterrupt):  # as a library's callback does
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        with pytest.raises(KeyboardInterrupt):
+            watch.on_steps(1, 2, None, None)  # pyright: ignore[reportArgumentType]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_empty_ticket_is_said_to_be_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*QUICK, "--mask-initial-value", "-5", "--score-lr", "1e-9", "--no-dense", "--out", str(tmp_path / "run")]
+    assert train.main(words) == 0
+    assert "The ticket is empty" in capsys.readouterr().out
 
 
 def test_the_config_file_says_what_was_asked_and_with_what(quick_run: Path) -> None:
@@ -152,7 +207,10 @@ def test_a_run_directory_in_use_is_refused_and_untouched(quick_run: Path, capsys
     assert {path.name: path.read_bytes() for path in quick_run.iterdir()} == before
 
 
-@pytest.mark.parametrize("out, message", [("file", "which is a file, wanted a folder"), ("file/run", "cannot be made")])
+@pytest.mark.parametrize(
+    "out, message",
+    [("x" * 300, "cannot be used"), ("file", "which is a file, wanted a folder"), ("file/run", "cannot be made")],
+)
 def test_a_run_directory_that_cannot_be_made_is_refused(
     out: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

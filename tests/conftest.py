@@ -12,6 +12,7 @@ from cs_jax.models import LeNet300100
 from cs_jax.training import Recipe
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_platforms", "cpu")  # the tests count one call a step, and float64 parity
 
 
 @pytest.fixture

@@ -27,9 +27,16 @@ MULTIPLE_OF_SENSITIVITY = 100.0
 
 
 def files(pattern: str) -> list[Path]:
-    found = sorted(FOLDER.glob(pattern))
-    assert found, f"no {pattern} in {FOLDER}"
-    return found
+    """Reference files of one kind; a folder may hold some kinds only, but not none."""
+    assert list(FOLDER.glob("*.npz")), f"no reference files in {FOLDER}"
+    return sorted(FOLDER.glob(pattern))
+
+
+def searches() -> tuple[list[Path], list[Path]]:
+    """Searches in float64, and in float32."""
+    found = files("search_*.npz")
+    single = [path for path in found if load(path)["after_step1/values"].dtype == np.float32]
+    return [path for path in found if path not in single], single
 
 
 def load(name: str | Path) -> dict[str, np.ndarray]:

@@ -20,8 +20,7 @@ from cs_jax.training import Hyperparams, TrainState
 
 LAYER_FILES = reference.files("layer_*.npz")
 STEP_FILES = reference.files("resnet_step_*.npz")
-SEARCH_FILES = [path for path in reference.files("search_*.npz") if "float32" not in path.name]
-FLOAT32_SEARCH_FILES = [path for path in reference.files("search_*.npz") if "float32" in path.name]
+SEARCH_FILES, FLOAT32_SEARCH_FILES = reference.searches()
 
 
 def by_name(paths: list[Path]) -> Any:
@@ -124,6 +123,9 @@ def _fill(recipe: training.Recipe, s0: float, dtype: Any) -> Any:
     return masks.init_scores(shapes["masks"], s0, dtype=dtype)
 
 
+METRICS = ("cross_entropy", "penalty")
+
+
 class Recorder(Observer):
     """Keeps what a search shows of itself, under the names of the reference."""
 
@@ -132,6 +134,7 @@ class Recorder(Observer):
         self._phase = -1
         self.states: dict[str, dict[str, np.ndarray]] = {}
         self.momenta: dict[str, dict[str, np.ndarray]] = {}
+        self.steps: list[training.StepMetrics] = []
         self.logits: list[np.ndarray] = []
         self.densities: list[float] = []
         self.temperatures: list[float | None] = []
@@ -152,6 +155,7 @@ class Recorder(Observer):
 
     def on_steps(self, done: int, total: int, state: TrainState, metrics: training.StepMetrics) -> None:
         self._steps += 1
+        self.steps.append(jax.device_get(metrics))
         if self._phase == 0 and self._steps in (1, 2):
             self.keep(f"after_step{self._steps}", state)
 
@@ -210,11 +214,10 @@ def prepare(arrays: dict[str, np.ndarray], dtype: Any) -> tuple[Config, Problem,
 @by_name(SEARCH_FILES)
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-def test_golden_search(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_golden_search(path: Path) -> None:
     """A miniature search, step by step, from initial weights over the rounds to the retrained ticket."""
     arrays = reference.load(path)
     config, problem, state = prepare(arrays, np.float64)
-    steps = _record_steps(monkeypatch)
     evaluation = reference.images(reference.load("data.npz"), np.float64, prefix="eval_")
 
     def predict(record: search.EpochRecord, state: TrainState) -> np.ndarray:
@@ -232,23 +235,9 @@ def test_golden_search(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
     _check_schedules(arrays, recorder, config)
-    _check_steps(arrays, steps, recorder, config)
+    _check_steps(arrays, recorder, config)
     _check_states(arrays, recorder)
     _check_ticket(arrays, ticket, recorder)
-
-
-def _record_steps(monkeypatch: pytest.MonkeyPatch) -> list[training.StepMetrics]:
-    """Figures of every epoch's steps, caught where the search takes them from training."""
-    kept = []
-    train_epoch = training.train_epoch
-
-    def recording(*args: Any, **kwargs: Any) -> Any:
-        state, metrics = train_epoch(*args, **kwargs)
-        kept.append(metrics)
-        return state, metrics
-
-    monkeypatch.setattr(training, "train_epoch", recording)
-    return kept
 
 
 def _check_schedules(arrays: dict[str, np.ndarray], recorder: Recorder, config: Config) -> None:
@@ -263,10 +252,8 @@ def _check_schedules(arrays: dict[str, np.ndarray], recorder: Recorder, config: 
     np.testing.assert_allclose(recorder.densities, positive, rtol=0, atol=5e-6)
 
 
-def _check_steps(
-    arrays: dict[str, np.ndarray], steps: list[training.StepMetrics], recorder: Recorder, config: Config
-) -> None:
-    """Losses of every step and logits after every epoch, phase by phase."""
+def _check_steps(arrays: dict[str, np.ndarray], recorder: Recorder, config: Config) -> None:
+    """Losses of every step, their means over an epoch's examples, and logits after every epoch, phase by phase."""
     source = {name: arrays[f"step/{name}"].copy() for name in ("loss", "cross_entropy", "mask_sum")}
     logits = arrays["epoch/eval_logits"].copy()
     if "double_ticket/step/loss" in arrays:  # the ticket with masks that were not rounded to float32, as ours
@@ -274,10 +261,11 @@ def _check_steps(
             source[name][-1] = arrays[f"double_ticket/step/{name}"]
         logits[-1] = arrays["double_ticket/epoch/eval_logits"]
     phases, epochs, num_steps = source["loss"].shape
-    ours = {
-        "loss": np.reshape([metrics.loss for metrics in steps], (phases, epochs, num_steps)),
-        "cross_entropy": np.reshape([metrics.cross_entropy for metrics in steps], (phases, epochs, num_steps)),
-    }
+    ours = {name: np.reshape([getattr(m, name) for m in recorder.steps], source["loss"].shape) for name in METRICS}
+    ours["mask_sum"] = ours.pop("penalty") / config.lmbda if config.lmbda else source["mask_sum"]
+    ours["loss"] = ours["cross_entropy"] + config.lmbda * ours["mask_sum"]
+    means = np.average(ours["loss"], axis=-1, weights=arrays["step/batch_size"][0, 0])
+    np.testing.assert_allclose(recorder.losses, means.ravel(), rtol=1e-12)
     for phase in range(phases):
         for epoch in range(epochs):
             least = _least(phase, epoch, config)
@@ -332,6 +320,9 @@ def _check_ticket(arrays: dict[str, np.ndarray], ticket: search.Ticket, recorder
         if name.startswith("ticket_hard_mask/")
     }
     assert kept.keys() == expected.keys()
+    final = "double_ticket/final_logits" if "double_ticket/final_logits" in arrays else "final_logits"
+    allowed = np.ravel(reference.tolerance(arrays, "eval_logits", reference.TOLERANCES["later"]))[-1]
+    assert reference.distance(recorder.logits[-1], arrays[final]) <= allowed
     flips = sum(int(np.sum(kept[name] != expected[name])) for name in expected)
     assert flips <= 10 * int(np.max(arrays.get("sens_perturb1e-14/hard_mask_flips", 0)))
     for name, array in recorder.states["checkpoint"].items():

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -84,12 +85,12 @@ def test_test_accuracy_is_that_of_the_retrained_ticket_on_the_test_set(
     retrain = search.retrain
     monkeypatch.setattr(search, "retrain", lambda *args, **kwargs: states.append(retrain(*args, **kwargs)) or states[0])
     summary = experiment.run(settings, problem, data, search.Observer())
-    weights = apply_masks(states[0].params, states[0].masks)
-    x = (np.asarray(data.test.images, np.float32) - data.test.mean) / data.test.std
+    weights = jax.tree.map(np.asarray, apply_masks(states[0].params, states[0].masks))
+    x = (np.asarray(data.test.images, np.float32) - np.asarray(data.test.mean)) / np.asarray(data.test.std)
     x = x.reshape(360, -1)
     for layer in ("hidden0", "hidden1"):
-        x = np.maximum(x @ weights[layer]["kernel"] + weights[layer]["bias"][None], 0)
-    logits = x @ weights["classifier"]["kernel"] + weights["classifier"]["bias"][None]
+        x = np.maximum(x @ weights[layer]["kernel"] + weights[layer]["bias"], 0)
+    logits = x @ weights["classifier"]["kernel"] + weights["classifier"]["bias"]
     right = int((np.argmax(logits, axis=1) == data.test.labels).sum())
     assert summary["ticket"]["test_accuracy"] == right / 360
 
@@ -143,7 +144,7 @@ def test_plain_lines_and_the_table_without_a_terminal(tmp_path: Path, capsys: py
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split("  ")[0] == "phase"
     assert [line[:8].strip() for line in lines[1:7]] == ["search 0"] * 2 + ["search 1"] * 2 + ["ticket"] * 2
-    assert max(map(len, lines)) <= 80
+    assert max(map(len, lines[:-1])) <= 80  # the last line holds a path
     assert not any("\x1b" in line or "\r" in line for line in lines)
     assert "dense" not in "".join(lines)
     assert any(line.split()[:1] == ["ticket"] and "%" in line for line in lines[7:])

@@ -10,6 +10,7 @@ from cs_jax import data as data_module
 from cs_jax import masks, search, training
 from cs_jax.config import Config, ConfigError
 from cs_jax.data import Data
+from cs_jax.images import ImageSet
 from cs_jax.models import MODELS
 from cs_jax.search import EpochRecord, Observer, Problem, Ticket
 from cs_jax.training import Recipe, TrainState
@@ -106,10 +107,8 @@ def _summarize_round(record: EpochRecord) -> dict[str, Any]:
 
 
 def _accuracies(config: Config, problem: Problem, data: Data, state: TrainState) -> dict[str, float | None]:
-    variables = {"params": state.params, "batch_stats": state.batch_stats, "masks": state.masks}
-
-    def accuracy(images: Any) -> float:
-        return training.accuracy(problem.recipe.model, variables, images, batch_size=config.batch_size)
+    def accuracy(images: ImageSet) -> float:
+        return search.accuracy(config, problem, state, state.masks, images)
 
     return {
         "val_accuracy": None if data.validation is None else accuracy(data.validation),

@@ -82,7 +82,7 @@ def soft_mask(scores: PyTree, temperature: ArrayLike, *, init_value: ArrayLike) 
     _check_floats(scores, "scores")
 
     def soften(score: jax.Array) -> jax.Array:
-        wide = _widened(score)
+        wide = at_least_float32(score)
         return (jax.nn.sigmoid(temperature * wide) * _scale(init_value, wide.dtype)).astype(score.dtype)
 
     return _map(soften, scores)
@@ -111,7 +111,7 @@ def hard_mask(scores: PyTree, *, init_value: ArrayLike) -> PyTree:
     _check_floats(scores, "scores")
 
     def harden(score: jax.Array) -> jax.Array:
-        wide = _widened(score)
+        wide = at_least_float32(score)
         return jnp.where(wide > 0, _scale(init_value, wide.dtype), 0).astype(score.dtype)
 
     return _map(harden, scores)
@@ -147,7 +147,7 @@ def prune_scores(scores: PyTree, temperature: ArrayLike, *, init_value: ArrayLik
     _check_floats(scores, "scores")
 
     def reset(score: jax.Array) -> jax.Array:
-        evidence = jnp.minimum(temperature * _widened(score), init_value)
+        evidence = jnp.minimum(temperature * at_least_float32(score), init_value)
         return jnp.maximum(evidence, float(jnp.finfo(score.dtype).min)).astype(score.dtype)
 
     return _map(reset, scores)
@@ -261,8 +261,9 @@ def _scale(init_value: ArrayLike, dtype: DTypeLike) -> ArrayLike:
     return 1 + math.exp(-float(np.asarray(init_value)))
 
 
-def _widened(score: jax.Array) -> jax.Array:
-    return score.astype(jnp.promote_types(score.dtype, jnp.float32))
+def at_least_float32(array: jax.Array) -> jax.Array:
+    """The array in float32 where its dtype is narrower, else as it is: a bfloat16 has three digits."""
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def _map(function: Callable[[Any], Any], tree: PyTree) -> PyTree:

@@ -269,18 +269,20 @@ def _evaluate(
     """Validation accuracy with soft masks and with hard ones (None without meaning), and density."""
     hard_masks = masks.hard_mask(state.scores, init_value=hyper.init_value) if state.scores else state.masks
     density = masks.density(hard_masks)
-    validation = problem.validation
-    if validation is None:
+    images = problem.validation
+    if images is None:
         return None, None, density
-
-    def accuracy(some_masks: PyTree) -> float:
-        variables = {"params": state.params, "batch_stats": state.batch_stats, "masks": some_masks}
-        return training.accuracy(problem.recipe.model, variables, validation, batch_size=config.batch_size)
-
     if not state.scores:
-        return None, accuracy(hard_masks), density
+        return None, accuracy(config, problem, state, hard_masks, images), density
     soft_masks = masks.soft_mask(state.scores, hyper.temperature, init_value=hyper.init_value)
-    return accuracy(soft_masks), accuracy(hard_masks) if density > 0 else None, density
+    soft = accuracy(config, problem, state, soft_masks, images)
+    return soft, accuracy(config, problem, state, hard_masks, images) if density > 0 else None, density
+
+
+def accuracy(config: Config, problem: Problem, state: TrainState, some_masks: PyTree, images: ImageSet) -> float:
+    """Share of `images` that the state's weights classify right under `some_masks`, in [0, 1]."""
+    variables = {"params": state.params, "batch_stats": state.batch_stats, "masks": some_masks}
+    return training.accuracy(problem.recipe.model, variables, images, batch_size=config.batch_size)
 
 
 def _check_finite(state: TrainState, metrics: StepMetrics, phase: str, round: int | None, epoch: int) -> None:

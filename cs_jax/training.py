@@ -131,17 +131,12 @@ def loss_fn(
     step_masks = masks.soft_mask(scores, hyper.temperature, init_value=hyper.init_value) if scores else state.masks
     variables = {"params": params, "batch_stats": state.batch_stats, "masks": step_masks}
     logits, updates = recipe.model.apply(variables, inputs, train=True, mutable=["batch_stats"])
-    logits = _widened(logits)
+    logits = masks.at_least_float32(logits)
     metrics = StepMetrics(
         cross_entropy=optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(),
         penalty=hyper.penalty_weight * masks.mask_penalty(step_masks),
     )
     return metrics.loss, (metrics, updates.get("batch_stats", {}))
-
-
-def _widened(logits: Array) -> Array:
-    """Logits in at least float32, whatever the network computes in: a bfloat16 has three digits."""
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
 def step(
@@ -255,7 +250,7 @@ def train_epoch(
 def _forward(model: nn.Module, variables: PyTree, images: UInt8[Array, "..."], mean: Array, std: Array) -> Array:
     logits = model.apply(variables, normalize(images, mean, std), train=False)
     assert isinstance(logits, Array)
-    return _widened(logits)
+    return masks.at_least_float32(logits)
 
 
 @functools.partial(jax.jit, static_argnames="model")

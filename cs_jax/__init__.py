@@ -18,7 +18,6 @@ from cs_jax.layers import (
     WeightNorm,
 )
 from cs_jax.masks import (
-    apply_masks,
     density,
     hard_mask,
     init_scores,
@@ -27,6 +26,7 @@ from cs_jax.masks import (
     soft_mask,
 )
 from cs_jax.schedules import temperature
+from cs_jax.trees import apply_masks
 
 __version__ = "0.1.0"
 

@@ -50,7 +50,7 @@ def init_scores(masks: PyTree, value: float, *, dtype: DTypeLike | None = None) 
     def fill(mask: Any) -> jax.Array:
         return jnp.full(mask.shape, value, jnp.promote_types(mask.dtype, jnp.float32) if dtype is None else dtype)
 
-    return _map(fill, masks)
+    return map_leaves(fill, masks)
 
 
 def soft_mask(scores: PyTree, temperature: ArrayLike, *, init_value: ArrayLike) -> PyTree:
@@ -85,7 +85,7 @@ def soft_mask(scores: PyTree, temperature: ArrayLike, *, init_value: ArrayLike) 
         wide = at_least_float32(score)
         return (jax.nn.sigmoid(temperature * wide) * _scale(init_value, wide.dtype)).astype(score.dtype)
 
-    return _map(soften, scores)
+    return map_leaves(soften, scores)
 
 
 def hard_mask(scores: PyTree, *, init_value: ArrayLike) -> PyTree:
@@ -114,7 +114,7 @@ def hard_mask(scores: PyTree, *, init_value: ArrayLike) -> PyTree:
         wide = at_least_float32(score)
         return jnp.where(wide > 0, _scale(init_value, wide.dtype), 0).astype(score.dtype)
 
-    return _map(harden, scores)
+    return map_leaves(harden, scores)
 
 
 def prune_scores(scores: PyTree, temperature: ArrayLike, *, init_value: ArrayLike) -> PyTree:
@@ -150,7 +150,7 @@ def prune_scores(scores: PyTree, temperature: ArrayLike, *, init_value: ArrayLik
         evidence = jnp.minimum(temperature * at_least_float32(score), init_value)
         return jnp.maximum(evidence, float(jnp.finfo(score.dtype).min)).astype(score.dtype)
 
-    return _map(reset, scores)
+    return map_leaves(reset, scores)
 
 
 def mask_penalty(masks: PyTree) -> jax.Array:
@@ -172,7 +172,7 @@ def mask_penalty(masks: PyTree) -> jax.Array:
     def total(mask: Any) -> jax.Array:
         return jnp.sum(mask, dtype=jnp.promote_types(mask.dtype, jnp.float32))
 
-    return sum(jax.tree.leaves(_map(total, masks)), start=jnp.zeros((), jnp.float32))
+    return sum(jax.tree.leaves(map_leaves(total, masks)), start=jnp.zeros((), jnp.float32))
 
 
 def density(masks: PyTree) -> Any:
@@ -211,45 +211,6 @@ def _count_rows(mask: Any) -> Any:
     return jnp.count_nonzero(mask, axis=-1 if mask.ndim else None)
 
 
-def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
-    """Weights multiplied by the masks found under the same path; the others are returned as they are.
-
-    Args:
-        params: weights, any nested tree.
-        masks: masks under the paths of the weights that they multiply, each of its weight's shape; a weight without
-            a mask is absent from this tree.
-
-    Returns:
-        Tree like `params` (structure, shapes, dtypes).
-
-    Raises:
-        ValueError: a mask has no weight under its path, or another shape than its weight, or that is no float array.
-
-    >>> params = {"dense": {"kernel": jnp.array([3.0, 4.0]), "bias": jnp.array([1.0])}}
-    >>> apply_masks(params, {"dense": {"kernel": jnp.array([0.0, 1.0])}})
-    {'dense': {'bias': Array([1.], dtype=float32), 'kernel': Array([0., 4.], dtype=float32)}}
-    """
-    _check_arrays(masks, "masks")
-    masks_by_path = dict(jax.tree.leaves_with_path(masks))
-    weights_by_path = dict(jax.tree.leaves_with_path(params))
-    for path, mask in masks_by_path.items():
-        name = _path_name(path)
-        if path not in weights_by_path:
-            paths = ", ".join(map(_path_name, weights_by_path)) or "nothing"
-            raise ValueError(f"mask {name!r} has no weights: params hold {paths}")
-        weight = weights_by_path[path]
-        if mask.shape != weight.shape:
-            raise ValueError(f"mask {name!r} has shape {mask.shape}, its weights {weight.shape}: wanted equal shapes")
-        if not jnp.issubdtype(weight.dtype, jnp.inexact):
-            raise ValueError(f"weights {name!r}: got dtype {weight.dtype}, wanted a float dtype")
-
-    def multiply(path: tuple, weight: Any) -> Any:
-        mask = masks_by_path.get(path)
-        return weight if mask is None else _map(lambda array: array * mask.astype(array.dtype), weight)
-
-    return jax.tree.map_with_path(multiply, params)
-
-
 def _path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
@@ -266,7 +227,7 @@ def at_least_float32(array: jax.Array) -> jax.Array:
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
-def _map(function: Callable[[Any], Any], tree: PyTree) -> PyTree:
+def map_leaves(function: Callable[[Any], Any], tree: PyTree) -> PyTree:
     """`jax.tree.map` that does not narrow NumPy's 64-bit leaves where JAX's 64-bit mode is off."""
 
     def apply(leaf: Any) -> Any:

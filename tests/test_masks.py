@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis.extra import numpy as hnp
 
-from cs_jax import masks
+from cs_jax import masks, trees
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float64)
 
@@ -119,7 +119,7 @@ def test_structure_shapes_and_dtypes_of_numpy_trees_are_kept(tree: dict[str, np.
         masks.soft_mask(scores, 2.0, init_value=0.0),
         masks.hard_mask(scores, init_value=0.0),
         masks.prune_scores(scores, 2.0, init_value=0.0),
-        masks.apply_masks(scores, {}),
+        trees.apply_masks(scores, {}),
         masks.init_scores(scores, 0.0),
     ):
         assert {name: (leaf.shape, leaf.dtype) for name, leaf in result.items()} == {
@@ -135,7 +135,7 @@ def test_dtype_is_kept(dtype: jnp.dtype) -> None:
         masks.soft_mask(scores, jnp.float32(2.0), init_value=0.0),
         masks.hard_mask(scores, init_value=0.0),
         masks.prune_scores(scores, 2.0, init_value=0.0),
-        masks.apply_masks(scores, jnp.ones(2)),
+        trees.apply_masks(scores, jnp.ones(2)),
     ]
     assert [result.dtype for result in results] == [dtype] * 4
 
@@ -173,14 +173,14 @@ def test_penalty_of_an_empty_tree_is_zero() -> None:
 def test_apply_masks_multiplies_matching_paths_and_leaves_the_rest() -> None:
     bias = jnp.array([5.0])
     params = {"a": {"kernel": jnp.array([[1.0, 2.0]]), "bias": bias}, "b": [np.array([3.0, 4.0])]}
-    masked = masks.apply_masks(params, {"a": {"kernel": jnp.array([[0.0, 2.0]])}, "b": [np.array([1.0, 0.0])]})
+    masked = trees.apply_masks(params, {"a": {"kernel": jnp.array([[0.0, 2.0]])}, "b": [np.array([1.0, 0.0])]})
     np.testing.assert_array_equal(masked["a"]["kernel"], [[0.0, 4.0]])
     np.testing.assert_array_equal(masked["b"][0], [3.0, 0.0])
     assert masked["a"]["bias"] is bias
 
 
 def test_paths_that_read_alike_are_told_apart() -> None:
-    masked = masks.apply_masks({"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}, {"a": {"b": jnp.zeros(1)}})
+    masked = trees.apply_masks({"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}, {"a": {"b": jnp.zeros(1)}})
     assert (float(masked["a/b"][0]), float(masked["a"]["b"][0])) == (1.0, 0.0)
 
 
@@ -213,13 +213,13 @@ def test_penalty_of_float64_numpy_masks_needs_no_64_bit_mode() -> None:
         (lambda: masks.density(1.0), "masks: got 1.0, wanted an array"),
         (lambda: masks.density({}), "without any entry"),
         (lambda: masks.density(jnp.ones((0, 3))), "without any entry"),
-        (lambda: masks.apply_masks({"a": jnp.ones(2)}, {"b": jnp.ones(2)}), "mask 'b' has no weights: params hold a"),
+        (lambda: trees.apply_masks({"a": jnp.ones(2)}, {"b": jnp.ones(2)}), "mask 'b' has no weights: params hold a"),
         (
-            lambda: masks.apply_masks({"a": jnp.arange(2)}, {"a": jnp.ones(2)}),
+            lambda: trees.apply_masks({"a": jnp.arange(2)}, {"a": jnp.ones(2)}),
             "weights 'a': got dtype int32, wanted a float dtype",
         ),
         (
-            lambda: masks.apply_masks({"a": {"k": jnp.ones((2, 3))}}, {"a": {"k": jnp.ones((3,))}}),
+            lambda: trees.apply_masks({"a": {"k": jnp.ones((2, 3))}}, {"a": {"k": jnp.ones((3,))}}),
             r"mask 'a/k' has shape \(3,\), its weights \(2, 3\)",
         ),
     ],

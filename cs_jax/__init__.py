@@ -5,6 +5,7 @@ temperature into masks; `search` runs the rounds.
 """
 
 from cs_jax import models
+from cs_jax.groups import NM, Axes, Block, Head
 from cs_jax.layers import (
     Masked,
     MaskedConv,
@@ -25,12 +26,17 @@ from cs_jax.masks import (
     prune_scores,
     soft_mask,
 )
+from cs_jax.rules import Rule, describe, select
 from cs_jax.schedules import temperature
+from cs_jax.selection import Selection
 from cs_jax.trees import apply_masks
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Axes",
+    "Block",
+    "Head",
     "Masked",
     "MaskedConv",
     "MaskedConvLocal",
@@ -39,15 +45,20 @@ __all__ = [
     "MaskedDenseGeneral",
     "MaskedEinsum",
     "MaskedEmbed",
+    "NM",
+    "Rule",
+    "Selection",
     "SpectralNorm",
     "WeightNorm",
     "apply_masks",
     "density",
+    "describe",
     "hard_mask",
     "init_scores",
     "mask_penalty",
     "models",
     "prune_scores",
+    "select",
     "soft_mask",
     "temperature",
 ]

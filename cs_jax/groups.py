@@ -1,0 +1,259 @@
+"""What one score stands for: an entry, a channel, a block, an attention head, or an entry of an N:M pattern.
+
+Every kind but N:M is a block: the weight array is cut into equal boxes, one score each, so a score array has the
+number of axes of its weights and divides their shape, and is repeated along each axis to make a mask.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from cs_jax import trees
+from cs_jax.trees import Path
+
+Layout = Literal["auto", "in_out", "out_in"]
+LAYOUTS = ("auto", "in_out", "out_in")
+
+
+@dataclass(frozen=True)
+class Axes:
+    """A score for every index along these axes; entries that differ only along the others share it.
+
+    Attributes:
+        axes: axes of the weight array, negative ones counted from the last.
+    """
+
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A score for every box of entries.
+
+    Attributes:
+        shape: size along every axis of the weight array, dividing it; or two sizes, (input, output), for an array of
+            more axes, whose others are then cut into single entries.
+    """
+
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A score for every attention head of a query, key, value or output projection.
+
+    Attributes:
+        num_heads: heads; None where the weights have an axis for them, as Flax's attention has.
+    """
+
+    num_heads: int | None = None
+
+
+@dataclass(frozen=True)
+class NM:
+    """A score for every entry, of which exactly `n` of every `m` neighbours along the input axis are kept.
+
+    Attributes:
+        n: entries kept, from 1 to `m`.
+        m: entries in a group; divides the input axis.
+    """
+
+    n: int
+    m: int
+
+
+Group = Literal["entry", "output_channel", "input_channel"] | Axes | Block | Head | NM
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """How one weight array is scored.
+
+    Attributes:
+        path: of the weights, and of their scores and mask.
+        shape: of the weights.
+        block: size of a group along each axis; divides `shape`.
+        pattern: which entries an N:M pattern keeps, and along which axis; None without one.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    block: tuple[int, ...]
+    pattern: NM | None = None
+    pattern_axis: int = 0
+
+    @property
+    def name(self) -> str:
+        return trees.name(self.path)
+
+    @property
+    def score_shape(self) -> tuple[int, ...]:
+        return tuple(size // step for size, step in zip(self.shape, self.block, strict=True))
+
+    @property
+    def size(self) -> int:
+        """Weights in the array."""
+        return math.prod(self.shape)
+
+    @property
+    def group_size(self) -> int:
+        """Weights that share a score."""
+        return math.prod(self.block)
+
+
+def grouping(path: Path, shape: tuple[int, ...], group: Group, layout: Layout) -> Grouping:
+    """How the weights under `path` are scored by `group`.
+
+    Args:
+        path: of the weights; its names tell the layout and the role in an attention layer.
+        shape: of the weights.
+        group: what one score stands for.
+        layout: where input and output axes lie. "in_out" is (..., input, output), as in Flax and Haiku; "out_in" is
+            (output, input, ...), as in Equinox and PyTorch; "auto" goes by the library's names: `kernel` and `w` are
+            the first, `weight` the second, and Flax's attention has (input, heads, size) and (heads, size, output).
+
+    Raises:
+        ValueError: the group does not fit the shape, or the axes that it needs cannot be told; names the weights.
+    """
+    if group == "entry":
+        return Grouping(path, shape, (1,) * len(shape))
+    if isinstance(group, Axes):
+        return Grouping(path, shape, _blocks_along(path, shape, group.axes))
+    if isinstance(group, Block) and len(group.shape) == len(shape):
+        return Grouping(path, shape, _checked_block(path, shape, group, group.shape))
+    inputs, outputs, stacked = _layout_axes(path, shape, layout)
+    if isinstance(group, NM):
+        axis = inputs[-1]
+        _check_pattern(path, shape, group, axis)
+        return Grouping(path, shape, (1,) * len(shape), group, axis)
+    if isinstance(group, Block):
+        return Grouping(path, shape, _block_in_layout(path, shape, group, inputs, outputs))
+    if isinstance(group, Head):
+        return Grouping(path, shape, _head_block(path, shape, group, inputs, outputs, stacked))
+    channels = {"output_channel": outputs, "input_channel": inputs}[group]
+    return Grouping(path, shape, _blocks_along(path, shape, stacked + channels))
+
+
+def check_group(group: Group) -> None:
+    """Raises a TypeError or ValueError for what is no group."""
+    if isinstance(group, NM):
+        if not 1 <= group.n <= group.m:
+            raise ValueError(f"NM: got n={group.n} of m={group.m}, wanted 1 <= n <= m")
+    elif isinstance(group, Block):
+        if not group.shape or min(group.shape) < 1:
+            raise ValueError(f"Block: got shape {group.shape}, wanted sizes of at least 1")
+    elif isinstance(group, Head):
+        if group.num_heads is not None and group.num_heads < 1:
+            raise ValueError(f"Head: got num_heads={group.num_heads}, wanted at least 1")
+    elif not isinstance(group, Axes) and group not in ("entry", "output_channel", "input_channel"):
+        raise TypeError(
+            f"group: got {group!r}, wanted 'entry', 'output_channel', 'input_channel', Axes, Block, Head or NM"
+        )
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words of a name: "MultiHeadAttention_0" is multi, head, attention, 0."""
+    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", text)]
+
+
+def _parent(path: Path) -> str:
+    """Name of the layer that holds the weights; Haiku's have slashes in them."""
+    return trees.name(path[:-1]).split("/")[-1]
+
+
+def _layout_axes(
+    path: Path, shape: tuple[int, ...], layout: Layout
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Input axes, output axes, and axes along which whole layers are stacked."""
+    ndim, leaf = len(shape), path[-1] if path else ""
+    if ndim < 2:
+        raise ValueError(f"weights {trees.name(path)!r}: shape {shape} has no input and output axes to group along")
+    if layout == "auto" and leaf == "kernel" and ndim >= 3:
+        stacked = tuple(range(ndim - 3))
+        if _parent(path) in ("query", "key", "value"):
+            return (ndim - 3,), (ndim - 2, ndim - 1), stacked
+        if _parent(path) == "out":
+            return (ndim - 3, ndim - 2), (ndim - 1,), stacked
+    if layout == "auto":
+        layout = _layout_of_name(path)
+    return ((ndim - 2,), (ndim - 1,), ()) if layout == "in_out" else ((1,), (0,), ())
+
+
+def _layout_of_name(path: Path) -> Layout:
+    leaf = path[-1] if path else ""
+    if "weight" in words(leaf):
+        return "out_in"
+    if leaf == "kernel" or leaf == "w" or leaf.startswith("w_"):
+        return "in_out"
+    raise ValueError(
+        f"weights {trees.name(path)!r}: their name does not tell which axis is the input; "
+        "wanted layout='in_out' or 'out_in' in the rule"
+    )
+
+
+def _blocks_along(path: Path, shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Blocks that are single along `axes` and whole along the others."""
+    wrong = [axis for axis in axes if not -len(shape) <= axis < len(shape)]
+    if wrong:
+        raise ValueError(f"weights {trees.name(path)!r}: shape {shape} has no axis {wrong[0]}")
+    single = {axis % len(shape) for axis in axes}
+    return tuple(1 if axis in single else size for axis, size in enumerate(shape))
+
+
+def _checked_block(path: Path, shape: tuple[int, ...], group: Block, block: tuple[int, ...]) -> tuple[int, ...]:
+    if any(size % step for size, step in zip(shape, block, strict=True)):
+        raise ValueError(
+            f"weights {trees.name(path)!r}: blocks of {group.shape} do not divide shape {shape}; wanted sizes that do"
+        )
+    return block
+
+
+def _block_in_layout(
+    path: Path, shape: tuple[int, ...], group: Block, inputs: tuple[int, ...], outputs: tuple[int, ...]
+) -> tuple[int, ...]:
+    if len(group.shape) != 2 or len(inputs) + len(outputs) != 2:
+        raise ValueError(
+            f"weights {trees.name(path)!r}: got blocks of {group.shape} for shape {shape}, "
+            f"wanted {len(shape)} sizes, or two where input and output have one axis each"
+        )
+    sizes = {inputs[0]: group.shape[0], outputs[0]: group.shape[1]}
+    return _checked_block(path, shape, group, tuple(sizes.get(axis, 1) for axis in range(len(shape))))
+
+
+def _head_block(
+    path: Path,
+    shape: tuple[int, ...],
+    group: Head,
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    stacked: tuple[int, ...],
+) -> tuple[int, ...]:
+    role = set(words(_parent(path)))
+    if role & {"query", "key", "value", "q", "k", "v"}:
+        axes = outputs
+    elif role & {"out", "output", "o", "linear"}:
+        axes = inputs
+    else:
+        raise ValueError(
+            f"weights {trees.name(path)!r}: {_parent(path)!r} does not tell whether heads are its input or output; "
+            "wanted a query, key, value or output projection, or Axes or Block as the group"
+        )
+    axis, num_heads = axes[0], group.num_heads
+    if len(axes) == 2:  # an axis of its own
+        if num_heads not in (None, shape[axis]):
+            raise ValueError(f"weights {trees.name(path)!r}: shape {shape} has {shape[axis]} heads, not {num_heads}")
+        return _blocks_along(path, shape, (*stacked, axis))
+    if num_heads is None:
+        raise ValueError(f"weights {trees.name(path)!r}: shape {shape} has no axis of heads; wanted Head(num_heads)")
+    if shape[axis] % num_heads:
+        raise ValueError(f"weights {trees.name(path)!r}: {num_heads} heads do not divide axis {axis} of shape {shape}")
+    return tuple(shape[axis] // num_heads if index == axis else size for index, size in enumerate(shape))
+
+
+def _check_pattern(path: Path, shape: tuple[int, ...], pattern: NM, axis: int) -> None:
+    if shape[axis] % pattern.m:
+        raise ValueError(
+            f"weights {trees.name(path)!r}: {pattern.n}:{pattern.m} wants an input axis that {pattern.m} divides, "
+            f"got {shape[axis]}, axis {axis} of shape {shape}"
+        )

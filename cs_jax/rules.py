@@ -1,0 +1,356 @@
+"""What gets masked: rules by path, their default, and the table that shows what they do to a model."""
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from wcmatch import glob
+
+from cs_jax import trees
+from cs_jax.groups import LAYOUTS, NM, Group, Grouping, Layout, check_group, grouping, words
+from cs_jax.selection import Budget, Selection
+from cs_jax.trees import Path
+
+PyTree = Any
+Predicate = Callable[[str, Any], bool]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which weights are masked, what one score of theirs stands for, and how many of them are kept.
+
+    Attributes:
+        where: one of
+            - None, the default: weights of two or more axes that are no biases, embeddings, norms or classifier heads;
+            - a glob or several, compared with the weights' paths as in "encoder/layers/0/kernel": `*` is a part of a
+              path, `**` any number of parts, `{a,b}` either; without a slash it is compared with the last part alone.
+              A glob after `!` takes out what the others select (what the default selects, if there are no others);
+            - a function of a weight's path, as text, and the array, or what stands for it: whether it is masked.
+        group: what one score stands for: "entry", "output_channel", "input_channel", or one of `Axes`, `Block`,
+            `Head` and `NM`.
+        layout: where input and output axes lie: "auto" goes by the library's names, "in_out" is (..., input, output)
+            as in Flax and Haiku, "out_in" (output, input, ...) as in Equinox and PyTorch.
+        target_density: share of the rule's weights that the ticket keeps, in (0, 1]; None leaves it to the network's.
+
+    Raises:
+        TypeError: `where` or `group` is none of these.
+        ValueError: an attribute is out of range.
+    """
+
+    where: str | Sequence[str] | Predicate | None = None
+    group: Group = "entry"
+    layout: Layout = "auto"
+    target_density: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.where, Sequence) and not isinstance(self.where, str):
+            object.__setattr__(self, "where", tuple(self.where))
+        patterns = self.where if isinstance(self.where, tuple) else (self.where,)
+        texts = bool(patterns) and all(isinstance(pattern, str) for pattern in patterns)
+        if not (texts or self.where is None or callable(self.where)):
+            raise TypeError(f"where: got {self.where!r}, wanted a glob, several, or a function of path and array")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout: got {self.layout!r}, wanted one of {', '.join(LAYOUTS)}")
+        check_group(self.group)
+        if self.target_density is not None:
+            check_density(self.target_density)
+            if isinstance(self.group, NM):
+                raise ValueError(
+                    f"target_density: got {self.target_density:g} for {self.group.n}:{self.group.m}, whose density is "
+                    f"{self.group.n / self.group.m:g}; wanted none"
+                )
+
+
+Where = None | str | Predicate | Rule | Sequence[str] | Sequence[Rule]
+"""What `where` arguments take: what `Rule.where` takes, a rule, or several rules, the first of which that selects a
+weight decides about it."""
+
+
+def select(
+    params: PyTree, where: Where = None, *, target_density: float | None = None, allow_empty_layers: bool = False
+) -> Selection:
+    """The weights of `params` that rules mask.
+
+    Args:
+        params: weights of any model: arrays, tracers or `jax.ShapeDtypeStruct` in any pytree.
+        where: rules; the default masks weights of two or more axes that are no biases, embeddings, norms or
+            classifier heads, by their names.
+        target_density: share of all masked weights that the ticket keeps, in (0, 1]. Where rules have targets of
+            their own too, the other rules' weights share what these leave.
+        allow_empty_layers: whether a ticket may leave a masked array without any weight.
+
+    Raises:
+        TypeError: `where` is no rule, or `target_density` is traced.
+        ValueError: a glob or rule selects nothing, or everything down to biases; what it selects is no float array;
+            a group does not fit; a target cannot be met; names the weights or the argument.
+    """
+    leaves = trees.leaves_by_path(params)
+    rules = as_rules(where)
+    chosen: dict[Path, int] = {}
+    for index, rule in enumerate(rules):
+        for path in _selected(rule, leaves, params):
+            trees.check_float(leaves[path], path)
+            chosen.setdefault(path, index)
+    if not chosen:
+        raise ValueError(f"found no weights to mask among {_listed(leaves)}; wanted `where` to name some")
+    for index, rule in enumerate(rules):
+        if index not in chosen.values():
+            raise ValueError(f"rule {rule.where!r} selects nothing that the rules before it leave")
+    ordered = [path for path in leaves if path in chosen]
+    masked = tuple(
+        grouping(path, jnp.shape(leaves[path]), rules[chosen[path]].group, rules[chosen[path]].layout)
+        for path in ordered
+    )
+    owners = [chosen[path] for path in ordered]
+    budgets = _budgets(masked, owners, rules, target_density, allow_empty_layers)
+    return Selection(masked, budgets, allow_empty_layers)
+
+
+def as_rules(where: Where) -> tuple[Rule, ...]:
+    """`where` as rules, the first of which that selects a weight decides about it."""
+    if isinstance(where, Rule):
+        return (where,)
+    if isinstance(where, Sequence) and not isinstance(where, str):
+        if not where:
+            raise ValueError("where: got an empty sequence, wanted globs or rules")
+        rules = [entry for entry in where if isinstance(entry, Rule)]
+        if rules and len(rules) < len(where):
+            raise TypeError("where: got globs and rules mixed, wanted one kind: Rule(glob) makes a glob a rule")
+        if rules:
+            return tuple(rules)
+        return (Rule(tuple(entry for entry in where if not isinstance(entry, Rule))),)
+    return (Rule(where),)
+
+
+def check_density(value: Any, name: str = "target_density") -> None:
+    """Raises unless `value` is a number in (0, 1]."""
+    if isinstance(value, Tracer):
+        raise TypeError(f"{name} is traced, wanted a number: it decides how many weights are kept")
+    if isinstance(value, bool) or not jnp.issubdtype(jnp.result_type(value), jnp.number) or jnp.ndim(value):
+        raise TypeError(f"{name}: got {value!r}, wanted a number")
+    if not 0 < value <= 1:
+        raise ValueError(f"{name}: got {value:g}, wanted a share above 0 and at most 1")
+
+
+def describe(params: PyTree, where: Where = None, *, target_density: float | None = None) -> None:
+    """Prints what rules do to a model: every weight array, whether it is masked, its entries and share of all weights.
+
+    Args:
+        params: weights, as for `select`.
+        where: rules, as for `select`.
+        target_density: as for `select`.
+
+    Raises:
+        TypeError, ValueError: as `select`.
+    """
+    leaves = trees.leaves_by_path(params)
+    selection = select(params, where, target_density=target_density)
+    masked = {leaf.path: leaf for leaf in selection.masked}
+    sizes = {path: math.prod(jnp.shape(leaf)) for path, leaf in leaves.items()}
+    total = sum(sizes.values())
+    table = Table("path", "shape", "masked", "scores", "entries", "share", box=box.SIMPLE)
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for path, size in sizes.items():
+        shape = "×".join(map(str, jnp.shape(leaves[path]))) or "scalar"
+        scores = f"{math.prod(masked[path].score_shape):,}" if path in masked else ""
+        kind = _kind(masked[path]) if path in masked else "-"
+        table.add_row(trees.name(path), shape, kind, scores, f"{size:,}", f"{size / total:.1%}")
+    console = Console()
+    console.print(table, soft_wrap=True)
+    console.print(
+        f"{selection.size:,} of {total:,} weights masked ({selection.size / total:.1%}), in {len(masked)} arrays",
+        highlight=False,
+    )
+    for budget in selection.budgets:
+        names = f"all {len(masked)}" if len(budget.members) == len(masked) else f"{len(budget.members)}"
+        console.print(
+            f"{budget.keep:,} of {budget.size:,} weights to keep in {names} arrays (density {budget.density:.4g})",
+            highlight=False,
+        )
+
+
+def _kind(leaf: Grouping) -> str:
+    if leaf.pattern is not None:
+        return f"{leaf.pattern.n}:{leaf.pattern.m}"
+    return "yes" if leaf.group_size == 1 else "by " + "×".join(map(str, leaf.block))
+
+
+def _selected(rule: Rule, leaves: Mapping[Path, Any], params: PyTree) -> list[Path]:
+    """Paths that a rule selects, in order."""
+    if rule.where is None:
+        return _weights(leaves, params)
+    if callable(rule.where):
+        found = [path for path, leaf in leaves.items() if rule.where(trees.name(path), leaf)]
+        if not found:
+            raise ValueError(f"rule {rule.where!r} selects none of {_listed(leaves)}")
+        _check_not_everything(rule.where, found, leaves)
+        return found
+    patterns = (rule.where,) if isinstance(rule.where, str) else rule.where
+    positive = [pattern for pattern in patterns if not pattern.startswith("!")]
+    found = set() if positive else set(_weights(leaves, params))
+    for pattern in positive:
+        matched = _matches(pattern, leaves)
+        _check_not_everything(pattern, matched, leaves)
+        found.update(matched)
+    for pattern in patterns:
+        if pattern.startswith("!"):
+            found.difference_update(_matches(pattern[1:], leaves))
+    return [path for path in leaves if path in found]
+
+
+def _matches(pattern: str, leaves: Mapping[Path, Any]) -> list[Path]:
+    flags = glob.GLOBSTAR | glob.BRACE | glob.FORCEUNIX | glob.DOTGLOB | glob.CASE | glob.MATCHBASE
+    by_name = {trees.name(path): path for path in leaves}
+    found = [by_name[str(match)] for match in glob.globfilter(by_name, pattern, flags=flags)]
+    if not found:
+        close = difflib.get_close_matches(pattern, by_name, n=3, cutoff=0.3)
+        inside = [name for name in by_name if name.startswith(pattern.rstrip("/") + "/")][:3]
+        hint = f"; close to it are {', '.join(inside or close)}" if inside or close else ""
+        raise ValueError(f"glob {pattern!r} matches none of {_listed(leaves)}{hint}")
+    return found
+
+
+def _check_not_everything(where: Any, found: Sequence[Path], leaves: Mapping[Path, Any]) -> None:
+    """A rule that takes biases and norms along with all the rest was hardly meant."""
+    flat = [trees.name(path) for path in found if jnp.ndim(leaves[path]) < 2]
+    if len(found) == len(leaves) > 1 and flat and len(flat) < len(found):
+        raise ValueError(
+            f"rule {where!r} selects all {len(leaves)} leaves, {', '.join(flat[:3])} among them; "
+            "wanted the arrays to mask, as in '**/kernel'"
+        )
+
+
+def _listed(leaves: Mapping[Path, Any]) -> str:
+    names = [trees.name(path) for path in leaves]
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"{len(names)} leaves ({shown})" if names else "no leaves"
+
+
+_WEIGHT_NAMES = {"kernel", "kernels", "weight", "weights", "w"}
+_HEAD_NAMES = {"head", "classifier", "logits"}
+_NORM_NAMES = {"norm", "bn", "ln", "gn"}
+_EMBEDDING_NAMES = {"wte", "wpe", "pos", "positional"}
+
+
+def _weights(leaves: Mapping[Path, Any], params: PyTree) -> list[Path]:
+    """Weight matrices and convolution kernels by name and shape, without embeddings, norms and classifier heads.
+
+    These are left out because they have few weights to win and much to lose: a row of an embedding is seen only with
+    its token, a norm scales whole channels, a class can lose all its evidence in the head.
+    """
+    kinds = _module_kinds(params)
+    return [path for path, leaf in leaves.items() if _is_weight(path, leaf) and not _is_special(path, kinds)]
+
+
+def _is_weight(path: Path, leaf: Any) -> bool:
+    if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact) and jnp.ndim(leaf) >= 2):
+        return False
+    if not path or path[-1].isdigit():  # a bare array, or one of a list: there is no name to go by
+        return True
+    named = words(path[-1])
+    short = len(named[0]) <= 2 and named[0].startswith("w") if named else False  # wq, w1
+    return bool(_WEIGHT_NAMES & set(named)) or short
+
+
+def _is_special(path: Path, kinds: Mapping[Path, str]) -> bool:
+    for depth in range(1, len(path)):
+        parts = path[depth - 1].split("/")  # Haiku's keys have several
+        parts += [kinds[path[:depth]]] if path[:depth] in kinds else []
+        if any(_is_special_name(part) for part in parts):
+            return True
+    return bool(_EMBEDDING_NAMES & set(words(path[-1]))) or path[-1].lower() in _EMBEDDING_NAMES
+
+
+def _is_special_name(part: str) -> bool:
+    named = [word for word in words(part) if not word.isdigit()]
+    if not named:
+        return False
+    norm = any(word in _NORM_NAMES or word.endswith("norm") for word in named)
+    embedding = any(word in _EMBEDDING_NAMES or "embed" in word for word in named)
+    return norm or embedding or named[-1] in _HEAD_NAMES
+
+
+def _module_kinds(params: PyTree) -> dict[Path, str]:
+    """Class names of the objects along the paths, for trees made of objects, as Equinox's are."""
+    kinds: dict[Path, str] = {}
+    for keys, _ in jax.tree.leaves_with_path(params):
+        node, path = params, ()
+        for key in keys[:-1]:
+            if not isinstance(node, tuple | list | Mapping) and not hasattr(node, "__dict__"):
+                break
+            node = _child(node, key)
+            path = (*path, jax.tree_util.keystr((key,), simple=True))
+            if node is None:
+                break
+            if isinstance(key, jax.tree_util.GetAttrKey | jax.tree_util.SequenceKey) and hasattr(node, "__dict__"):
+                kinds[path] = type(node).__name__
+    return kinds
+
+
+def _child(node: Any, key: Any) -> Any:
+    if isinstance(key, jax.tree_util.GetAttrKey):
+        return getattr(node, key.name, None)
+    if isinstance(key, jax.tree_util.SequenceKey | jax.tree_util.DictKey):
+        index = key.idx if isinstance(key, jax.tree_util.SequenceKey) else key.key
+        return node[index]
+    return None
+
+
+def _budgets(
+    masked: tuple[Grouping, ...],
+    owners: Sequence[int],
+    rules: Sequence[Rule],
+    target_density: float | None,
+    allow_empty_layers: bool,
+) -> tuple[Budget, ...]:
+    """Counts to keep, from targets of rules and of the whole; N:M arrays keep what their pattern says."""
+    patterned = sum(leaf.size * leaf.pattern.n // leaf.pattern.m for leaf in masked if leaf.pattern)
+    free = [index for index, leaf in enumerate(masked) if leaf.pattern is None]
+    budgets = []
+    for number, rule in enumerate(rules):
+        if rule.target_density is not None:
+            members = [index for index in free if owners[index] == number]
+            size = sum(masked[index].size for index in members)
+            budgets.append(Budget(tuple(members), round(rule.target_density * size), size))
+    if target_density is not None:
+        check_density(target_density)
+        taken = {index for budget in budgets for index in budget.members}
+        members = [index for index in free if index not in taken]
+        keep = round(target_density * sum(leaf.size for leaf in masked))
+        rest = keep - patterned - sum(budget.keep for budget in budgets)
+        size = sum(masked[index].size for index in members)
+        if not 0 <= rest <= size or (size == 0 and rest):
+            raise ValueError(
+                f"target_density: got {target_density:g}, {keep} weights, which cannot be met: rules with targets or "
+                f"N:M patterns keep {keep - rest}, and the others have {size}"
+            )
+        if members:
+            budgets.append(Budget(tuple(members), rest, size))
+    for budget in budgets:
+        _check_budget(budget, masked, allow_empty_layers)
+    return tuple(budgets)
+
+
+def _check_budget(budget: Budget, masked: tuple[Grouping, ...], allow_empty_layers: bool) -> None:
+    needed = sum(masked[index].group_size for index in budget.members)
+    if budget.keep < needed and not allow_empty_layers:
+        names = _names(masked[index].name for index in budget.members)
+        raise ValueError(
+            f"target_density: {budget.density:.3g} keeps {budget.keep} of {budget.size} weights and would empty a "
+            f"layer of {names}, which need {needed} for one score each; wanted at least "
+            f"{needed / budget.size:.3g}, or allow_empty_layers=True"
+        )
+
+
+def _names(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -38,7 +38,7 @@ def run(settings: config.Config, terminal: Console, watch: Interrupts) -> None:
     problem, data = experiment.prepare(settings)
     directory = run_directory.RunDirectory(settings)
     try:
-        with console.ProgressDisplay(settings, terminal) as progress:
+        with console.warnings_as_lines(terminal), console.ProgressDisplay(settings, terminal) as progress:
             summary = experiment.run(settings, problem, data, Observers(watch, directory, progress))
     except KeyboardInterrupt:
         hint = f"; {directory.path} holds the epochs so far: a new run needs another --out, or that folder removed"

@@ -5,6 +5,7 @@ temperature into masks; `search` runs the rounds.
 """
 
 from cs_jax import models
+from cs_jax.budget import CollapsedLayerWarning
 from cs_jax.groups import NM, Axes, Block, Head
 from cs_jax.layers import (
     Masked,
@@ -26,6 +27,16 @@ from cs_jax.masks import (
     prune_scores,
     soft_mask,
 )
+from cs_jax.optim import (
+    SparsificationState,
+    continuous_sparsification,
+    current_masks,
+    freeze_ticket,
+    masked_params,
+    next_round,
+    rewind,
+    ticket_masks,
+)
 from cs_jax.rules import Rule, describe, select
 from cs_jax.schedules import temperature
 from cs_jax.selection import Selection
@@ -36,6 +47,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Axes",
     "Block",
+    "CollapsedLayerWarning",
     "Head",
     "Masked",
     "MaskedConv",
@@ -48,17 +60,25 @@ __all__ = [
     "NM",
     "Rule",
     "Selection",
+    "SparsificationState",
     "SpectralNorm",
     "WeightNorm",
     "apply_masks",
+    "continuous_sparsification",
+    "current_masks",
     "density",
     "describe",
+    "freeze_ticket",
     "hard_mask",
     "init_scores",
     "mask_penalty",
+    "masked_params",
     "models",
+    "next_round",
     "prune_scores",
+    "rewind",
     "select",
     "soft_mask",
     "temperature",
+    "ticket_masks",
 ]

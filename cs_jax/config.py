@@ -116,6 +116,12 @@ class Config:
     mask_initial_value: float = 0.0
     """Initial mask score (s0 in the paper), usefully -0.3 to 0.3: the dial for density; higher keeps more weights."""
 
+    target_density: float | None = None
+    """Share of maskable weights that the ticket keeps, exactly, above 0 and at most 1; None leaves it to the dial."""
+
+    allow_empty_layers: bool = False
+    """Let --target-density leave a layer without any weight; otherwise each keeps one at least."""
+
     reset: Literal["paper", "released"] = "paper"
     """Between rounds: paper (pruned weights stay pruned) or released (as the authors' script: they can come back)."""
 
@@ -145,6 +151,8 @@ class Config:
             _is_finite(self.mask_initial_value) and self.mask_initial_value >= MIN_INIT_VALUE,
             f"a finite number of at least {MIN_INIT_VALUE:g}",
         )
+        target = self.target_density
+        self._check("target_density", target is None or 0 < target <= 1, "a share above 0 and at most 1")
         inside = f"0 to {self.epochs - 1}, inside a round of {self.epochs} epochs"
         self._check("rewind_epoch", 0 <= self.rewind_epoch < self.epochs, inside)
         self._check_schedule()

@@ -1,6 +1,9 @@
 """What a person sees of a run: a progress bar on a terminal, plain lines elsewhere, and the table at the end."""
 
+import contextlib
 import time
+import warnings
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -10,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from cs_jax.budget import CollapsedLayerWarning
 from cs_jax.config import Config
 from cs_jax.search import EpochRecord, Observer
 from cs_jax.training import StepMetrics, TrainState
@@ -17,6 +21,17 @@ from cs_jax.training import StepMetrics, TrainState
 REFRESH_SECONDS = 0.2
 
 _HEADER = "phase     epoch     loss      lr   temp  density  val soft  val hard  seconds"
+
+
+@contextlib.contextmanager
+def warnings_as_lines(console: Console) -> Iterator[None]:
+    """Shows warnings as lines between those of the epochs, a collapsed layer's every time."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", CollapsedLayerWarning)
+        warnings.showwarning = lambda message, *_, **__: console.print(
+            f"warning: {message}", markup=False, highlight=False, soft_wrap=True
+        )
+        yield
 
 
 class ProgressDisplay(Observer):

@@ -38,7 +38,16 @@ def prepare(config: Config) -> tuple[Problem, Data]:
             f"--model: got {config.model}, which cannot be trained on images of shape {shape}, "
             f"{config.batch_size} at a time: {reason}"
         ) from error
+    _check_target(config, problem)
     return problem, data
+
+
+def _check_target(config: Config, problem: Problem) -> None:
+    try:
+        search.selection(config, jax.eval_shape(lambda: search.init_variables(problem)["masks"]))
+    except ValueError as error:
+        reason = str(error).removeprefix("target_density: ").replace("allow_empty_layers=True", "--allow-empty-layers")
+        raise ConfigError(f"--target-density: got {config.target_density:g}: {reason}") from error
 
 
 def _smallest_step(config: Config, problem: Problem) -> Any:

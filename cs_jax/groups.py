@@ -7,7 +7,9 @@ number of axes of its weights and divides their shape, and is repeated along eac
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from cs_jax import trees
 from cs_jax.trees import Path
@@ -73,12 +75,15 @@ class Grouping:
     Attributes:
         path: of the weights, and of their scores and mask.
         shape: of the weights.
+        dtype: of the weights.
         block: size of a group along each axis; divides `shape`.
-        pattern: which entries an N:M pattern keeps, and along which axis; None without one.
+        pattern: the N:M pattern to which entries are kept; None without one.
+        pattern_axis: along which the pattern goes.
     """
 
     path: Path
     shape: tuple[int, ...]
+    dtype: np.dtype
     block: tuple[int, ...]
     pattern: NM | None = None
     pattern_axis: int = 0
@@ -102,12 +107,12 @@ class Grouping:
         return math.prod(self.block)
 
 
-def grouping(path: Path, shape: tuple[int, ...], group: Group, layout: Layout) -> Grouping:
+def grouping(path: Path, weights: Any, group: Group, layout: Layout) -> Grouping:
     """How the weights under `path` are scored by `group`.
 
     Args:
         path: of the weights; its names tell the layout and the role in an attention layer.
-        shape: of the weights.
+        weights: array, or what stands for one.
         group: what one score stands for.
         layout: where input and output axes lie. "in_out" is (..., input, output), as in Flax and Haiku; "out_in" is
             (output, input, ...), as in Equinox and PyTorch; "auto" goes by the library's names: `kernel` and `w` are
@@ -116,23 +121,28 @@ def grouping(path: Path, shape: tuple[int, ...], group: Group, layout: Layout) -
     Raises:
         ValueError: the group does not fit the shape, or the axes that it needs cannot be told; names the weights.
     """
-    if group == "entry":
-        return Grouping(path, shape, (1,) * len(shape))
-    if isinstance(group, Axes):
-        return Grouping(path, shape, _blocks_along(path, shape, group.axes))
-    if isinstance(group, Block) and len(group.shape) == len(shape):
-        return Grouping(path, shape, _checked_block(path, shape, group, group.shape))
-    inputs, outputs, stacked = _layout_axes(path, shape, layout)
+    shape, dtype = tuple(weights.shape), np.dtype(weights.dtype)
     if isinstance(group, NM):
-        axis = inputs[-1]
-        _check_pattern(path, shape, group, axis)
-        return Grouping(path, shape, (1,) * len(shape), group, axis)
+        inputs, _, _ = _layout_axes(path, shape, layout)
+        _check_pattern(path, shape, group, inputs[-1])
+        return Grouping(path, shape, dtype, (1,) * len(shape), group, inputs[-1])
+    return Grouping(path, shape, dtype, _block(path, shape, group, layout))
+
+
+def _block(path: Path, shape: tuple[int, ...], group: Group, layout: Layout) -> tuple[int, ...]:
+    """Size of a group along each axis."""
+    if group == "entry":
+        return (1,) * len(shape)
+    if isinstance(group, Axes):
+        return _blocks_along(path, shape, group.axes)
+    if isinstance(group, Block) and len(group.shape) == len(shape):
+        return _checked_block(path, shape, group, group.shape)
+    inputs, outputs, stacked = _layout_axes(path, shape, layout)
     if isinstance(group, Block):
-        return Grouping(path, shape, _block_in_layout(path, shape, group, inputs, outputs))
+        return _block_in_layout(path, shape, group, inputs, outputs)
     if isinstance(group, Head):
-        return Grouping(path, shape, _head_block(path, shape, group, inputs, outputs, stacked))
-    channels = {"output_channel": outputs, "input_channel": inputs}[group]
-    return Grouping(path, shape, _blocks_along(path, shape, stacked + channels))
+        return _head_block(path, shape, group, inputs, outputs, stacked)
+    return _blocks_along(path, shape, stacked + (outputs if group == "output_channel" else inputs))
 
 
 def check_group(group: Group) -> None:

@@ -24,12 +24,12 @@ MIN_INIT_VALUE = -80.0
 """Least initial score: below it the mask scale 1/sigmoid(init_value) leaves float32."""
 
 
-def init_scores(masks: PyTree, value: float, *, dtype: DTypeLike | None = None) -> PyTree:
+def init_scores(masks: PyTree, value: ArrayLike, *, dtype: DTypeLike | None = None) -> PyTree:
     """Scores of the same structure and shapes as `masks`, every entry `value`.
 
     Args:
         masks: arrays, any shapes; one leaf per masked weight array (for a Flax model, its "masks" collection).
-        value: initial score (s0 in the paper), finite and at least -80; higher keeps more weights.
+        value: initial score (s0 in the paper), finite and at least -80; higher keeps more weights. May be traced.
         dtype: float dtype of the scores; by default that of each mask, but float32 where the mask's is narrower,
             because small steps vanish in bfloat16.
 

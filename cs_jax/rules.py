@@ -98,6 +98,8 @@ def select(
     for index, rule in enumerate(rules):
         for path in _selected(rule, leaves, params):
             trees.check_float(leaves[path], path)
+            if 0 in leaves[path].shape:
+                raise ValueError(f"weights {trees.name(path)!r}: shape {leaves[path].shape} has no entries to mask")
             chosen.setdefault(path, index)
     if not chosen:
         raise ValueError(f"found no weights to mask among {_listed(leaves)}; wanted `where` to name some")
@@ -106,11 +108,26 @@ def select(
             raise ValueError(f"rule {rule.where!r} selects nothing that the rules before it leave")
     ordered = [path for path in leaves if path in chosen]
     masked = tuple(
-        grouping(path, jnp.shape(leaves[path]), rules[chosen[path]].group, rules[chosen[path]].layout)
-        for path in ordered
+        grouping(path, leaves[path], rules[chosen[path]].group, rules[chosen[path]].layout) for path in ordered
     )
     owners = [chosen[path] for path in ordered]
     budgets = _budgets(masked, owners, rules, target_density, allow_empty_layers)
+    return Selection(masked, budgets, allow_empty_layers)
+
+
+def select_all(weights: PyTree, *, target_density: float | None = None, allow_empty_layers: bool = False) -> Selection:
+    """Every array of `weights`, scored by entry: for the masks or scores of a network of masked layers.
+
+    Args:
+        weights: arrays, tracers or `jax.ShapeDtypeStruct`, each of the shape of masked weights.
+        target_density: as for `select`.
+        allow_empty_layers: as for `select`.
+
+    Raises:
+        TypeError, ValueError: as `select`.
+    """
+    masked = tuple(grouping(path, leaf, "entry", "auto") for path, leaf in trees.leaves_by_path(weights).items())
+    budgets = _budgets(masked, [0] * len(masked), [Rule()], target_density, allow_empty_layers)
     return Selection(masked, budgets, allow_empty_layers)
 
 
@@ -345,9 +362,8 @@ def _check_budget(budget: Budget, masked: tuple[Grouping, ...], allow_empty_laye
     if budget.keep < needed and not allow_empty_layers:
         names = _names(masked[index].name for index in budget.members)
         raise ValueError(
-            f"target_density: {budget.density:.3g} keeps {budget.keep} of {budget.size} weights and would empty a "
-            f"layer of {names}, which need {needed} for one score each; wanted at least "
-            f"{needed / budget.size:.3g}, or allow_empty_layers=True"
+            f"target_density: {budget.keep} of {budget.size} weights would empty a layer of {names}, which need "
+            f"{needed} for one score each; wanted at least {needed / budget.size:.3g}, or allow_empty_layers=True"
         )
 
 

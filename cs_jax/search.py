@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cs_jax import masks, schedules, training
+from cs_jax import budget, masks, rules, schedules, training
 from cs_jax.config import Config
 from cs_jax.images import ImageSet
+from cs_jax.selection import Selection
 from cs_jax.training import Hyperparams, Recipe, StepMetrics, TrainState
 
 PyTree = Any
@@ -126,10 +127,21 @@ def init_state(config: Config, problem: Problem) -> TrainState:
     return training.init_state(problem.recipe, variables["params"], variables["batch_stats"], scores=scores, masks={})
 
 
+def selection(config: Config, scores: PyTree) -> Selection:
+    """Every masked array of the network, and the density that the config asks for.
+
+    Raises:
+        ValueError: the target cannot be met by this network.
+    """
+    return rules.select_all(scores, target_density=config.target_density, allow_empty_layers=config.allow_empty_layers)
+
+
 def search_ticket(
     config: Config, problem: Problem, state: TrainState, observer: Observer
 ) -> tuple[Ticket, list[EpochRecord]]:
     """Trains weights and scores together over all rounds.
+
+    With a target density, scores are held at it from epoch to epoch, and the ticket has it exactly.
 
     Args:
         config: rounds, epochs, schedules, reset and the rest.
@@ -142,6 +154,9 @@ def search_ticket(
 
     Raises:
         NonFiniteLossError: in which round, epoch and step.
+
+    Warns:
+        CollapsedLayerWarning: the ticket leaves a layer without weights.
     """
     records = []
     snapshot = None
@@ -157,7 +172,8 @@ def search_ticket(
         if round < config.rounds - 1:
             state = reset_scores(config, state)
     assert snapshot is not None
-    ticket = Ticket(snapshot, masks.hard_mask(state.scores, init_value=config.mask_initial_value))
+    chosen = selection(config, state.scores)
+    ticket = Ticket(snapshot, budget.ticket_masks(chosen, state.scores, init_value=config.mask_initial_value))
     return ticket, records[config.epochs - 1 :: config.epochs]
 
 
@@ -226,6 +242,9 @@ def _epoch(
         on_steps=observer.on_steps,
     )
     _check_finite(state, metrics, phase, round, epoch)
+    if config.target_density is not None and state.scores:
+        held = budget.hold_density(selection(config, state.scores), state.scores, number, config.rounds)
+        state = state.replace(scores=held)
     soft, hard, density = _evaluate(config, problem, state, hyper)
     sizes = np.full(metrics.loss.shape, config.batch_size)
     sizes[-1] = len(order) - sizes[:-1].sum()

@@ -56,18 +56,18 @@ class Selection:
     budgets: tuple[Budget, ...] = ()
     allow_empty_layers: bool = False
 
-    def init_scores(self, value: float, *, dtype: DTypeLike = jnp.float32) -> PyTree:
+    def init_scores(self, value: ArrayLike, *, dtype: DTypeLike | None = None) -> PyTree:
         """Scores of `value`, one for each group.
 
         Args:
-            value: initial score (s0 in the paper), finite and at least -80.
-            dtype: float dtype of the scores.
+            value: initial score (s0 in the paper), finite and at least -80; may be traced.
+            dtype: float dtype of the scores; by default that of each weight array, at least float32.
 
         Raises:
             ValueError: `value` or `dtype` is out of range.
         """
-        shapes = self._nest(lambda leaf: jax.ShapeDtypeStruct(leaf.score_shape, dtype))
-        return masks.init_scores(shapes, value, dtype=dtype)
+        shapes = {leaf.path: jax.ShapeDtypeStruct(leaf.score_shape, leaf.dtype) for leaf in self.masked}
+        return masks.init_scores(trees.nest(shapes), value, dtype=dtype)
 
     def soft_mask(self, scores: PyTree, temperature: ArrayLike, *, init_value: ArrayLike) -> PyTree:
         """`cs_jax.soft_mask`, each group's value repeated over its weights.
@@ -130,9 +130,6 @@ class Selection:
     def size(self) -> int:
         """Masked weights in all."""
         return sum(leaf.size for leaf in self.masked)
-
-    def _nest(self, function: Callable[[Grouping], Any]) -> PyTree:
-        return trees.nest({leaf.path: function(leaf) for leaf in self.masked})
 
     def _map(self, function: Callable[[Grouping, Any], Any], scores: PyTree) -> PyTree:
         found = self.score_leaves(scores)

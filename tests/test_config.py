@@ -33,7 +33,7 @@ def test_every_flag_overrides_its_field() -> None:
         "cifar10 --batch-size 7 --epochs 9 --rounds 3 --lr 0.2 --lr-schedule 1 3 5 --lr-drops 0.5 0.4 0.3 --decay 0 "
         "--rewind-epoch 4 --lmbda 1e-3 --final-temp 1 --mask-initial-value -0.3 --val-set-size 0 --seed 5 "
         "--reset released --model resnet8 --dataset fashion_mnist --data-dir d --max-train-examples 11 --dense "
-        "--score-lr 2 --augment none --out o"
+        "--score-lr 2 --augment none --out o --target-density 0.3 --allow-empty-layers"
     )
     parsed = parse(words.split())
     changed = [f.name for f in dataclasses.fields(Config) if getattr(parsed, f.name) != getattr(Config(), f.name)]

@@ -213,6 +213,7 @@ def prepare(arrays: dict[str, np.ndarray], dtype: Any) -> tuple[Config, Problem,
 
 @by_name(SEARCH_FILES)
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::cs_jax.CollapsedLayerWarning")  # some of these searches empty a layer
 @pytest.mark.usefixtures("x64")
 def test_golden_search(path: Path) -> None:
     """A miniature search, step by step, from initial weights over the rounds to the retrained ticket."""

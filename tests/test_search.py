@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cs_jax import masks, search, training
+from cs_jax import CollapsedLayerWarning, masks, search, training
 from cs_jax.config import Config
 from cs_jax.images import ImageSet
 from cs_jax.search import Observer, Problem
@@ -151,7 +151,8 @@ def test_records_hold_what_the_state_gives(problem: Problem, synthetic: ImageSet
 def test_hard_accuracy_is_left_out_while_hard_masks_are_empty(problem: Problem) -> None:
     config = dataclasses.replace(CONFIG, score_lr=1e-9, mask_initial_value=-0.5, rounds=1)
     history = History()
-    search.search_ticket(config, problem, search.init_state(config, problem), history)
+    with pytest.warns(CollapsedLayerWarning, match="keeps no weight"):
+        search.search_ticket(config, problem, search.init_state(config, problem), history)
     assert [record.hard_accuracy for record in history.records] == [None] * 3
     assert [record.density for record in history.records] == [0.0] * 3
     assert None not in [record.soft_accuracy for record in history.records]
@@ -239,3 +240,24 @@ def test_one_epoch_a_round_has_the_final_temperature(problem: Problem) -> None:
     config = dataclasses.replace(CONFIG, epochs=1, rounds=1, rewind_epoch=0)
     _, _, history = run(config, problem)
     assert history.records[0].temperature == 50.0
+
+
+@pytest.mark.parametrize("target, rounds", [(0.1, 2), (0.01, 1), (1.0, 2)])
+def test_a_target_density_is_met_exactly_and_approached_over_the_rounds(
+    problem: Problem, target: float, rounds: int
+) -> None:
+    config = dataclasses.replace(CONFIG, target_density=target, rounds=rounds)
+    ticket, _, history = run(config, problem)
+    entries = sum(leaf.size for leaf in jax.tree.leaves(ticket.masks))
+    assert masks.density(ticket.masks) == round(target * entries) / entries
+    held = [record.density for record in history.records if record.phase == "search"]
+    expected = [target ** ((number + 1) / rounds) for number in range(rounds) for _ in range(3)]
+    np.testing.assert_allclose(held, expected, rtol=0.02)
+    kept = [np.asarray(leaf) > 0 for leaf in jax.tree.leaves(history.ends[rounds - 1][2].scores)]
+    for mask, above in zip(jax.tree.leaves(ticket.masks), kept, strict=True):
+        assert (np.asarray(mask)[above] > 0).mean() > 0.97  # ties and reserved scores aside, those above 0
+
+
+def test_without_a_target_no_score_is_shifted(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search.budget, "hold_density", None)
+    run(CONFIG, problem)

@@ -1,0 +1,393 @@
+"""Continuous Sparsification as an optax transformation: any model and any training loop, without a masked layer.
+
+Weights stay in the model; scores, temperature, round and step are in the optimizer's state. The loss is evaluated at
+`masked_params(params, opt_state)`, and from the gradient there `update` derives those of weights and scores by the
+chain rule. `update` asks for the masked weights by name, so that a loop that forgot them fails at its first step
+instead of training the dense network.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+from jax.typing import ArrayLike, DTypeLike
+
+from cs_jax import budget, masks, rules, trees
+from cs_jax.rules import Where
+from cs_jax.selection import Selection
+
+PyTree = Any
+
+
+class SparsificationState(NamedTuple):
+    """State of `continuous_sparsification`, an ordinary pytree of arrays."""
+
+    step: jax.Array  # updates done in this round
+    round: jax.Array  # of the search, from 0
+    temperature: jax.Array  # of the masks now; that of the round's last epoch when its steps are done
+    first_temperature: jax.Array  # that every round starts with
+    init_value: jax.Array  # the scores' initial value, which fixes the masks' scale
+    scores: PyTree  # nested dictionaries along the masked weights' paths; {} for a ticket
+    masks: PyTree  # a ticket's fixed masks; {} while scores are trained
+    weight_state: optax.OptState
+    score_state: optax.OptState  # () for a ticket
+    selection: Selection  # which weights are masked, and how: static, without arrays
+
+
+def continuous_sparsification(
+    weight_tx: optax.GradientTransformation,
+    score_tx: optax.GradientTransformation,
+    *,
+    epochs: int,
+    steps_per_epoch: int,
+    rounds: int = 1,
+    final_temp: float = 200.0,
+    init_value: float = 0.0,
+    penalty: float = 0.0,
+    target_density: float | None = None,
+    where: Where = None,
+    allow_empty_layers: bool = False,
+    score_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Trains a mask for every selected weight together with the weights.
+
+    Each step, with `loss_fn` any loss of the model's weights:
+
+        masked = cs_jax.masked_params(params, opt_state)
+        gradient = jax.grad(loss_fn)(masked)
+        updates, opt_state = tx.update(gradient, opt_state, params, masked_params=masked)
+        params = optax.apply_updates(params, updates)
+
+    Transformations chained before this one see the gradient at the masked weights, those after it the weights'
+    updates. The temperature rises with every epoch of a round, and stays at `final_temp` when its steps are done;
+    `next_round`, `ticket_masks`, `rewind` and `freeze_ticket` do what comes then.
+
+    Args:
+        weight_tx: optimizer of the weights; sees `gradient * mask` for masked weights, the gradient for others.
+        score_tx: optimizer of the scores, without decay. Scores are of order 0.01 to 1: SGD with a learning rate of
+            0.1 to 1, or Adam with 0.01 to 0.1, moves them.
+        epochs: epochs in a round, at least 1: the steps in which the temperature rises.
+        steps_per_epoch: updates in an epoch, at least 1.
+        rounds: rounds that are planned; under a target, the density falls to it over them.
+        final_temp: temperature of a round's last epoch, at least 1.
+        init_value: initial score (s0 in the paper), at least -80; without a target, the dial for density.
+        penalty: weight of the penalty on the sum of all masks (lambda in the paper), at least 0. The loss need not
+            contain it.
+        target_density: share of the masked weights that the ticket keeps, in (0, 1].
+        where: rules for what is masked, as `select` takes them.
+        allow_empty_layers: whether a ticket may leave a masked array without any weight.
+        score_dtype: of the scores; by default that of the weights, at least float32.
+
+    Returns:
+        A transformation whose `update` wants `params` and `masked_params`.
+
+    Raises:
+        ValueError: an argument is out of range; in `init`, whatever `select` finds wrong; in `update`, trees that do
+            not fit or `masked_params` that are the weights themselves.
+        TypeError: `update` is called without `masked_params` or `params`; an argument has another type.
+
+    References:
+        Savarese et al., 2020, arXiv:1912.04427.
+
+    >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+    >>> tx = continuous_sparsification(optax.sgd(0.1), optax.sgd(1.0), epochs=10, steps_per_epoch=1)
+    >>> opt_state = tx.init(params)
+    >>> masked = masked_params(params, opt_state)
+    >>> gradient = jax.grad(lambda p: jnp.sum(p["kernel"] ** 2))(masked)
+    >>> updates, opt_state = tx.update(gradient, opt_state, params, masked_params=masked)
+    >>> updates["kernel"][0], current_masks(opt_state)["kernel"][0].round(2)
+    (Array([-0.2, -0.2, -0.2], dtype=float32), Array([0.28, 0.28, 0.28], dtype=float32))
+    """
+    _check_arguments(weight_tx, score_tx, epochs, steps_per_epoch, rounds, final_temp, penalty)
+    of_weights, of_scores = map(optax.with_extra_args_support, (weight_tx, score_tx))
+
+    def temperature(step: ArrayLike) -> jax.Array:
+        epoch = jnp.minimum(step // jnp.asarray(steps_per_epoch), epochs - 1)
+        share = jnp.where(epochs > 1, epoch / jnp.maximum(epochs - 1, 1), 1.0)
+        return jnp.asarray(jnp.asarray(final_temp, float) ** share, float)
+
+    def init(params: optax.Params) -> SparsificationState:
+        selection = rules.select(params, where, target_density=target_density, allow_empty_layers=allow_empty_layers)
+        scores = selection.init_scores(init_value, dtype=score_dtype)
+        return SparsificationState(
+            step=jnp.zeros((), jnp.int32),
+            round=jnp.zeros((), jnp.int32),
+            temperature=temperature(0),
+            first_temperature=temperature(0),
+            init_value=jnp.asarray(init_value, float),
+            scores=scores,
+            masks={},
+            weight_state=of_weights.init(params),
+            score_state=of_scores.init(scores),
+            selection=selection,
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: SparsificationState,
+        params: optax.Params | None = None,
+        *,
+        masked_params: optax.Params | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, SparsificationState]:
+        _check_update(state, updates, params, masked_params)
+        assert params is not None
+        if not state.scores:
+            gradient = trees.apply_masks(updates, state.masks)
+            updates, weight_state = of_weights.update(gradient, state.weight_state, params, **extra)
+            return updates, state._replace(step=state.step + 1, weight_state=weight_state)
+        gradient, score_gradient = _chain_rule(state, updates, params, penalty)
+        updates, weight_state = of_weights.update(gradient, state.weight_state, params, **extra)
+        score_updates, score_state = of_scores.update(score_gradient, state.score_state, state.scores, **extra)
+        step = state.step + 1
+        scores = optax.apply_updates(state.scores, score_updates)
+        if state.selection.budgets:
+            scores = jax.lax.cond(
+                step % steps_per_epoch == 0,
+                lambda scores: budget.hold_density(state.selection, scores, state.round, rounds),
+                lambda scores: scores,
+                scores,
+            )
+        return updates, state._replace(
+            step=step,
+            temperature=temperature(step),
+            init_value=jnp.asarray(init_value, float),
+            scores=scores,
+            weight_state=weight_state,
+            score_state=score_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def masked_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
+    """The weights under the masks of now, at which the loss and its gradient are to be evaluated.
+
+    Soft masks while scores are trained, a ticket's fixed ones afterwards. The state may be that of a chain or another
+    wrapper around `continuous_sparsification`. `update` derives the weights' gradient from the one here, so this
+    function cannot be differentiated through: call it outside of `jax.grad`.
+
+    Args:
+        params: weights; other leaves, such as the functions in an Equinox module, are returned as they are.
+        opt_state: the optimizer's state.
+
+    Returns:
+        Tree like `params`.
+
+    Raises:
+        ValueError: there is no state of `continuous_sparsification` in `opt_state`, or not just one, or it belongs to
+            other weights.
+        TypeError: the result is differentiated with respect to `params`.
+    """
+    masked = trees.apply_masks(params, current_masks(opt_state))
+    state = find_state(opt_state)
+    leaves = trees.leaves_by_path(masked)
+    paths = [leaf.path for leaf in state.selection.masked]
+    guarded = _not_differentiable([leaves[path] for path in paths])
+    return trees.replace_leaves(masked, dict(zip(paths, guarded, strict=True)))
+
+
+@jax.custom_jvp
+def _not_differentiable(arrays: list[Any]) -> list[Any]:
+    return arrays
+
+
+@_not_differentiable.defjvp
+def _refuse_to_differentiate(primals: Any, tangents: Any) -> Any:
+    raise TypeError(
+        "masked_params is differentiated, and update would apply the masks a second time; wanted the gradient at its "
+        "result: masked = masked_params(params, opt_state); jax.grad(loss_fn)(masked)"
+    )
+
+
+def current_masks(opt_state: optax.OptState) -> PyTree:
+    """Masks of now: soft ones while scores are trained, a ticket's fixed ones afterwards.
+
+    Returns:
+        Nested dictionaries along the paths of the masked weights, of their shapes; for a Flax model its "masks".
+
+    Raises:
+        ValueError: as `masked_params`.
+    """
+    state = find_state(opt_state)
+    if not state.scores:
+        return state.masks
+    return state.selection.soft_mask(state.scores, state.temperature, init_value=state.init_value)
+
+
+def ticket_masks(opt_state: optax.OptState) -> PyTree:
+    """Hard masks: the ticket's, or those that the search would end with now.
+
+    Of the density that was asked for, exactly; without a target, scores above 0 are kept. Right after `next_round` no
+    score is, so ask before.
+
+    Returns:
+        Nested dictionaries along the paths of the masked weights, of their shapes; 0 or `1 / sigmoid(init_value)`.
+
+    Raises:
+        TypeError: the state is traced.
+        ValueError: as `masked_params`, or nothing at all is kept.
+
+    Warns:
+        CollapsedLayerWarning: an array has lost all its weights, or would have if its best were not reserved.
+    """
+    state = find_state(opt_state)
+    if not state.scores:
+        return state.masks
+    ticket = budget.ticket_masks(state.selection, state.scores, init_value=state.init_value)
+    if masks.density(ticket) == 0:
+        raise ValueError("the ticket keeps no weight: no score is above 0, as is so right after next_round")
+    return ticket
+
+
+def next_round(opt_state: optax.OptState, *, reset: str = "paper") -> optax.OptState:
+    """State for the next round of the search: scores reset, temperature and step at their start, all else as it is.
+
+    Args:
+        opt_state: the optimizer's state at the end of a round.
+        reset: "paper" keeps pruned weights pruned; "released" lets them come back, as the authors' script does.
+
+    Raises:
+        ValueError: as `masked_params`, `reset` is none of these, or the state is a ticket's.
+    """
+    if reset not in ("paper", "released"):
+        raise ValueError(f"reset: got {reset!r}, wanted 'paper' or 'released'")
+
+    def start(state: SparsificationState) -> SparsificationState:
+        if not state.scores:
+            raise ValueError("the masks are a ticket's and fixed: there is no next round")
+        temperature = state.temperature if reset == "paper" else jnp.ones_like(state.temperature)
+        return state._replace(
+            step=jnp.zeros_like(state.step),
+            round=state.round + 1,
+            temperature=jnp.copy(state.first_temperature),
+            scores=state.selection.prune_scores(state.scores, temperature, init_value=state.init_value),
+        )
+
+    return _change_state(opt_state, start)
+
+
+def freeze_ticket(opt_state: optax.OptState) -> optax.OptState:
+    """State with the ticket's masks fixed and the scores gone; weights and their optimizer go on as they are.
+
+    The next `update` compiles anew. To go back to early weights, see `rewind`.
+
+    Raises:
+        TypeError, ValueError: as `ticket_masks`.
+    """
+    return _freeze(opt_state, ticket_masks(opt_state))
+
+
+def rewind(
+    tx: optax.GradientTransformation, opt_state: optax.OptState, snapshot: PyTree
+) -> tuple[PyTree, optax.OptState]:
+    """Early weights under the ticket's masks, and a new optimizer state to retrain them with.
+
+    Args:
+        tx: the whole optimizer; its state is made anew.
+        opt_state: its state at the end of the search.
+        snapshot: weights kept early in round 0, as `jax.tree.map(jnp.copy, params)` keeps them.
+
+    Returns:
+        A copy of the weights, and the state with fixed masks.
+
+    Raises:
+        TypeError, ValueError: as `ticket_masks`.
+    """
+    ticket = ticket_masks(opt_state)
+    params = jax.tree.map(lambda leaf: jnp.copy(leaf) if hasattr(leaf, "dtype") else leaf, snapshot)
+    trees.apply_masks(params, ticket)  # raises where the snapshot is of other weights
+    return params, _freeze(tx.init(params), ticket)
+
+
+def _freeze(opt_state: optax.OptState, ticket: PyTree) -> optax.OptState:
+    return _change_state(opt_state, lambda state: state._replace(scores={}, masks=ticket, score_state=()))
+
+
+def find_state(opt_state: optax.OptState) -> SparsificationState:
+    """The state of `continuous_sparsification` inside the state of whatever wraps it.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(leaf)]
+    if len(found) != 1:
+        raise ValueError(
+            f"opt_state holds {len(found)} states of continuous_sparsification, wanted one: "
+            f"got {type(opt_state).__name__}, wanted what its init or update returned"
+        )
+    return found[0]
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, SparsificationState)
+
+
+def _change_state(
+    opt_state: optax.OptState, change: Callable[[SparsificationState], SparsificationState]
+) -> optax.OptState:
+    find_state(opt_state)
+    return jax.tree.map(lambda node: change(node) if _is_state(node) else node, opt_state, is_leaf=_is_state)
+
+
+def _chain_rule(
+    state: SparsificationState, gradient: optax.Updates, params: optax.Params, penalty: ArrayLike
+) -> tuple[optax.Updates, PyTree]:
+    """Gradients of weights and scores from the gradient at `weights * mask`, penalty included."""
+    soft, pull_back = jax.vjp(
+        lambda scores: state.selection.soft_mask(scores, state.temperature, init_value=state.init_value), state.scores
+    )
+    weights, slopes = trees.leaves_by_path(params), trees.leaves_by_path(gradient)
+    mask_slopes = {
+        path: weights[path].astype(mask.dtype) * slopes[path].astype(mask.dtype) + jnp.asarray(penalty, mask.dtype)
+        for path, mask in trees.leaves_by_path(soft).items()
+    }
+    (score_gradient,) = pull_back(trees.nest(mask_slopes))
+    return trees.apply_masks(gradient, soft), score_gradient
+
+
+def _check_update(
+    state: SparsificationState, gradient: optax.Updates, params: optax.Params | None, masked: optax.Params | None
+) -> None:
+    if not _is_state(state):
+        raise ValueError(f"state: got {type(state).__name__}, wanted what init or update returned")
+    if masked is None:
+        raise TypeError(
+            "update() lacks masked_params: without them the gradient is likely that of the dense network; wanted "
+            "masked = cs_jax.masked_params(params, opt_state), the gradient taken at masked, and "
+            "update(gradient, opt_state, params, masked_params=masked)"
+        )
+    if params is None:
+        raise TypeError("update() lacks params: the scores' gradient is made with them")
+    weights, seen, slopes = map(trees.leaves_by_path, (params, masked, gradient))
+    for leaf in state.selection.masked:
+        for what, leaves in (("params", weights), ("masked_params", seen), ("gradient", slopes)):
+            if leaf.path not in leaves:
+                raise ValueError(
+                    f"{what} has no leaf {leaf.name!r}, which is masked; got {', '.join(map(trees.name, leaves))}"
+                )
+            if jnp.shape(leaves[leaf.path]) != leaf.shape:
+                raise ValueError(f"{what} {leaf.name!r}: got shape {jnp.shape(leaves[leaf.path])}, wanted {leaf.shape}")
+        if seen[leaf.path] is weights[leaf.path]:
+            raise ValueError(
+                f"masked_params {leaf.name!r} is the weight itself: wanted cs_jax.masked_params(params, opt_state), "
+                "and the gradient taken there"
+            )
+
+
+def _check_arguments(
+    weight_tx: Any, score_tx: Any, epochs: Any, steps_per_epoch: Any, rounds: Any, final_temp: Any, penalty: Any
+) -> None:
+    for name, tx in (("weight_tx", weight_tx), ("score_tx", score_tx)):
+        if not (hasattr(tx, "init") and hasattr(tx, "update")):
+            raise TypeError(f"{name}: got {tx!r}, wanted an optax transformation, as optax.sgd(0.1) makes one")
+    for name, value in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch), ("rounds", rounds)):
+        whole = jnp.issubdtype(jnp.result_type(value), jnp.integer) and jnp.ndim(value) == 0
+        if not whole or (not isinstance(value, Tracer) and value < 1):
+            raise ValueError(f"{name}: got {value!r}, wanted a whole number of at least 1")
+    for name, value, least in (("final_temp", final_temp, 1), ("penalty", penalty, 0)):
+        if not isinstance(value, Tracer) and not (jnp.isfinite(value) and value >= least):
+            raise ValueError(f"{name}: got {value!r}, wanted a finite number of at least {least}")

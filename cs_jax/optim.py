@@ -298,9 +298,9 @@ def rewind(
         TypeError, ValueError: as `ticket_masks`.
     """
     ticket = ticket_masks(opt_state)
-    params = jax.tree.map(lambda leaf: jnp.copy(leaf) if hasattr(leaf, "dtype") else leaf, snapshot)
+    params = jax.tree.map(lambda leaf: jnp.copy(leaf) if hasattr(leaf, "dtype") else leaf, _unwrapped(snapshot))
     trees.apply_masks(params, ticket)  # raises where the snapshot is of other weights
-    return params, _freeze(tx.init(params), ticket)
+    return params, _wrapped_like(opt_state, _freeze(tx.init(params), ticket))
 
 
 def _freeze(opt_state: optax.OptState, ticket: PyTree) -> optax.OptState:
@@ -319,7 +319,24 @@ def find_state(opt_state: optax.OptState) -> SparsificationState:
             f"opt_state holds {len(found)} states of continuous_sparsification, wanted one: "
             f"got {type(opt_state).__name__}, wanted what its init or update returned"
         )
-    return found[0]
+    return _unwrapped(found[0])
+
+
+def _is_variable(node: Any) -> bool:
+    """Whether this is an `nnx.Variable`, in which `nnx.Optimizer` keeps each array of its state."""
+    return hasattr(node, "get_value") and hasattr(node, "set_value")
+
+
+def _unwrapped(tree: PyTree) -> PyTree:
+    """Arrays in place of NNX variables."""
+    return jax.tree.map(lambda node: node.get_value() if _is_variable(node) else node, tree, is_leaf=_is_variable)
+
+
+def _wrapped_like(opt_state: optax.OptState, tree: PyTree) -> PyTree:
+    """Arrays in variables, if that is how `opt_state` has them."""
+    variables = filter(_is_variable, jax.tree.leaves(opt_state, is_leaf=_is_variable))
+    kind = type(next(variables, None))
+    return tree if kind is type(None) else jax.tree.map(kind, tree)
 
 
 def _is_state(node: Any) -> bool:
@@ -330,7 +347,10 @@ def _change_state(
     opt_state: optax.OptState, change: Callable[[SparsificationState], SparsificationState]
 ) -> optax.OptState:
     find_state(opt_state)
-    return jax.tree.map(lambda node: change(node) if _is_state(node) else node, opt_state, is_leaf=_is_state)
+    changed = jax.tree.map(
+        lambda node: change(node) if _is_state(node) else node, _unwrapped(opt_state), is_leaf=_is_state
+    )
+    return _wrapped_like(opt_state, changed)
 
 
 def _chain_rule(
@@ -366,9 +386,7 @@ def _check_update(
     for leaf in state.selection.masked:
         for what, leaves in (("params", weights), ("masked_params", seen), ("gradient", slopes)):
             if leaf.path not in leaves:
-                raise ValueError(
-                    f"{what} has no leaf {leaf.name!r}, which is masked; got {', '.join(map(trees.name, leaves))}"
-                )
+                raise ValueError(f"{what}: no leaf {leaf.name!r}, which is masked; got {trees.names(leaves)}")
             if jnp.shape(leaves[leaf.path]) != leaf.shape:
                 raise ValueError(f"{what} {leaf.name!r}: got shape {jnp.shape(leaves[leaf.path])}, wanted {leaf.shape}")
         if seen[leaf.path] is weights[leaf.path]:

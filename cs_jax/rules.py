@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from rich import box
 from rich.console import Console
@@ -151,7 +152,7 @@ def check_density(value: Any, name: str = "target_density") -> None:
     """Raises unless `value` is a number in (0, 1]."""
     if isinstance(value, Tracer):
         raise TypeError(f"{name} is traced, wanted a number: it decides how many weights are kept")
-    if isinstance(value, bool) or not jnp.issubdtype(jnp.result_type(value), jnp.number) or jnp.ndim(value):
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number | np.ndarray | jax.Array):
         raise TypeError(f"{name}: got {value!r}, wanted a number")
     if not 0 < value <= 1:
         raise ValueError(f"{name}: got {value:g}, wanted a share above 0 and at most 1")

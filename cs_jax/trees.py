@@ -94,7 +94,7 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
         if not hasattr(mask, "dtype"):
             raise ValueError(f"masks {name(path)!r}: got {mask!r}, wanted an array")
         if path not in weights:
-            raise ValueError(f"mask {name(path)!r} has no weights: params hold {_names(weights)}")
+            raise ValueError(f"mask {name(path)!r} has no weights: params hold {names(weights)}")
         weight = weights[path]
         if mask.shape != jnp.shape(weight):
             raise ValueError(
@@ -113,7 +113,8 @@ def check_float(weight: Any, path: Path) -> None:
         raise ValueError(f"weights {name(path)!r}: got dtype {weight.dtype}, wanted a float dtype")
 
 
-def _names(leaves: Mapping[Path, Any]) -> str:
+def names(leaves: Mapping[Path, Any]) -> str:
+    """Names of leaves, for a message."""
     return ", ".join(map(name, leaves)) or "nothing"
 
 

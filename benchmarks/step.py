@@ -9,7 +9,6 @@ ratios within each repeat are printed.
 
 import dataclasses
 import statistics
-import time
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ import tyro
 from flax import linen as nn
 from rich.console import Console
 from rich.table import Table
+from timing import Stepper, interleave, median_ratio
 
 from cs_jax import masks, training
 from cs_jax.images import ImageSet
@@ -55,28 +55,6 @@ def main(settings: Settings) -> None:
     print_table(settings, steps, times)
 
 
-class Stepper:
-    """A compiled step and the state that it goes on with."""
-
-    def __init__(self, compiled: Any, state: TrainState, arguments: tuple) -> None:
-        self.compiled = compiled
-        self._state = state
-        self._arguments = arguments
-
-    def run(self) -> float:
-        """Seconds of one step."""
-        started = time.perf_counter()
-        self._state, metrics = self.compiled(self._state, *self._arguments)
-        jax.block_until_ready((self._state, metrics))
-        return time.perf_counter() - started
-
-    def peak_bytes(self) -> int:
-        """Memory that the compiled step needs at once, by the compiler's own account."""
-        analysis = self.compiled.memory_analysis()
-        held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-        return held + analysis.temp_size_in_bytes
-
-
 def make_data(settings: Settings) -> ImageSet:
     shape = (settings.batch_size, settings.image_size, settings.image_size, 3)
     images = jax.random.randint(jax.random.key(0), shape, 0, 256).astype(jnp.uint8)
@@ -102,23 +80,16 @@ def make_states(settings: Settings) -> dict[str, tuple[Recipe, TrainState]]:
     }
 
 
-def interleave(steps: dict[str, Stepper], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every step of every repeat, the first two repeats not counted."""
-    rounds = [{name: stepper.run() for name, stepper in steps.items()} for _ in range(repeats + 2)][2:]
-    return {name: [seconds[name] for seconds in rounds] for name in steps}
-
-
 def print_table(settings: Settings, steps: dict[str, Stepper], times: dict[str, list[float]]) -> None:
     device = jax.devices()[0].device_kind
     title = f"{settings.model}, batch {settings.batch_size}, {device}, jax {jax.__version__}, n={settings.repeats}"
     table = Table("step", "median ms", "min ms", "ratio to dense", "peak MiB", title=title)
     for name, seconds in times.items():
-        ratio = statistics.median(a / b for a, b in zip(seconds, times["dense"], strict=True))
         table.add_row(
             name,
             f"{1e3 * statistics.median(seconds):.1f}",
             f"{1e3 * min(seconds):.1f}",
-            f"{ratio:.3f}",
+            f"{median_ratio(seconds, times['dense']):.3f}",
             f"{steps[name].peak_bytes() / 2**20:.1f}",
         )
     Console().print(table)

@@ -5,7 +5,7 @@ temperature into masks; `search` runs the rounds.
 """
 
 from cs_jax import models
-from cs_jax.budget import CollapsedLayerWarning
+from cs_jax.budget import CollapsedLayerWarning, DensityWarning
 from cs_jax.groups import NM, Axes, Block, Head
 from cs_jax.layers import (
     Masked,
@@ -40,6 +40,7 @@ from cs_jax.optim import (
 from cs_jax.rules import Rule, describe, select
 from cs_jax.schedules import temperature
 from cs_jax.selection import Selection
+from cs_jax.sparsify import sparsify
 from cs_jax.trees import apply_masks
 
 __version__ = "0.1.0"
@@ -48,6 +49,7 @@ __all__ = [
     "Axes",
     "Block",
     "CollapsedLayerWarning",
+    "DensityWarning",
     "Head",
     "Masked",
     "MaskedConv",
@@ -79,6 +81,7 @@ __all__ = [
     "rewind",
     "select",
     "soft_mask",
+    "sparsify",
     "temperature",
     "ticket_masks",
 ]

@@ -6,7 +6,7 @@ the threshold of the masks moves instead of a penalty's weight. The budget shrin
 
 Constrained optimization, where the penalty's weight follows the constraint, is the alternative (Gallego-Posada et al.,
 "Controlled sparsity via constrained optimization", NeurIPS 2022, arXiv:2208.04425). It hardly moves scores that the
-temperature has decided already, and has a learning rate to be found; `benchmarks/density.py` compares the two.
+temperature has decided already, and has a learning rate to be found; `benchmarks/density_control.py` compares the two.
 """
 
 import functools
@@ -29,6 +29,10 @@ PyTree = Any
 
 class CollapsedLayerWarning(UserWarning):
     """A masked array is left without weights, or would be if its highest score had not been kept all the same."""
+
+
+class DensityWarning(UserWarning):
+    """Groups are too coarse for the density that was asked for: the ticket's is off by more than 1%."""
 
 
 def round_density(target: float, round: Any, rounds: Any) -> Any:
@@ -112,8 +116,8 @@ def ticket_masks(selection: Selection, scores: PyTree, *, init_value: ArrayLike)
 
     Of equal scores the first ones are kept, in the order of the arrays and of their entries. Each array keeps its
     highest score at least, unless the selection allows empty layers. Groups are kept whole: with groups of several
-    weights the count may fall short by less than the smallest group. Where there is no budget, scores above 0 are
-    kept, or n of m.
+    weights the count may be off by less than the smallest group. Where there is no budget, scores above 0 are kept,
+    or n of m.
 
     Args:
         selection: which weights are masked, and how many of them may be kept.
@@ -129,6 +133,7 @@ def ticket_masks(selection: Selection, scores: PyTree, *, init_value: ArrayLike)
 
     Warns:
         CollapsedLayerWarning: an array keeps nothing, or its one reserved group alone.
+        DensityWarning: the count is off by more than 1%, because groups are large.
     """
     leaves = selection.score_leaves(scores)
     if any(isinstance(score, Tracer) for score in leaves):
@@ -150,35 +155,56 @@ def ticket_masks(selection: Selection, scores: PyTree, *, init_value: ArrayLike)
 def _keep_highest(selection: Selection, budget: Budget, leaves: list[Any]) -> None:
     """Puts 1 for the scores that a budget keeps and -1 for the others, in place of its members of `leaves`."""
     flat = [np.asarray(leaves[index], np.float64).ravel() for index in budget.members]
-    sizes = [selection.masked[index].group_size for index in budget.members]
+    group_sizes = [selection.masked[index].group_size for index in budget.members]
+    sizes = np.repeat(group_sizes, [len(score) for score in flat])
     starts = np.cumsum([0, *map(len, flat)]).tolist()
-    group_sizes = np.repeat(sizes, [len(score) for score in flat])
-    order = np.argsort(-np.concatenate(flat), kind="stable")
     best = [int(start + np.argmax(score)) for start, score in zip(starts, flat, strict=False)]
-    reserved = [] if selection.allow_empty_layers else best
-    kept = _fill(order, group_sizes, budget.keep, reserved)
-    free = _fill(order, group_sizes, budget.keep, [])
+    order = np.argsort(-np.concatenate(flat), kind="stable")
+    kept = _choose(order, sizes, budget.keep, [] if selection.allow_empty_layers else best)
+    freely = _choose(order, sizes, budget.keep, [])
     for number, index in enumerate(budget.members):
         part = slice(starts[number], starts[number + 1])
-        if kept[part].any() and not free[part].any():
+        if kept[part].any() and not freely[part].any():
             _warn_collapsed(selection.masked[index].name, "has only its highest score kept, by reservation")
-        shape, dtype = leaves[index].shape, leaves[index].dtype
-        leaves[index] = jnp.asarray(np.where(kept[part], 1.0, -1.0).reshape(shape), dtype)
+        signs = np.where(kept[part], 1.0, -1.0).reshape(leaves[index].shape)
+        leaves[index] = jnp.asarray(signs, leaves[index].dtype)
+    count = int(sizes[kept].sum())
+    if abs(count - budget.keep) > 0.01 * budget.keep:
+        warnings.warn(
+            f"{count} of {budget.size} weights are kept where {budget.keep} were asked for: whole groups of "
+            f"{', '.join(map(str, sorted(set(group_sizes))))} weights come no nearer",
+            DensityWarning,
+            stacklevel=3,
+        )
 
 
-def _fill(order: np.ndarray, sizes: np.ndarray, budget: int, reserved: Sequence[int]) -> np.ndarray:
-    """Which groups are kept: the reserved ones, then in `order` whichever still fits."""
-    kept = np.zeros(len(sizes), bool)
-    kept[list(reserved)] = True
-    left = budget - int(sizes[kept].sum())
-    rest = order[~kept[order]]
+def _choose(order: np.ndarray, sizes: np.ndarray, budget: int, reserved: Sequence[int]) -> np.ndarray:
+    """Which groups are kept, of `sizes` weights, so that they are `budget` weights or as near as a swap can get.
+
+    The reserved ones, then in `order` whichever still fits; or, where that is nearer, the best that did not fit in
+    the place of the last ones that did.
+    """
+    under = np.zeros(len(sizes), bool)
+    under[list(reserved)] = True
+    left = budget - int(sizes[under].sum())
+    rest = order[~under[order]]
     while len(rest) and left >= sizes[rest].min():
         fits = int(np.searchsorted(np.cumsum(sizes[rest]), left, side="right"))
-        kept[rest[:fits]] = True
+        under[rest[:fits]] = True
         left -= int(sizes[rest[:fits]].sum())
         rest = rest[fits:]
         rest = rest[sizes[rest] <= left]
-    return kept
+    out = order[~under[order]]
+    if left <= 0 or not len(out):
+        return under
+    over, excess = under.copy(), int(sizes[out[0]]) - left
+    over[out[0]] = True
+    fixed = {int(out[0]), *reserved}
+    for group in order[under[order]][::-1]:
+        if sizes[group] <= excess and int(group) not in fixed:
+            over[group] = False
+            excess -= int(sizes[group])
+    return over if excess < left else under
 
 
 def _warn_collapsed(name: str, what: str) -> None:

@@ -135,14 +135,14 @@ class MaskedEinsum(Masked, nn.Einsum):
 
 
 class MaskedConv(Masked, nn.Conv):
-    """`flax.linen.Conv` with its kernel, (*window, in / groups, out), masked; the rest is as there.
+    """`flax.linen.Conv` with its kernel, `(*window, in / groups, out)`, masked; the rest is as there.
 
     Its own `mask` field stays too: a constant mask that is multiplied on top of the learned one.
     """
 
 
 class MaskedConvLocal(Masked, nn.ConvLocal):
-    """`flax.linen.ConvLocal` with its kernel, (*positions, window * in, out), masked; the rest is as there."""
+    """`flax.linen.ConvLocal` with its kernel, `(*positions, window * in, out)`, masked; the rest is as there."""
 
 
 class MaskedConvTranspose(Masked, nn.ConvTranspose):

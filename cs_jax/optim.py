@@ -105,9 +105,9 @@ def continuous_sparsification(
     of_weights, of_scores = map(optax.with_extra_args_support, (weight_tx, score_tx))
 
     def temperature(step: ArrayLike) -> jax.Array:
-        epoch = jnp.minimum(step // jnp.asarray(steps_per_epoch), epochs - 1)
+        epoch = jnp.asarray(jnp.minimum(step // jnp.asarray(steps_per_epoch), epochs - 1), float)
         share = jnp.where(epochs > 1, epoch / jnp.maximum(epochs - 1, 1), 1.0)
-        return jnp.asarray(jnp.asarray(final_temp, float) ** share, float)
+        return jnp.asarray(final_temp, float) ** share
 
     def init(params: optax.Params) -> SparsificationState:
         selection = rules.select(params, where, target_density=target_density, allow_empty_layers=allow_empty_layers)
@@ -163,7 +163,7 @@ def continuous_sparsification(
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def masked_params(params: PyTree, opt_state: optax.OptState) -> PyTree:
+def masked_params(params: PyTree, opt_state: PyTree) -> PyTree:
     """The weights under the masks of now, at which the loss and its gradient are to be evaluated.
 
     Soft masks while scores are trained, a ticket's fixed ones afterwards. The state may be that of a chain or another
@@ -203,7 +203,7 @@ def _refuse_to_differentiate(primals: Any, tangents: Any) -> Any:
     )
 
 
-def current_masks(opt_state: optax.OptState) -> PyTree:
+def current_masks(opt_state: PyTree) -> PyTree:
     """Masks of now: soft ones while scores are trained, a ticket's fixed ones afterwards.
 
     Returns:
@@ -218,7 +218,7 @@ def current_masks(opt_state: optax.OptState) -> PyTree:
     return state.selection.soft_mask(state.scores, state.temperature, init_value=state.init_value)
 
 
-def ticket_masks(opt_state: optax.OptState) -> PyTree:
+def ticket_masks(opt_state: PyTree) -> PyTree:
     """Hard masks: the ticket's, or those that the search would end with now.
 
     Of the density that was asked for, exactly; without a target, scores above 0 are kept. Right after `next_round` no
@@ -243,7 +243,7 @@ def ticket_masks(opt_state: optax.OptState) -> PyTree:
     return ticket
 
 
-def next_round(opt_state: optax.OptState, *, reset: str = "paper") -> optax.OptState:
+def next_round(opt_state: PyTree, *, reset: str = "paper") -> PyTree:
     """State for the next round of the search: scores reset, temperature and step at their start, all else as it is.
 
     Args:
@@ -270,7 +270,7 @@ def next_round(opt_state: optax.OptState, *, reset: str = "paper") -> optax.OptS
     return _change_state(opt_state, start)
 
 
-def freeze_ticket(opt_state: optax.OptState) -> optax.OptState:
+def freeze_ticket(opt_state: PyTree) -> PyTree:
     """State with the ticket's masks fixed and the scores gone; weights and their optimizer go on as they are.
 
     The next `update` compiles anew. To go back to early weights, see `rewind`.
@@ -281,9 +281,7 @@ def freeze_ticket(opt_state: optax.OptState) -> optax.OptState:
     return _freeze(opt_state, ticket_masks(opt_state))
 
 
-def rewind(
-    tx: optax.GradientTransformation, opt_state: optax.OptState, snapshot: PyTree
-) -> tuple[PyTree, optax.OptState]:
+def rewind(tx: optax.GradientTransformation, opt_state: PyTree, snapshot: PyTree) -> tuple[PyTree, PyTree]:
     """Early weights under the ticket's masks, and a new optimizer state to retrain them with.
 
     Args:
@@ -303,11 +301,11 @@ def rewind(
     return params, _wrapped_like(opt_state, _freeze(tx.init(params), ticket))
 
 
-def _freeze(opt_state: optax.OptState, ticket: PyTree) -> optax.OptState:
+def _freeze(opt_state: PyTree, ticket: PyTree) -> PyTree:
     return _change_state(opt_state, lambda state: state._replace(scores={}, masks=ticket, score_state=()))
 
 
-def find_state(opt_state: optax.OptState) -> SparsificationState:
+def find_state(opt_state: PyTree) -> SparsificationState:
     """The state of `continuous_sparsification` inside the state of whatever wraps it.
 
     Raises:
@@ -332,7 +330,7 @@ def _unwrapped(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda node: node.get_value() if _is_variable(node) else node, tree, is_leaf=_is_variable)
 
 
-def _wrapped_like(opt_state: optax.OptState, tree: PyTree) -> PyTree:
+def _wrapped_like(opt_state: PyTree, tree: PyTree) -> PyTree:
     """Arrays in variables, if that is how `opt_state` has them."""
     variables = filter(_is_variable, jax.tree.leaves(opt_state, is_leaf=_is_variable))
     kind = type(next(variables, None))
@@ -343,9 +341,7 @@ def _is_state(node: Any) -> bool:
     return isinstance(node, SparsificationState)
 
 
-def _change_state(
-    opt_state: optax.OptState, change: Callable[[SparsificationState], SparsificationState]
-) -> optax.OptState:
+def _change_state(opt_state: PyTree, change: Callable[[SparsificationState], SparsificationState]) -> PyTree:
     find_state(opt_state)
     changed = jax.tree.map(
         lambda node: change(node) if _is_state(node) else node, _unwrapped(opt_state), is_leaf=_is_state

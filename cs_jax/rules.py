@@ -29,12 +29,12 @@ class Rule:
     """Which weights are masked, what one score of theirs stands for, and how many of them are kept.
 
     Attributes:
-        where: one of
-            - None, the default: weights of two or more axes that are no biases, embeddings, norms or classifier heads;
-            - a glob or several, compared with the weights' paths as in "encoder/layers/0/kernel": `*` is a part of a
-              path, `**` any number of parts, `{a,b}` either; without a slash it is compared with the last part alone.
-              A glob after `!` takes out what the others select (what the default selects, if there are no others);
-            - a function of a weight's path, as text, and the array, or what stands for it: whether it is masked.
+        where: None, a glob or several, or a function. None is the default: weights of two or more axes that are no
+            biases, embeddings, norms or classifier heads, by their names. Globs are compared with the weights' paths,
+            as in "encoder/layers/0/kernel": `*` is one part of a path, `**` any number of parts, `{a,b}` either;
+            without a slash a glob is compared with the last part alone. A glob after `!` takes out what the others
+            select, or what the default selects if there are no others. A function gets a weight's path, as text, and
+            the array or what stands for it, and says whether it is masked.
         group: what one score stands for: "entry", "output_channel", "input_channel", or one of `Axes`, `Block`,
             `Head` and `NM`.
         layout: where input and output axes lie: "auto" goes by the library's names, "in_out" is (..., input, output)

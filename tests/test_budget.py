@@ -64,13 +64,32 @@ def test_without_a_budget_scores_above_zero_are_kept() -> None:
     assert ticket_of(selection, scores_of(selection, [-1, 0, 1e-9, 1])) == [[2, 3]]
 
 
+def channels_kept(values: list[list[float]], target: float) -> list[int]:
+    """Channels kept of two arrays, whose channels have 4 and 2 weights."""
+    selection = selection_of((4, len(values[0])), (2, len(values[1])), target=target, group="output_channel")
+    ticket = budget.ticket_masks(selection, scores_of(selection, *values), init_value=0.0)
+    for mask in jax.tree.leaves(ticket):
+        assert (np.asarray(mask) == np.asarray(mask)[:1]).all()
+    return [int((np.asarray(mask)[0] > 0).sum()) for mask in jax.tree.leaves(ticket)]
+
+
+@pytest.mark.filterwarnings("ignore::cs_jax.DensityWarning")
 def test_groups_are_kept_whole_and_what_is_left_goes_to_smaller_ones() -> None:
-    """Channels of 4 and of 2 weights; 7 may be kept: one of 4 first, no second one, then one of 2."""
-    selection = selection_of((4, 2), (2, 3), target=0.5, group="output_channel")
-    assert selection.budgets[0].keep == 7
-    ticket = budget.ticket_masks(selection, scores_of(selection, [3, 2], [1, 0, -1]), init_value=0.0)
-    np.testing.assert_array_equal(ticket["layer0"]["kernel"] > 0, [[True, False]] * 4)
-    np.testing.assert_array_equal(ticket["layer1"]["kernel"] > 0, [[True, False, False]] * 2)
+    """Of 7 weights: a channel of 4, not a second one, then one of 2."""
+    assert channels_kept([[3, 2], [1, 0, -1]], target=0.5) == [1, 1]
+
+
+def test_a_large_group_takes_the_place_of_small_ones_that_come_after_it_where_that_fits_better() -> None:
+    """Of 8 weights of 14: three channels of 2 and then none of 4 would be 6; one of 4 and the best two of 2 are 8."""
+    assert channels_kept([[1, 0], [4, 3, 2]], target=8 / 14) == [1, 2]
+
+
+def test_a_density_that_groups_cannot_reach_is_told() -> None:
+    with pytest.warns(
+        cs_jax.DensityWarning, match="8 of 12 weights are kept where 7 were asked for: whole groups of 4"
+    ):
+        selection = selection_of((4, 3), target=0.6, group="output_channel")
+        budget.ticket_masks(selection, scores_of(selection, [1, 2, 3]), init_value=0.0)
 
 
 @st.composite

@@ -1,0 +1,117 @@
+"""Two ways to a target density: scores held at it (what the library does) against dual ascent on the penalty's weight.
+
+    python benchmarks/density_control.py [--targets 0.2 0.02] [--rates 1e-5 1e-6] [--seeds 0 1 2 3 4]
+
+Dual ascent follows Gallego-Posada et al., 2022 (arXiv:2208.04425): after every step the penalty's weight rises by
+`rate` times the excess of the masks' mean, unscaled, over the round's density, and never falls below 0. All else is
+the digits preset's; its constant penalty goes with held scores alone. All tickets have the target exactly and are
+retrained alike. Beside test accuracy stand the share of scores above 0 at the search's end, which would be the target
+if the search had met it by itself, and the validation accuracy of the searched weights under the ticket's masks,
+before they are rewound.
+"""
+
+import dataclasses
+import statistics
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from cs_jax import budget, experiment, masks, search, training
+from cs_jax.config import PRESETS, Config
+from cs_jax.search import Observer, Problem, Ticket
+from cs_jax.training import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is run."""
+
+    targets: tuple[float, ...] = (0.2, 0.02)
+    """Target densities."""
+
+    rates: tuple[float, ...] = (1e-5, 1e-6)
+    """Learning rates of the penalty's weight."""
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Seeds of each."""
+
+
+def main(settings: Settings) -> None:
+    warnings.simplefilter("ignore", budget.CollapsedLayerWarning)
+    title = f"digits, seeds {' '.join(map(str, settings.seeds))}, {jax.devices()[0].device_kind}, jax {jax.__version__}"
+    table = Table("target", "control", "above 0 at the end", "val before rewind", "test accuracy", title=title)
+    for target in settings.targets:
+        for rate in (None, *settings.rates):
+            results = [run(target, rate, seed) for seed in settings.seeds]
+            shares, before, after = zip(*results, strict=True)
+            name = "held" if rate is None else f"dual ascent, {rate:g}"
+            spread = f"{min(shares):.4f} to {max(shares):.4f}"
+            accuracies = [
+                f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}" for values in (before, after)
+            ]
+            table.add_row(f"{target:g}", name, spread, *accuracies)
+            print(target, name, results, flush=True)
+    Console(width=120).print(table)
+
+
+def run(target: float, rate: float | None, seed: int) -> tuple[float, float, float]:
+    """Share of scores above 0, validation accuracy before the rewind, and test accuracy of the ticket."""
+    config = dataclasses.replace(PRESETS["digits"], seed=seed, target_density=target, dense=False)
+    problem, data = experiment.prepare(config)
+    assert problem.validation is not None
+    if rate is None:
+        last: list[Any] = []
+        watch = Observer()
+        watch.on_phase_end = lambda phase, round, state: last.append(jax.tree.map(jnp.copy, state))
+        ticket, _ = search.search_ticket(config, problem, search.init_state(config, problem), watch)
+        state = last[-1]
+    else:
+        ticket, state = search_by_dual_ascent(config, problem, target, rate)
+    share = masks.density(masks.hard_mask(state.scores, init_value=config.mask_initial_value))
+    before = search.accuracy(config, problem, state, ticket.masks, problem.validation)
+    retrained = search.retrain(config, problem, ticket, Observer())
+    return share, before, search.accuracy(config, problem, retrained, ticket.masks, data.test)
+
+
+def search_by_dual_ascent(config: Config, problem: Problem, target: float, rate: float) -> tuple[Ticket, TrainState]:
+    state, weight, snapshot = search.init_state(config, problem), 0.0, None
+    for round in range(config.rounds):
+        wanted = budget.round_density(target, round, config.rounds)
+        state = state.replace(step=jnp.zeros_like(state.step))
+        key = jax.random.fold_in(problem.key, round)
+        for epoch in range(config.epochs):
+            if (round, epoch) == (0, config.rewind_epoch):
+                snapshot = search.take_snapshot(state)
+            hyper = search.hyperparams(config, search.SEARCH, epoch)
+            order = np.asarray(problem.epoch_order(round, epoch))
+            for start in range(0, len(order), config.batch_size):
+                hyper = hyper._replace(penalty_weight=jnp.asarray(weight, float))
+                indices = order[start : start + config.batch_size]
+                state, _ = training.compiled_step(problem.recipe, state, problem.train, indices, key, hyper)
+                weight = max(0.0, weight + rate * (float(_mean_mask(state.scores, hyper.temperature)) - wanted))
+        if round < config.rounds - 1:
+            state = search.reset_scores(config, state)
+    assert snapshot is not None
+    chosen = search.selection(config, state.scores)
+    return Ticket(snapshot, budget.ticket_masks(chosen, state.scores, init_value=config.mask_initial_value)), state
+
+
+def _mean(values: tuple[float, ...]) -> str:
+    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+
+
+@jax.jit
+def _mean_mask(scores: Any, temperature: jax.Array) -> jax.Array:
+    leaves = jax.tree.leaves(scores)
+    total = jnp.asarray([jnp.sum(jax.nn.sigmoid(temperature * leaf)) for leaf in leaves]).sum()
+    return total / sum(leaf.size for leaf in leaves)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

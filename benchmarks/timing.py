@@ -1,0 +1,41 @@
+"""Compiled steps timed side by side: what the step benchmarks share."""
+
+import statistics
+import time
+from typing import Any
+
+import jax
+
+
+class Stepper:
+    """A compiled step and what it carries from call to call: the first of its results goes in again as the first
+    argument."""
+
+    def __init__(self, compiled: Any, carry: Any, arguments: tuple) -> None:
+        self.compiled = compiled
+        self._carry = carry
+        self._arguments = arguments
+
+    def run(self) -> float:
+        """Seconds of one step."""
+        started = time.perf_counter()
+        self._carry, rest = self.compiled(self._carry, *self._arguments)
+        jax.block_until_ready((self._carry, rest))
+        return time.perf_counter() - started
+
+    def peak_bytes(self) -> int:
+        """Memory that the compiled step needs at once, by the compiler's own account."""
+        analysis = self.compiled.memory_analysis()
+        held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        return held + analysis.temp_size_in_bytes
+
+
+def interleave(steps: dict[str, Stepper], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every step of every repeat, the first two repeats not counted."""
+    rounds = [{name: stepper.run() for name, stepper in steps.items()} for _ in range(repeats + 2)][2:]
+    return {name: [seconds[name] for seconds in rounds] for name in steps}
+
+
+def median_ratio(times: list[float], reference: list[float]) -> float:
+    """Median of the ratios within each repeat."""
+    return statistics.median(a / b for a, b in zip(times, reference, strict=True))

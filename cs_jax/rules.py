@@ -95,9 +95,11 @@ def select(
     """
     leaves = trees.leaves_by_path(params)
     rules = as_rules(where)
+    kinds = _module_kinds(params)
     chosen: dict[Path, int] = {}
     for index, rule in enumerate(rules):
-        for path in _selected(rule, leaves, params):
+        _check_rule(rule, leaves)
+        for path in selected_by(rule, leaves, kinds):
             trees.check_float(leaves[path], path)
             if 0 in leaves[path].shape:
                 raise ValueError(f"weights {trees.name(path)!r}: shape {leaves[path].shape} has no entries to mask")
@@ -202,39 +204,62 @@ def _kind(leaf: Grouping) -> str:
     return "yes" if leaf.group_size == 1 else "by " + "×".join(map(str, leaf.block))
 
 
-def _selected(rule: Rule, leaves: Mapping[Path, Any], params: PyTree) -> list[Path]:
-    """Paths that a rule selects, in order."""
+def selected_by(rule: Rule, leaves: Mapping[Path, Any], kinds: Mapping[Path, str]) -> list[Path]:
+    """Paths that a rule selects of some leaves, in order; globs may match none of them.
+
+    Args:
+        rule: its `where` decides.
+        leaves: arrays, or what stands for them, by path.
+        kinds: class names of the objects at the beginning of the paths, where they are known.
+    """
     if rule.where is None:
-        return _weights(leaves, params)
+        return _weights(leaves, kinds)
     if callable(rule.where):
-        found = [path for path, leaf in leaves.items() if rule.where(trees.name(path), leaf)]
-        if not found:
-            raise ValueError(f"rule {rule.where!r} selects none of {_listed(leaves)}")
-        _check_not_everything(rule.where, found, leaves)
-        return found
-    patterns = (rule.where,) if isinstance(rule.where, str) else rule.where
-    positive = [pattern for pattern in patterns if not pattern.startswith("!")]
-    found = set() if positive else set(_weights(leaves, params))
-    for pattern in positive:
-        matched = _matches(pattern, leaves)
-        _check_not_everything(pattern, matched, leaves)
-        found.update(matched)
-    for pattern in patterns:
-        if pattern.startswith("!"):
-            found.difference_update(_matches(pattern[1:], leaves))
-    return [path for path in leaves if path in found]
+        return [path for path, leaf in leaves.items() if rule.where(trees.name(path), leaf)]
+    positive, negative = _globs(rule.where)
+    found = {path for pattern in positive for path in _matches(pattern, leaves)}
+    if not positive:
+        found = _weights(leaves, kinds)
+    without = {path for pattern in negative for path in _matches(pattern, leaves)}
+    return [path for path in leaves if path in found and path not in without]
+
+
+def _globs(where: str | Sequence[str]) -> tuple[list[str], list[str]]:
+    """Globs that select, and those that take out, without their `!`."""
+    patterns = (where,) if isinstance(where, str) else where
+    return [p for p in patterns if not p.startswith("!")], [p[1:] for p in patterns if p.startswith("!")]
 
 
 def _matches(pattern: str, leaves: Mapping[Path, Any]) -> list[Path]:
     flags = glob.GLOBSTAR | glob.BRACE | glob.FORCEUNIX | glob.DOTGLOB | glob.CASE | glob.MATCHBASE
     by_name = {trees.name(path): path for path in leaves}
-    found = [by_name[str(match)] for match in glob.globfilter(by_name, pattern, flags=flags)]
-    if not found:
-        close = difflib.get_close_matches(pattern, by_name, n=3, cutoff=0.3)
-        inside = [name for name in by_name if name.startswith(pattern.rstrip("/") + "/")][:3]
-        hint = f"; close to it are {', '.join(inside or close)}" if inside or close else ""
-        raise ValueError(f"glob {pattern!r} matches none of {_listed(leaves)}{hint}")
-    return found
+    return [by_name[str(match)] for match in glob.globfilter(by_name, pattern, flags=flags)]
+
+
+def _check_rule(rule: Rule, leaves: Mapping[Path, Any]) -> None:
+    """Raises where a function or any glob selects nothing, or everything."""
+    if rule.where is None:
+        return
+    if callable(rule.where):
+        found = selected_by(rule, leaves, {})
+        if not found:
+            raise ValueError(f"rule {rule.where!r} selects none of {_listed(leaves)}")
+        _check_not_everything(rule.where, found, leaves)
+        return
+    positive, negative = _globs(rule.where)
+    for pattern in (*positive, *negative):
+        if not _matches(pattern, leaves):
+            raise ValueError(f"glob {pattern!r} matches none of {_listed(leaves)}{_hint(pattern, leaves)}")
+    for pattern in positive:
+        _check_not_everything(pattern, _matches(pattern, leaves), leaves)
+
+
+def _hint(pattern: str, leaves: Mapping[Path, Any]) -> str:
+    """What may have been meant: what is inside a module of this name, or what is alike."""
+    names = list(map(trees.name, leaves))
+    inside = [name for name in names if name.startswith(pattern.rstrip("/") + "/")][:3]
+    close = inside or difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+    return f"; close to it are {', '.join(close)}" if close else ""
 
 
 def _check_not_everything(where: Any, found: Sequence[Path], leaves: Mapping[Path, Any]) -> None:
@@ -259,13 +284,12 @@ _NORM_NAMES = {"norm", "bn", "ln", "gn"}
 _EMBEDDING_NAMES = {"wte", "wpe", "pos", "positional"}
 
 
-def _weights(leaves: Mapping[Path, Any], params: PyTree) -> list[Path]:
+def _weights(leaves: Mapping[Path, Any], kinds: Mapping[Path, str]) -> list[Path]:
     """Weight matrices and convolution kernels by name and shape, without embeddings, norms and classifier heads.
 
     These are left out because they have few weights to win and much to lose: a row of an embedding is seen only with
     its token, a norm scales whole channels, a class can lose all its evidence in the head.
     """
-    kinds = _module_kinds(params)
     return [path for path, leaf in leaves.items() if _is_weight(path, leaf) and not _is_special(path, kinds)]
 
 

@@ -19,7 +19,7 @@ from flax.core import Scope, meta
 from flax.core.scope import subtract_filters
 
 from cs_jax import trees
-from cs_jax.rules import Rule, Where, _matches, _weights, as_rules, select
+from cs_jax.rules import Rule, Where, as_rules, select, selected_by
 from cs_jax.trees import Path
 
 M = TypeVar("M", bound=nn.Module)
@@ -321,26 +321,8 @@ def _masked_variables(scope: Scope, rules: Rules) -> dict[str, Any]:
 
 
 def _selected(weights: Mapping[Path, Any], rules: Rules) -> list[Path]:
-    """What rules select of some of the weights: unlike for `select`, globs may match none of them."""
-
-    def matched(pattern: str) -> list[Path]:
-        try:
-            return _matches(pattern, weights)
-        except ValueError:
-            return []
-
-    found = set()
-    for where in (rule.where for rule in rules):
-        if callable(where):
-            found.update(path for path, weight in weights.items() if where(trees.name(path), weight))
-            continue
-        patterns = (where,) if isinstance(where, str) else where or ()
-        negative = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
-        if len(negative) == len(patterns):
-            chosen = set(_weights(weights, {}))
-        else:
-            chosen = {path for pattern in patterns if not pattern.startswith("!") for path in matched(pattern)}
-        found |= chosen.difference(*map(matched, negative))
+    """What rules select of some of the weights."""
+    found = {path for rule in rules for path in selected_by(rule, weights, {})}
     return [path for path in weights if path in found]
 
 

@@ -29,6 +29,7 @@ from cs_jax.masks import (
 )
 from cs_jax.optim import (
     SparsificationState,
+    UnfinishedSearchWarning,
     continuous_sparsification,
     current_masks,
     freeze_ticket,
@@ -64,6 +65,7 @@ __all__ = [
     "Selection",
     "SparsificationState",
     "SpectralNorm",
+    "UnfinishedSearchWarning",
     "WeightNorm",
     "apply_masks",
     "continuous_sparsification",

@@ -86,9 +86,9 @@ def _threshold(scores: Sequence[jax.Array], sizes: Sequence[int], keep: ArrayLik
     """
     dtype = jnp.result_type(jnp.float32, *scores)
     keys = [_ordered_bits(score.astype(dtype)) for score in scores]
-    lowest = functools.reduce(jnp.minimum, [jnp.min(key) for key in keys])
+    lowest = functools.reduce(jnp.minimum, [jnp.min(score) for score in scores]).astype(dtype)
+    just_below = jnp.maximum(lowest - 1e-6 * jnp.maximum(jnp.abs(lowest), 1), jnp.finfo(dtype).min)
     highest = functools.reduce(jnp.maximum, [jnp.max(key) for key in keys])
-    just_below = jnp.maximum(lowest - 1, _ordered_bits(jnp.asarray(jnp.finfo(dtype).min, dtype)))
 
     def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = ends
@@ -97,7 +97,7 @@ def _threshold(scores: Sequence[jax.Array], sizes: Sequence[int], keep: ArrayLik
         enough = above <= jnp.round(jnp.asarray(keep, jnp.float32))
         return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
-    _, bits = lax.fori_loop(0, jnp.iinfo(lowest.dtype).bits, halve, (just_below, highest))
+    _, bits = lax.fori_loop(0, jnp.iinfo(highest.dtype).bits, halve, (_ordered_bits(just_below), highest))
     return lax.bitcast_convert_type(_flip_negative(bits), dtype)
 
 
@@ -116,8 +116,8 @@ def ticket_masks(selection: Selection, scores: PyTree, *, init_value: ArrayLike)
 
     Of equal scores the first ones are kept, in the order of the arrays and of their entries. Each array keeps its
     highest score at least, unless the selection allows empty layers. Groups are kept whole: with groups of several
-    weights the count may be off by less than the smallest group. Where there is no budget, scores above 0 are kept,
-    or n of m.
+    weights the count may be off by less than the largest group. Where there is no budget, scores above 0 are kept, or
+    n of m.
 
     Args:
         selection: which weights are masked, and how many of them may be kept.
@@ -171,8 +171,8 @@ def _keep_highest(selection: Selection, budget: Budget, leaves: list[Any]) -> No
     count = int(sizes[kept].sum())
     if abs(count - budget.keep) > 0.01 * budget.keep:
         warnings.warn(
-            f"{count} of {budget.size} weights are kept where {budget.keep} were asked for: whole groups of "
-            f"{', '.join(map(str, sorted(set(group_sizes))))} weights come no nearer",
+            f"{count} of {budget.size} weights are kept where {budget.keep} were asked for: scores stand for whole "
+            f"groups of {', '.join(map(str, sorted(set(group_sizes))))} weights",
             DensityWarning,
             stacklevel=3,
         )

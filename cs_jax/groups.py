@@ -107,7 +107,9 @@ class Grouping:
         return math.prod(self.block)
 
 
-def grouping(path: Path, weights: Any, group: Group, layout: Layout) -> Grouping:
+def grouping(
+    path: Path, weights: Any, group: Group, layout: Layout, *, stacked: int | None = None, in_attention: bool = False
+) -> Grouping:
     """How the weights under `path` are scored by `group`.
 
     Args:
@@ -117,49 +119,58 @@ def grouping(path: Path, weights: Any, group: Group, layout: Layout) -> Grouping
         layout: where input and output axes lie. "in_out" is (..., input, output), as in Flax and Haiku; "out_in" is
             (output, input, ...), as in Equinox and PyTorch; "auto" goes by the library's names: `kernel` and `w` are
             the first, `weight` the second, and Flax's attention has (input, heads, size) and (heads, size, output).
+        stacked: leading axes along which layers are stacked, as by `nn.scan`: each has groups of its own.
+        in_attention: whether these are the weights of a projection in Flax's attention.
 
     Raises:
         ValueError: the group does not fit the shape, or the axes that it needs cannot be told; names the weights.
     """
     shape, dtype = tuple(weights.shape), np.dtype(weights.dtype)
-    if isinstance(group, NM):
-        inputs, _, _ = _layout_axes(path, shape, layout)
-        _check_pattern(path, shape, group, inputs[-1])
-        return Grouping(path, shape, dtype, (1,) * len(shape), group, inputs[-1])
-    return Grouping(path, shape, dtype, _block(path, shape, group, layout))
-
-
-def _block(path: Path, shape: tuple[int, ...], group: Group, layout: Layout) -> tuple[int, ...]:
-    """Size of a group along each axis."""
+    alone = (1,) * len(shape)
     if group == "entry":
-        return (1,) * len(shape)
+        return Grouping(path, shape, dtype, alone)
     if isinstance(group, Axes):
-        return _blocks_along(path, shape, group.axes)
+        return Grouping(path, shape, dtype, _blocks_along(path, shape, group.axes))
     if isinstance(group, Block) and len(group.shape) == len(shape):
-        return _checked_block(path, shape, group, group.shape)
-    inputs, outputs, stacked = _layout_axes(path, shape, layout)
+        return Grouping(path, shape, dtype, _checked_block(path, shape, group, group.shape))
+    inputs, outputs, stack = _layout_axes(path, shape, layout, stacked, in_attention)
+    if isinstance(group, NM):
+        _check_pattern(path, shape, group, inputs[-1])
+        return Grouping(path, shape, dtype, alone, group, inputs[-1])
     if isinstance(group, Block):
-        return _block_in_layout(path, shape, group, inputs, outputs)
+        return Grouping(path, shape, dtype, _block_in_layout(path, shape, group, inputs, outputs))
     if isinstance(group, Head):
-        return _head_block(path, shape, group, inputs, outputs, stacked)
-    return _blocks_along(path, shape, stacked + (outputs if group == "output_channel" else inputs))
+        return Grouping(path, shape, dtype, _head_block(path, shape, group, inputs, outputs, stack))
+    channels = outputs if group == "output_channel" else inputs
+    return Grouping(path, shape, dtype, _blocks_along(path, shape, stack + channels))
 
 
 def check_group(group: Group) -> None:
     """Raises a TypeError or ValueError for what is no group."""
     if isinstance(group, NM):
+        _check_whole("NM", "n and m", (group.n, group.m))
         if not 1 <= group.n <= group.m:
             raise ValueError(f"NM: got n={group.n} of m={group.m}, wanted 1 <= n <= m")
     elif isinstance(group, Block):
+        _check_whole("Block", "shape", group.shape)
         if not group.shape or min(group.shape) < 1:
             raise ValueError(f"Block: got shape {group.shape}, wanted sizes of at least 1")
     elif isinstance(group, Head):
+        _check_whole("Head", "num_heads", (group.num_heads or 1,))
         if group.num_heads is not None and group.num_heads < 1:
             raise ValueError(f"Head: got num_heads={group.num_heads}, wanted at least 1")
-    elif not isinstance(group, Axes) and group not in ("entry", "output_channel", "input_channel"):
+    elif isinstance(group, Axes):
+        _check_whole("Axes", "axes", group.axes)
+    elif group not in ("entry", "output_channel", "input_channel"):
         raise TypeError(
             f"group: got {group!r}, wanted 'entry', 'output_channel', 'input_channel', Axes, Block, Head or NM"
         )
+
+
+def _check_whole(kind: str, name: str, values: Any) -> None:
+    if not isinstance(values, tuple) or not all(type(value) is int for value in values):
+        wanted = "a tuple of whole numbers" if name in ("shape", "axes") else "whole numbers"
+        raise TypeError(f"{kind}: got {name} {values!r}, wanted {wanted}")
 
 
 def words(text: str) -> list[str]:
@@ -173,25 +184,37 @@ def _parent(path: Path) -> str:
 
 
 def _layout_axes(
-    path: Path, shape: tuple[int, ...], layout: Layout
+    path: Path, shape: tuple[int, ...], layout: Layout, stacked: int | None, in_attention: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Input axes, output axes, and axes along which whole layers are stacked."""
-    ndim, leaf = len(shape), path[-1] if path else ""
+    first = stacked or 0
+    ndim = len(shape) - first
     if ndim < 2:
         raise ValueError(f"weights {trees.name(path)!r}: shape {shape} has no input and output axes to group along")
-    if layout == "auto" and leaf == "kernel" and ndim >= 3:
-        stacked = tuple(range(ndim - 3))
-        if _parent(path) in ("query", "key", "value"):
-            return (ndim - 3,), (ndim - 2, ndim - 1), stacked
-        if _parent(path) == "out":
-            return (ndim - 3, ndim - 2), (ndim - 1,), stacked
+    stack = tuple(range(first))
+    if layout == "auto" and in_attention and ndim == 3:
+        out = _parent(path) == "out"
+        inputs, outputs = ((0, 1), (2,)) if out else ((0,), (1, 2))
+        return tuple(first + axis for axis in inputs), tuple(first + axis for axis in outputs), stack
+    if stacked is None and ndim == 3:
+        raise ValueError(
+            f"weights {trees.name(path)!r}: shape {shape} may be a convolution along one axis or layers that are "
+            "stacked along the first; wanted stacked=0 or stacked=1 in the rule"
+        )
     if layout == "auto":
         layout = _layout_of_name(path)
-    return ((ndim - 2,), (ndim - 1,), ()) if layout == "in_out" else ((1,), (0,), ())
+    if layout == "in_out":
+        return (len(shape) - 2,), (len(shape) - 1,), stack
+    return (first + 1,), (first,), stack
 
 
 def _layout_of_name(path: Path) -> Layout:
     leaf = path[-1] if path else ""
+    if "transpose" in words(_parent(path)):
+        raise ValueError(
+            f"weights {trees.name(path)!r}: libraries differ in where a transposed convolution has its input; "
+            "wanted layout='in_out' or 'out_in' in the rule"
+        )
     if "weight" in words(leaf):
         return "out_in"
     if leaf == "kernel" or leaf == "w" or leaf.startswith("w_"):

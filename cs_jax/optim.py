@@ -6,6 +6,7 @@ chain rule. `update` asks for the masked weights by name, so that a loop that fo
 instead of training the dense network.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,10 @@ from cs_jax.selection import Selection
 PyTree = Any
 
 
+class UnfinishedSearchWarning(UserWarning):
+    """A round is ended before its temperature is reached, as with more epochs planned than trained."""
+
+
 class SparsificationState(NamedTuple):
     """State of `continuous_sparsification`, an ordinary pytree of arrays."""
 
@@ -29,6 +34,7 @@ class SparsificationState(NamedTuple):
     round: jax.Array  # of the search, from 0
     temperature: jax.Array  # of the masks now; that of the round's last epoch when its steps are done
     first_temperature: jax.Array  # that every round starts with
+    final_temperature: jax.Array  # that every round ends with
     init_value: jax.Array  # the scores' initial value, which fixes the masks' scale
     scores: PyTree  # nested dictionaries along the masked weights' paths; {} for a ticket
     masks: PyTree  # a ticket's fixed masks; {} while scores are trained
@@ -111,12 +117,13 @@ def continuous_sparsification(
 
     def init(params: optax.Params) -> SparsificationState:
         selection = rules.select(params, where, target_density=target_density, allow_empty_layers=allow_empty_layers)
-        scores = selection.init_scores(init_value, dtype=score_dtype)
+        scores = _init_scores(selection, params, init_value, score_dtype)
         return SparsificationState(
             step=jnp.zeros((), jnp.int32),
             round=jnp.zeros((), jnp.int32),
             temperature=temperature(0),
             first_temperature=temperature(0),
+            final_temperature=jnp.asarray(final_temp, float),
             init_value=jnp.asarray(init_value, float),
             scores=scores,
             masks={},
@@ -135,7 +142,8 @@ def continuous_sparsification(
     ) -> tuple[optax.Updates, SparsificationState]:
         _check_update(state, updates, params, masked_params)
         assert params is not None
-        if not state.scores:
+        updates = _spoiled_unless_masked(updates, state, params, masked_params)
+        if _is_ticket(state):
             gradient = trees.apply_masks(updates, state.masks)
             updates, weight_state = of_weights.update(gradient, state.weight_state, params, **extra)
             return updates, state._replace(step=state.step + 1, weight_state=weight_state)
@@ -161,6 +169,18 @@ def continuous_sparsification(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _init_scores(selection: Selection, params: PyTree, value: ArrayLike, dtype: DTypeLike | None) -> PyTree:
+    """Scores that lie on the devices where their weights do, if they have the same shape."""
+    weights = trees.leaves_by_path(params)
+    scores = trees.leaves_by_path(selection.init_scores(value, dtype=dtype))
+    alike = {
+        path: jnp.full_like(weights[path], value, dtype=score.dtype)
+        for path, score in scores.items()
+        if score.shape == weights[path].shape
+    }
+    return trees.nest(scores | alike)
 
 
 def masked_params(params: PyTree, opt_state: PyTree) -> PyTree:
@@ -213,8 +233,8 @@ def current_masks(opt_state: PyTree) -> PyTree:
         ValueError: as `masked_params`.
     """
     state = find_state(opt_state)
-    if not state.scores:
-        return state.masks
+    if _is_ticket(state):
+        return _copied(state.masks)
     return state.selection.soft_mask(state.scores, state.temperature, init_value=state.init_value)
 
 
@@ -233,14 +253,34 @@ def ticket_masks(opt_state: PyTree) -> PyTree:
 
     Warns:
         CollapsedLayerWarning: an array has lost all its weights, or would have if its best were not reserved.
+        DensityWarning: groups are too coarse for the target.
+        UnfinishedSearchWarning: the temperature has not reached its end.
     """
     state = find_state(opt_state)
-    if not state.scores:
-        return state.masks
+    if _is_ticket(state):
+        return _copied(state.masks)
+    _warn_unfinished(state)
     ticket = budget.ticket_masks(state.selection, state.scores, init_value=state.init_value)
     if masks.density(ticket) == 0:
-        raise ValueError("the ticket keeps no weight: no score is above 0, as is so right after next_round")
+        raise ValueError("the ticket keeps no weight: no score is above 0, as at the start and right after next_round")
     return ticket
+
+
+def _copied(tree: PyTree) -> PyTree:
+    """Copies of arrays that a later step may be given for good; of traced ones there is no need."""
+    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, Tracer) else jnp.copy(leaf), tree)
+
+
+def _warn_unfinished(state: SparsificationState) -> None:
+    if not isinstance(state.temperature, Tracer) and bool(jnp.any(state.temperature < 0.999 * state.final_temperature)):
+        warnings.warn(
+            f"the search is at temperature {float(jnp.min(state.temperature)):.3g} of "
+            f"{float(jnp.max(state.final_temperature)):.3g}, after {int(jnp.min(state.step))} updates: its masks are "
+            "still soft, and the ticket is another network; epochs * steps_per_epoch counts updates of this "
+            "transformation",
+            UnfinishedSearchWarning,
+            stacklevel=3,
+        )
 
 
 def next_round(opt_state: PyTree, *, reset: str = "paper") -> PyTree:
@@ -257,8 +297,9 @@ def next_round(opt_state: PyTree, *, reset: str = "paper") -> PyTree:
         raise ValueError(f"reset: got {reset!r}, wanted 'paper' or 'released'")
 
     def start(state: SparsificationState) -> SparsificationState:
-        if not state.scores:
+        if _is_ticket(state):
             raise ValueError("the masks are a ticket's and fixed: there is no next round")
+        _warn_unfinished(state)
         temperature = state.temperature if reset == "paper" else jnp.ones_like(state.temperature)
         return state._replace(
             step=jnp.zeros_like(state.step),
@@ -270,15 +311,21 @@ def next_round(opt_state: PyTree, *, reset: str = "paper") -> PyTree:
     return _change_state(opt_state, start)
 
 
-def freeze_ticket(opt_state: PyTree) -> PyTree:
-    """State with the ticket's masks fixed and the scores gone; weights and their optimizer go on as they are.
+def freeze_ticket(opt_state: PyTree, masks: PyTree | None = None) -> PyTree:
+    """State with a ticket's masks fixed and the scores gone; weights and their optimizer go on as they are.
 
-    The next `update` compiles anew. To go back to early weights, see `rewind`.
+    The next `update` compiles anew. To go back to early weights, see `rewind`. With masks, it needs no search: this
+    makes the state that a ticket's checkpoint is restored into,
+    `jax.eval_shape(lambda: freeze_ticket(tx.init(params), masks=current_masks(tx.init(params))))`.
+
+    Args:
+        opt_state: the optimizer's state.
+        masks: nested dictionaries along the paths of the masked weights, of their shapes; None is `ticket_masks`.
 
     Raises:
-        TypeError, ValueError: as `ticket_masks`.
+        TypeError, ValueError: as `ticket_masks`, or masks do not fit the weights.
     """
-    return _freeze(opt_state, ticket_masks(opt_state))
+    return _freeze(opt_state, ticket_masks(opt_state) if masks is None else masks)
 
 
 def rewind(tx: optax.GradientTransformation, opt_state: PyTree, snapshot: PyTree) -> tuple[PyTree, PyTree]:
@@ -302,7 +349,11 @@ def rewind(tx: optax.GradientTransformation, opt_state: PyTree, snapshot: PyTree
 
 
 def _freeze(opt_state: PyTree, ticket: PyTree) -> PyTree:
-    return _change_state(opt_state, lambda state: state._replace(scores={}, masks=ticket, score_state=()))
+    def fix(state: SparsificationState) -> SparsificationState:
+        state.selection.check_masks(ticket)
+        return state._replace(scores={}, masks=ticket, score_state=())
+
+    return _change_state(opt_state, fix)
 
 
 def find_state(opt_state: PyTree) -> SparsificationState:
@@ -320,21 +371,29 @@ def find_state(opt_state: PyTree) -> SparsificationState:
     return _unwrapped(found[0])
 
 
-def _is_variable(node: Any) -> bool:
-    """Whether this is an `nnx.Variable`, in which `nnx.Optimizer` keeps each array of its state."""
-    return hasattr(node, "get_value") and hasattr(node, "set_value")
-
-
 def _unwrapped(tree: PyTree) -> PyTree:
-    """Arrays in place of NNX variables."""
-    return jax.tree.map(lambda node: node.get_value() if _is_variable(node) else node, tree, is_leaf=_is_variable)
+    """Arrays in place of the variables in which `nnx.Optimizer` keeps its state."""
+
+    def unwrap(node: Any) -> Any:
+        return node.get_value() if trees.is_variable(node) else node
+
+    return jax.tree.map(unwrap, tree, is_leaf=trees.is_variable)
 
 
 def _wrapped_like(opt_state: PyTree, tree: PyTree) -> PyTree:
-    """Arrays in variables, if that is how `opt_state` has them."""
-    variables = filter(_is_variable, jax.tree.leaves(opt_state, is_leaf=_is_variable))
-    kind = type(next(variables, None))
-    return tree if kind is type(None) else jax.tree.map(kind, tree)
+    """Arrays in variables, if `opt_state` has them: in copies of its own where there are as many."""
+    olds = jax.tree.leaves(opt_state, is_leaf=trees.is_variable)
+    if not any(map(trees.is_variable, olds)):
+        return tree
+    news, treedef = jax.tree.flatten(tree)
+    if len(olds) == len(news):
+        return treedef.unflatten([old.copy(new) for old, new in zip(olds, news, strict=True)])
+    kind = type(next(filter(trees.is_variable, olds)))
+    return treedef.unflatten(map(kind, news))
+
+
+def _is_ticket(state: SparsificationState) -> bool:
+    return not jax.tree.leaves(state.scores)
 
 
 def _is_state(node: Any) -> bool:
@@ -363,6 +422,21 @@ def _chain_rule(
     }
     (score_gradient,) = pull_back(trees.nest(mask_slopes))
     return trees.apply_masks(gradient, soft), score_gradient
+
+
+def _spoiled_unless_masked(gradient: PyTree, state: SparsificationState, params: PyTree, masked: PyTree) -> PyTree:
+    """The gradient; not a number where `masked` is not what it should be, which shows at the next step.
+
+    Compared on the smallest masked array, to a hundredth, which is more than any rounding of the weights' dtype.
+    """
+    path = min(state.selection.masked, key=lambda leaf: leaf.size).path
+    mask = trees.leaves_by_path(current_masks(state))[path]
+    weights, seen = (trees.leaves_by_path(tree)[path] for tree in (params, masked))
+    wide = jnp.promote_types(weights.dtype, jnp.float32)
+    product = weights.astype(wide) * mask.astype(wide)
+    off = jnp.abs(seen.astype(wide) - product) > 0.01 * jnp.abs(product) + 1e-6 * jnp.max(jnp.abs(product))
+    spoiled = jnp.where(jnp.any(off), jnp.nan, 1.0)
+    return jax.tree.map(lambda slope: slope * spoiled.astype(slope.dtype), gradient)
 
 
 def _check_update(

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from wcmatch import glob
 
@@ -39,6 +41,8 @@ class Rule:
             `Head` and `NM`.
         layout: where input and output axes lie: "auto" goes by the library's names, "in_out" is (..., input, output)
             as in Flax and Haiku, "out_in" (output, input, ...) as in Equinox and PyTorch.
+        stacked: leading axes along which layers are stacked, as `nn.scan` and `eqx.filter_vmap` make them; groups do
+            not reach across layers. None is none, but weights of three axes have to be told: they could be either.
         target_density: share of the rule's weights that the ticket keeps, in (0, 1]; None leaves it to the network's.
 
     Raises:
@@ -49,6 +53,7 @@ class Rule:
     where: str | Sequence[str] | Predicate | None = None
     group: Group = "entry"
     layout: Layout = "auto"
+    stacked: int | None = None
     target_density: float | None = None
 
     def __post_init__(self) -> None:
@@ -60,6 +65,8 @@ class Rule:
             raise TypeError(f"where: got {self.where!r}, wanted a glob, several, or a function of path and array")
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout: got {self.layout!r}, wanted one of {', '.join(LAYOUTS)}")
+        if self.stacked is not None and (type(self.stacked) is not int or self.stacked < 0):
+            raise ValueError(f"stacked: got {self.stacked!r}, wanted a number of axes, or None")
         check_group(self.group)
         if self.target_density is not None:
             check_density(self.target_density)
@@ -100,9 +107,7 @@ def select(
     for index, rule in enumerate(rules):
         _check_rule(rule, leaves)
         for path in selected_by(rule, leaves, kinds):
-            trees.check_float(leaves[path], path)
-            if 0 in leaves[path].shape:
-                raise ValueError(f"weights {trees.name(path)!r}: shape {leaves[path].shape} has no entries to mask")
+            _check_maskable(leaves[path], path)
             chosen.setdefault(path, index)
     if not chosen:
         raise ValueError(f"found no weights to mask among {_listed(leaves)}; wanted `where` to name some")
@@ -110,12 +115,24 @@ def select(
         if index not in chosen.values():
             raise ValueError(f"rule {rule.where!r} selects nothing that the rules before it leave")
     ordered = [path for path in leaves if path in chosen]
-    masked = tuple(
-        grouping(path, leaves[path], rules[chosen[path]].group, rules[chosen[path]].layout) for path in ordered
-    )
+    masked = tuple(_grouping(path, leaves, rules[chosen[path]]) for path in ordered)
     owners = [chosen[path] for path in ordered]
     budgets = _budgets(masked, owners, rules, target_density, allow_empty_layers)
     return Selection(masked, budgets, allow_empty_layers)
+
+
+def _check_maskable(weight: Any, path: Path) -> None:
+    trees.check_float(weight, path)
+    if not jnp.issubdtype(weight.dtype, jnp.floating):
+        raise ValueError(f"weights {trees.name(path)!r}: got dtype {weight.dtype}, wanted a real float dtype")
+    if 0 in weight.shape:
+        raise ValueError(f"weights {trees.name(path)!r}: shape {weight.shape} has no entries to mask")
+
+
+def _grouping(path: Path, leaves: Mapping[Path, Any], rule: Rule) -> Grouping:
+    projections = ((*path[:-2], name, "kernel") for name in ("query", "key", "value", "out"))
+    in_attention = path[-1:] == ("kernel",) and all(projection in leaves for projection in projections)
+    return grouping(path, leaves[path], rule.group, rule.layout, stacked=rule.stacked, in_attention=in_attention)
 
 
 def select_all(weights: PyTree, *, target_density: float | None = None, allow_empty_layers: bool = False) -> Selection:
@@ -160,30 +177,36 @@ def check_density(value: Any, name: str = "target_density") -> None:
         raise ValueError(f"{name}: got {value:g}, wanted a share above 0 and at most 1")
 
 
-def describe(params: PyTree, where: Where = None, *, target_density: float | None = None) -> None:
+def describe(
+    params: PyTree, where: Where = None, *, target_density: float | None = None, allow_empty_layers: bool = False
+) -> None:
     """Prints what rules do to a model: every weight array, whether it is masked, its entries and share of all weights.
+
+    "no" stands for arrays of two or more axes that are left alone, "-" for others.
 
     Args:
         params: weights, as for `select`.
         where: rules, as for `select`.
         target_density: as for `select`.
+        allow_empty_layers: as for `select`.
 
     Raises:
         TypeError, ValueError: as `select`.
     """
     leaves = trees.leaves_by_path(params)
-    selection = select(params, where, target_density=target_density)
+    selection = select(params, where, target_density=target_density, allow_empty_layers=allow_empty_layers)
     masked = {leaf.path: leaf for leaf in selection.masked}
     sizes = {path: math.prod(jnp.shape(leaf)) for path, leaf in leaves.items()}
     total = sum(sizes.values())
     table = Table("path", "shape", "masked", "scores", "entries", "share", box=box.SIMPLE)
+    table.columns[0].overflow = "fold"
     for column in table.columns[3:]:
         column.justify = "right"
     for path, size in sizes.items():
         shape = "×".join(map(str, jnp.shape(leaves[path]))) or "scalar"
         scores = f"{math.prod(masked[path].score_shape):,}" if path in masked else ""
-        kind = _kind(masked[path]) if path in masked else "-"
-        table.add_row(trees.name(path), shape, kind, scores, f"{size:,}", f"{size / total:.1%}")
+        kind = _kind(masked[path]) if path in masked else "no" if jnp.ndim(leaves[path]) >= 2 else "-"
+        table.add_row(escape(trees.name(path)), shape, kind, scores, f"{size:,}", f"{size / total:.1%}")
     console = Console()
     console.print(table, soft_wrap=True)
     console.print(
@@ -232,8 +255,7 @@ def _globs(where: str | Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _matches(pattern: str, leaves: Mapping[Path, Any]) -> list[Path]:
     flags = glob.GLOBSTAR | glob.BRACE | glob.FORCEUNIX | glob.DOTGLOB | glob.CASE | glob.MATCHBASE
-    by_name = {trees.name(path): path for path in leaves}
-    return [by_name[str(match)] for match in glob.globfilter(by_name, pattern, flags=flags)]
+    return [path for path in leaves if glob.globmatch(trees.name(path), pattern, flags=flags)]
 
 
 def _check_rule(rule: Rule, leaves: Mapping[Path, Any]) -> None:
@@ -263,11 +285,15 @@ def _hint(pattern: str, leaves: Mapping[Path, Any]) -> str:
 
 
 def _check_not_everything(where: Any, found: Sequence[Path], leaves: Mapping[Path, Any]) -> None:
-    """A rule that takes biases and norms along with all the rest was hardly meant."""
+    """A rule that takes biases and norms along with the rest was hardly meant, unless it names them."""
     flat = [trees.name(path) for path in found if jnp.ndim(leaves[path]) < 2]
-    if len(found) == len(leaves) > 1 and flat and len(flat) < len(found):
+    if callable(where):
+        anything = len(found) == len(leaves)
+    else:
+        anything = where.split("/")[-1] in ("*", "**")
+    if anything and 0 < len(flat) < len(found):
         raise ValueError(
-            f"rule {where!r} selects all {len(leaves)} leaves, {', '.join(flat[:3])} among them; "
+            f"rule {where!r} selects all {len(found)} leaves there, {', '.join(flat[:3])} among them; "
             "wanted the arrays to mask, as in '**/kernel'"
         )
 
@@ -278,7 +304,8 @@ def _listed(leaves: Mapping[Path, Any]) -> str:
     return f"{len(names)} leaves ({shown})" if names else "no leaves"
 
 
-_WEIGHT_NAMES = {"kernel", "kernels", "weight", "weights", "w"}
+_WEIGHT_NAMES = {"kernel", "kernels", "weight", "weights", "w", "proj"}
+_SHORT_WEIGHT = re.compile("w[a-z]{0,3}", re.IGNORECASE)  # wq, wqkv, W1
 _HEAD_NAMES = {"head", "classifier", "logits"}
 _NORM_NAMES = {"norm", "bn", "ln", "gn"}
 _EMBEDDING_NAMES = {"wte", "wpe", "pos", "positional"}
@@ -288,37 +315,34 @@ def _weights(leaves: Mapping[Path, Any], kinds: Mapping[Path, str]) -> list[Path
     """Weight matrices and convolution kernels by name and shape, without embeddings, norms and classifier heads.
 
     These are left out because they have few weights to win and much to lose: a row of an embedding is seen only with
-    its token, a norm scales whole channels, a class can lose all its evidence in the head.
+    its token, a norm scales whole channels, a class can lose all its evidence in the head. What a layer is goes by its
+    own name, and in trees of objects by its class; the modules around it have no say.
     """
     return [path for path, leaf in leaves.items() if _is_weight(path, leaf) and not _is_special(path, kinds)]
 
 
 def _is_weight(path: Path, leaf: Any) -> bool:
-    if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact) and jnp.ndim(leaf) >= 2):
+    if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.ndim(leaf) >= 2):
         return False
     if not path or path[-1].isdigit():  # a bare array, or one of a list: there is no name to go by
-        return True
+        return sum(size > 1 for size in leaf.shape) >= 2
     named = words(path[-1])
-    short = len(named[0]) <= 2 and named[0].startswith("w") if named else False  # wq, w1
-    return bool(_WEIGHT_NAMES & set(named)) or short
+    return bool(_WEIGHT_NAMES & set(named)) or bool(named and _SHORT_WEIGHT.fullmatch(named[0]))
 
 
 def _is_special(path: Path, kinds: Mapping[Path, str]) -> bool:
-    for depth in range(1, len(path)):
-        parts = path[depth - 1].split("/")  # Haiku's keys have several
-        parts += [kinds[path[:depth]]] if path[:depth] in kinds else []
-        if any(_is_special_name(part) for part in parts):
-            return True
-    return bool(_EMBEDDING_NAMES & set(words(path[-1]))) or path[-1].lower() in _EMBEDDING_NAMES
+    layer = trees.name(path[:-1]).split("/")[-1]  # Haiku's keys have several parts
+    kind = kinds.get(path[:-1], "")
+    own = path[-1].lower() if path else ""
+    return _is_special_name(layer) or _is_special_name(kind) or own in _EMBEDDING_NAMES
 
 
 def _is_special_name(part: str) -> bool:
     named = [word for word in words(part) if not word.isdigit()]
-    if not named:
-        return False
     norm = any(word in _NORM_NAMES or word.endswith("norm") for word in named)
     embedding = any(word in _EMBEDDING_NAMES or "embed" in word for word in named)
-    return norm or embedding or named[-1] in _HEAD_NAMES
+    head = bool(named) and named[-1] in _HEAD_NAMES and not {"multi", "attention"} & set(named)
+    return norm or embedding or head
 
 
 def _module_kinds(params: PyTree) -> dict[Path, str]:
@@ -362,12 +386,12 @@ def _budgets(
         if rule.target_density is not None:
             members = [index for index in free if owners[index] == number]
             size = sum(masked[index].size for index in members)
-            budgets.append(Budget(tuple(members), round(rule.target_density * size), size))
+            budgets.append(Budget(tuple(members), round(float(rule.target_density) * size), size))
     if target_density is not None:
         check_density(target_density)
         taken = {index for budget in budgets for index in budget.members}
         members = [index for index in free if index not in taken]
-        keep = round(target_density * sum(leaf.size for leaf in masked))
+        keep = round(float(target_density) * sum(leaf.size for leaf in masked))
         rest = keep - patterned - sum(budget.keep for budget in budgets)
         size = sum(masked[index].size for index in members)
         if not 0 <= rest <= size or (size == 0 and rest):
@@ -386,9 +410,11 @@ def _check_budget(budget: Budget, masked: tuple[Grouping, ...], allow_empty_laye
     needed = sum(masked[index].group_size for index in budget.members)
     if budget.keep < needed and not allow_empty_layers:
         names = _names(masked[index].name for index in budget.members)
+        alone = budget.size == sum(leaf.size for leaf in masked)
+        least = f"at least {needed / budget.size:.3g}" if alone else f"enough for {needed} weights there"
         raise ValueError(
             f"target_density: {budget.keep} of {budget.size} weights would empty a layer of {names}, which need "
-            f"{needed} for one score each; wanted at least {needed / budget.size:.3g}, or allow_empty_layers=True"
+            f"{needed} for one score each; wanted {least}, or allow_empty_layers=True"
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import serialization
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -74,7 +75,8 @@ class Selection:
 
         Under an N:M pattern a score counts by its distance to the boundary between the kept and the dropped of its
         group, `sigmoid(temperature * (score - boundary) + init_value) / sigmoid(init_value)`, so that as the
-        temperature grows n of m are left. The boundary is the middle between the n-th and the next highest score.
+        temperature grows n of m are left. The boundary starts at the n-th highest score, whose mask is 1 at
+        temperature 1, and tends to the middle between it and the next one.
 
         Args:
             scores: as `init_scores` makes them.
@@ -89,7 +91,7 @@ class Selection:
             if leaf.pattern is None:
                 return masks.soft_mask(score, temperature, init_value=init_value)
             wide = at_least_float32(score)
-            evidence = temperature * (wide - lax.stop_gradient(_boundary(leaf, wide))) + init_value
+            evidence = temperature * (wide - lax.stop_gradient(_boundary(leaf, wide, temperature))) + init_value
             return masks.soft_mask(evidence, 1.0, init_value=init_value).astype(score.dtype)
 
         return self._map(lambda leaf, score: _repeat(leaf, soften(leaf, score)), scores)
@@ -116,15 +118,29 @@ class Selection:
         return self._map(lambda leaf, score: _repeat(leaf, harden(leaf, score)), scores)
 
     def prune_scores(self, scores: PyTree, temperature: ArrayLike, *, init_value: ArrayLike) -> PyTree:
-        """`cs_jax.prune_scores`; under an N:M pattern, of the distance to the boundary in each group."""
+        """`cs_jax.prune_scores`; under an N:M pattern kept scores start again, dropped ones stay below them.
+
+        There a dropped score becomes `init_value - temperature * distance`, with its distance to the boundary.
+        """
 
         def reset(leaf: Grouping, score: jax.Array) -> jax.Array:
-            if leaf.pattern is not None:
-                wide = at_least_float32(score)
-                score = (wide - _boundary(leaf, wide)).astype(score.dtype)
-            return masks.prune_scores(score, temperature, init_value=init_value)
+            if leaf.pattern is None:
+                return masks.prune_scores(score, temperature, init_value=init_value)
+            wide = at_least_float32(score)
+            distance = jnp.where(_rank(leaf, score) < leaf.pattern.n, 0, wide - _boundary(leaf, wide, jnp.inf))
+            evidence = masks.prune_scores(distance, temperature, init_value=0.0)
+            return (evidence + jnp.asarray(init_value, wide.dtype)).astype(score.dtype)
 
         return self._map(reset, scores)
+
+    def check_masks(self, found: PyTree) -> None:
+        """Raises a ValueError that names the array, unless `found` are masks of the masked weights' shapes."""
+        shapes = {path: jnp.shape(mask) for path, mask in trees.leaves_by_path(found).items()}
+        wanted = {leaf.path: leaf.shape for leaf in self.masked}
+        for path in shapes.keys() | wanted.keys():
+            if shapes.get(path) != wanted.get(path):
+                got, want = (f"shape {known[path]}" if path in known else "none" for known in (shapes, wanted))
+                raise ValueError(f"masks {trees.name(path)!r}: got {got}, wanted {want}")
 
     @property
     def size(self) -> int:
@@ -186,12 +202,22 @@ def _rank(leaf: Grouping, score: jax.Array) -> jax.Array:
     return _out_of_groups(leaf, jnp.argsort(order, axis=-1, stable=True))
 
 
-def _boundary(leaf: Grouping, score: jax.Array) -> jax.Array:
-    """The middle between the n-th and the next highest score of each entry's N:M group; the lowest for n = m."""
+def _boundary(leaf: Grouping, score: jax.Array, temperature: ArrayLike) -> jax.Array:
+    """What the scores of each entry's N:M group are measured from.
+
+    The n-th highest score at temperature 1, towards infinity the middle between it and the next; where there is no
+    next, because n is m, 1 below the lowest.
+    """
     assert leaf.pattern is not None
     n, m = leaf.pattern.n, leaf.pattern.m
     groups = _in_groups(leaf, score)
     ascending = jnp.sort(groups, axis=-1)
-    above, below = ascending[..., m - n, None], ascending[..., max(m - n - 1, 0), None]
-    middle = below + (above - below) / 2
-    return _out_of_groups(leaf, jnp.broadcast_to(middle, groups.shape))
+    lowest_kept = ascending[..., m - n, None]
+    highest_dropped = ascending[..., m - n - 1, None] if n < m else lowest_kept - 2
+    gap = (lowest_kept - highest_dropped) / 2
+    boundary = lowest_kept - gap * (1 - 1 / jnp.asarray(temperature, score.dtype))
+    return _out_of_groups(leaf, jnp.broadcast_to(boundary, groups.shape))
+
+
+# A state that holds a selection is serialized as it is: the selection is made anew with the optimizer.
+serialization.register_serialization_state(Selection, lambda selection: {}, lambda selection, _: selection)

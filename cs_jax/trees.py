@@ -4,13 +4,12 @@ A leaf's name is its path as text, "encoder/layers/0/kernel": dictionary keys, a
 same for a weight in a Flax, Haiku, NNX or Equinox tree and for its mask in nested dictionaries.
 """
 
-import collections
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import GetAttrKey
+from flax.core.meta import AxisMetadata
 
 from cs_jax.masks import map_leaves
 
@@ -22,7 +21,7 @@ Path = tuple[str, ...]
 def leaves_by_path(tree: PyTree) -> dict[Path, Any]:
     """Leaves of `tree` by their path, in the order of `jax.tree.leaves`.
 
-    None has no leaves. The `value` inside an `nnx.Variable` or a box of Linen's is not part of a path.
+    None has no leaves. What an `nnx.Variable` or a box of Linen's holds has the path of its holder.
 
     Raises:
         ValueError: two leaves have the same path, as under the keys 0 and "0" of one dictionary.
@@ -30,16 +29,26 @@ def leaves_by_path(tree: PyTree) -> dict[Path, Any]:
     >>> leaves_by_path({"layers": [{"kernel": 3.0}, None]})
     {('layers', '0', 'kernel'): 3.0}
     """
-    entries = jax.tree.leaves_with_path(tree)
-    siblings = collections.Counter(path[:-1] for path, _ in entries)
     leaves = {}
-    for path, leaf in entries:
-        boxed = path and path[-1] == GetAttrKey("value") and siblings[path[:-1]] == 1
-        keys = tuple(_key_name(key) for key in (path[:-1] if boxed else path))
-        if keys in leaves:
-            raise ValueError(f"two leaves are called {name(keys)!r}: wanted different paths")
-        leaves[keys] = leaf
+    for keys, node in jax.tree.leaves_with_path(tree, is_leaf=_is_holder):
+        path = tuple(map(_key_name, keys))
+        held = jax.tree.leaves(node)
+        for index, leaf in enumerate(held):
+            own = path if len(held) == 1 else (*path, str(index))
+            if own in leaves:
+                raise ValueError(f"two leaves are called {name(own)!r}: wanted different paths")
+            leaves[own] = leaf
     return leaves
+
+
+def _is_holder(node: Any) -> bool:
+    """Whether this is a box of Linen's or an `nnx.Variable`, known by its methods: NNX is not imported for it."""
+    return isinstance(node, AxisMetadata) or is_variable(node)
+
+
+def is_variable(node: Any) -> bool:
+    """Whether this is an `nnx.Variable`."""
+    return hasattr(node, "get_value") and hasattr(node, "set_value")
 
 
 def name(path: Path) -> str:

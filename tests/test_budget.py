@@ -85,9 +85,8 @@ def test_a_large_group_takes_the_place_of_small_ones_that_come_after_it_where_th
 
 
 def test_a_density_that_groups_cannot_reach_is_told() -> None:
-    with pytest.warns(
-        cs_jax.DensityWarning, match="8 of 12 weights are kept where 7 were asked for: whole groups of 4"
-    ):
+    message = "8 of 12 weights are kept where 7 were asked for: scores stand for whole groups of 4 weights"
+    with pytest.warns(cs_jax.DensityWarning, match=message):
         selection = selection_of((4, 3), target=0.6, group="output_channel")
         budget.ticket_masks(selection, scores_of(selection, [1, 2, 3]), init_value=0.0)
 
@@ -141,6 +140,12 @@ def test_the_threshold_is_found_however_far_scores_are_apart(values: list[float]
     assert len(above) == (3 if len(set(np.float32(values))) == 6 else 2)
 
 
+def test_all_scores_are_above_zero_where_all_weights_are_kept() -> None:
+    selection = selection_of((2, 3), target=1.0)
+    for values in ([0.0] * 6, [-3.0, 2.0, 2.0, 0.0, -1e20, 5.0]):
+        assert (budget.hold_density(selection, scores_of(selection, values), 0, 1)["layer0"]["kernel"] > 0).all()
+
+
 def test_the_budget_shrinks_by_the_same_factor_each_round() -> None:
     selection = selection_of((10, 10), target=0.01)
     scores = scores_of(selection, np.random.default_rng(0).normal(size=100))
@@ -163,7 +168,6 @@ def test_rules_with_targets_are_held_each_on_its_own_and_the_rest_is_left_alone(
     scores = scores_of(selection, *(np.random.default_rng(0).normal(size=8) - 9 for _ in range(3)))
     held = budget.hold_density(selection, scores, 0, 1)
     assert [int((leaf > 0).sum()) for leaf in jax.tree.leaves(held)] == [2, 6, 0]
-    assert held["c"]["kernel"] is not None
     np.testing.assert_array_equal(held["c"]["kernel"], scores["c"]["kernel"])
     assert [len(entries) for entries in ticket_of(selection, scores)] == [2, 6, 0]
 

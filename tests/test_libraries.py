@@ -163,8 +163,11 @@ def test_an_nnx_model_with_its_optimizer(digits: Any) -> None:
     tx = optimizer()
     optimizer_ = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
+    traces = []
+
     @nnx.jit
     def step(model: Any, optimizer: Any, x: Any, y: Any) -> None:
+        traces.append(1)
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
         masked = cs_jax.masked_params(params, optimizer.opt_state)
         masked_model = nnx.merge(graphdef, masked, rest)
@@ -174,6 +177,11 @@ def test_an_nnx_model_with_its_optimizer(digits: Any) -> None:
 
     for phase in range(2):
         if phase == 1:
+            assert len(traces) == 1
+            optimizer_.opt_state = cs_jax.next_round(optimizer_.opt_state)  # another round, of the same program
+            for x, y in batches(digits, 0) * EPOCHS:
+                step(model, optimizer_, x, y)
+            assert len(traces) == 1
             params, optimizer_.opt_state = cs_jax.rewind(tx, optimizer_.opt_state, start)
             nnx.update(model, params)
         for epoch in range(EPOCHS):

@@ -1,5 +1,6 @@
 """What rules select of the models of four libraries, the table that shows it, and what they refuse."""
 
+import dataclasses
 from collections import OrderedDict
 from typing import Any
 
@@ -75,6 +76,13 @@ def test_the_first_rule_that_selects_a_weight_decides() -> None:
         ("mlp/in_proj_weight", True),
         ("block/wq", True),
         ("W1", True),
+        ("block/wqkv", True),
+        ("mlp/up_proj", True),
+        ("ConvBN_0/Conv_0/kernel", True),
+        ("PreNorm_0/Dense_0/kernel", True),
+        ("Head_0/key/kernel", True),
+        ("MultiHead_0/kernel", True),
+        ("PatchEmbed_0/Conv_0/kernel", True),
         ("params/0", True),
         ("Dense_0/bias", False),
         ("attention/b", False),
@@ -168,7 +176,13 @@ def test_boxed_weights_have_the_name_of_their_box() -> None:
         ("attention/query/kernel", (8, 2, 4), Rule(group="input_channel"), (8, 1, 1)),
         ("attention/out/kernel", (2, 4, 8), Rule(group=Head(2)), (2, 1, 1)),
         ("attention/out/kernel", (2, 4, 8), Rule(group="output_channel"), (1, 1, 8)),
-        ("stacked/value/kernel", (5, 8, 2, 4), Rule(group=Head()), (5, 1, 2, 1)),
+        ("stacked/value/kernel", (5, 8, 2, 4), Rule(group=Head(), stacked=1), (5, 1, 2, 1)),
+        ("stacked/dense/kernel", (5, 8, 4), Rule(group="output_channel", stacked=1), (5, 1, 4)),
+        ("stacked/dense/weight", (5, 4, 8), Rule(group="output_channel", stacked=1), (5, 4, 1)),
+        ("stacked/dense/weight", (5, 4, 8), Rule(group=Block((2, 4)), stacked=1), (5, 1, 4)),
+        ("conv/kernel", (3, 8, 4), Rule(group="output_channel", stacked=0), (1, 1, 4)),
+        ("conv/out/kernel", (3, 3, 8, 4), Rule(group="output_channel"), (1, 1, 1, 4)),
+        ("ConvTranspose_0/kernel", (3, 3, 8, 4), Rule(group="output_channel", layout="in_out"), (1, 1, 1, 4)),
         ("attention/query_proj/weight", (8, 6), Rule(group=Head(2)), (2, 1)),
         ("attention/output_proj/weight", (6, 8), Rule(group=Head(2)), (1, 2)),
         ("multi_head_attention/linear/w", (8, 6), Rule(group=Head(2)), (2, 1)),
@@ -176,9 +190,30 @@ def test_boxed_weights_have_the_name_of_their_box() -> None:
     ],
 )
 def test_scores_have_the_shape_of_their_groups(path: str, shape: Any, rule: Rule, score_shape: Any) -> None:
-    params = trees.nest({tuple(path.split("/")): jax.ShapeDtypeStruct(shape, jnp.float32)})
-    (leaf,) = cs_jax.select(params, rule).masked
-    assert leaf.score_shape == score_shape
+    own = tuple(path.split("/"))
+    leaves = {own: jax.ShapeDtypeStruct(shape, jnp.float32)}
+    if own[-2] in ("query", "value") or path == "attention/out/kernel":  # known by the projections beside them
+        shapes = {"query": (8, 2, 4), "key": (8, 2, 4), "value": (8, 2, 4), "out": (2, 4, 8)}
+        beside = {(*own[:-2], name, "kernel"): np.ones((*shape[:-3], *size)) for name, size in shapes.items()}
+        leaves = beside | leaves
+    selection = cs_jax.select(trees.nest(leaves), dataclasses.replace(rule, where=path))
+    assert [leaf.score_shape for leaf in selection.masked] == [score_shape]
+
+
+def test_one_row_of_an_array_without_a_name_is_a_bias() -> None:
+    assert selected([(np.ones((4, 3)), np.ones((1, 3))), (np.ones((3, 2)), np.ones((1, 2)))]) == ["0/0", "1/0"]
+    assert selected(np.ones((4, 3))) == [""]
+
+
+def test_paths_that_read_alike_are_both_masked() -> None:
+    params = {"a/b": {"kernel": np.ones((2, 2))}, "a": {"b": {"kernel": np.ones((3, 3))}}}
+    assert [leaf.shape for leaf in cs_jax.select(params, "**/kernel").masked] == [(3, 3), (2, 2)]
+
+
+def test_describe_folds_long_paths_and_shows_brackets_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    long = "x[red]" * 30
+    cs_jax.describe({long: {"kernel": np.ones((2, 2))}}, target_density=0.01, allow_empty_layers=True)
+    assert f"{long}/kernel" in "".join(capsys.readouterr().out.split()).replace("2×2yes44100.0%", "")
 
 
 def test_describe_prints_every_array_and_what_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,6 +222,7 @@ def test_describe_prints_every_array_and_what_is_kept(capsys: pytest.CaptureFixt
     assert rows[0] == ["path", "shape", "masked", "scores", "entries", "share"]
     assert ["encoder/layer_0/kernel", "4×8", "by", "2×2", "8", "32", "24.6%"] in rows
     assert ["encoder/layer_1/bias", "8", "-", "8", "6.2%"] in rows
+    assert ["head/kernel", "8×2", "no", "16", "12.3%"] in rows
     text = [" ".join(row) for row in rows[-2:]]
     assert text[0] == "96 of 130 weights masked (73.8%), in 2 arrays"
     assert text[1] == "24 of 96 weights to keep in all 2 arrays (density 0.25)"
@@ -220,6 +256,7 @@ def test_what_patterns_keep_counts_towards_the_target() -> None:
     assert (budget.keep, budget.size) == (24 - 16, 32)
 
 
+ATTENTION = {name: {"kernel": np.ones((4, 2, 3))} for name in ("query", "key", "value", "out")}
 INTEGER = {"kernel": np.ones((2, 2), np.int8), "other": {"kernel": np.ones((2, 2))}}
 
 
@@ -237,8 +274,8 @@ INTEGER = {"kernel": np.ones((2, 2), np.int8), "other": {"kernel": np.ones((2, 2
             "close to it are encoder/layer_0/bias, encoder/layer_0/kernel",
         ),
         (lambda: cs_jax.select(NET, ["**/kernel", "!tail/*"]), ValueError, r"glob 'tail/\*' matches none"),
-        (lambda: cs_jax.select(NET, "**"), ValueError, r"rule '\*\*' selects all 6 leaves, encoder/layer_0/bias"),
-        (lambda: cs_jax.select(NET, lambda path, leaf: True), ValueError, "selects all 6 leaves"),
+        (lambda: cs_jax.select(NET, "**"), ValueError, r"rule '\*\*' selects all 6 leaves there, encoder/layer_0/bias"),
+        (lambda: cs_jax.select(NET, lambda path, leaf: True), ValueError, "selects all 6 leaves there"),
         (lambda: cs_jax.select(NET, lambda path, leaf: False), ValueError, "selects none of 6 leaves"),
         (lambda: cs_jax.select(NET, ["**/kernel", "!**/kernel"]), ValueError, "found no weights to mask among 6"),
         (lambda: cs_jax.select(NET, [Rule(), Rule("encoder/**/kernel")]), ValueError, "selects nothing that the rules"),
@@ -260,6 +297,17 @@ INTEGER = {"kernel": np.ones((2, 2), np.int8), "other": {"kernel": np.ones((2, 2
         (lambda: Rule(group=NM(3, 2)), ValueError, "NM: got n=3 of m=2, wanted 1 <= n <= m"),
         (lambda: Rule(group=NM(0, 2)), ValueError, "NM: got n=0 of m=2"),
         (lambda: Rule(group=Block((0, 2))), ValueError, r"Block: got shape \(0, 2\)"),
+        (lambda: Rule(group=Block(4)), TypeError, "Block: got shape 4, wanted a tuple of whole numbers"),  # pyright: ignore
+        (lambda: Rule(group=Axes(0)), TypeError, "Axes: got axes 0, wanted a tuple of whole numbers"),  # pyright: ignore
+        (lambda: Rule(group=Head("a")), TypeError, "Head: got num_heads"),  # pyright: ignore
+        (lambda: Rule(group=NM(2.0, 4.0)), TypeError, "NM: got n and m .2.0, 4.0., wanted whole numbers"),  # pyright: ignore
+        (lambda: Rule(stacked=-1), ValueError, "stacked: got -1, wanted a number of axes, or None"),
+        (lambda: cs_jax.select(NET, "encoder/**"), ValueError, "selects all 4 leaves there, encoder/layer_0/bias"),
+        (
+            lambda: cs_jax.select({"kernel": np.ones((2, 2), complex)}, "kernel"),
+            ValueError,
+            "got dtype complex128, wanted a real",
+        ),
         (lambda: Rule(group=Head(0)), ValueError, "Head: got num_heads=0"),
         (lambda: Rule(target_density=0.0), ValueError, "target_density: got 0, wanted a share above 0 and at most 1"),
         (lambda: Rule(target_density=2), ValueError, "target_density: got 2"),
@@ -307,9 +355,19 @@ INTEGER = {"kernel": np.ones((2, 2), np.int8), "other": {"kernel": np.ones((2, 2
             "4 heads do not divide axis 1 of shape",
         ),
         (
-            lambda: cs_jax.select({"query": {"kernel": np.ones((4, 2, 3))}}, Rule(group=Head(4))),
+            lambda: cs_jax.select(ATTENTION, Rule("query/kernel", group=Head(4))),
             ValueError,
             "has 2 heads, not 4",
+        ),
+        (
+            lambda: cs_jax.select({"query": {"kernel": np.ones((4, 2, 3))}}, Rule(group="output_channel")),
+            ValueError,
+            r"'query/kernel': shape \(4, 2, 3\) may be a convolution .* wanted stacked=0 or stacked=1 in the rule",
+        ),
+        (
+            lambda: cs_jax.select({"conv2_d_transpose": {"w": np.ones((3, 3, 4, 2))}}, Rule(group="output_channel")),
+            ValueError,
+            "libraries differ in where a transposed convolution has its input; wanted layout=",
         ),
         (
             lambda: cs_jax.select(NET, Rule("encoder/layer_0/kernel", target_density=0.9), target_density=0.5),

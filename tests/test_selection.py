@@ -27,7 +27,8 @@ def selections(draw: st.DrawFn) -> tuple[Any, Selection]:
             "kernel": jnp.ones(shape, draw(st.sampled_from(DTYPES))),
             "bias": jnp.ones(shape[-1]),
         }
-        rules.append(Rule(f"layer{index}/kernel", group=group))
+        stacked = draw(st.integers(0, len(shape) - 2))
+        rules.append(Rule(f"layer{index}/kernel", group=group, stacked=stacked))
     return params, cs_jax.select(params, rules)
 
 
@@ -140,9 +141,8 @@ def test_soft_masks_tend_to_hard_ones(drawn: Any, seed: int) -> None:
     soft = selection.soft_mask(scores, 1e7, init_value=0.1)
     hard = selection.hard_mask(scores, init_value=0.1)
     for leaf in selection.masked:
-        if leaf.pattern is None or leaf.pattern.n < leaf.pattern.m:
-            a, b = (trees.leaves_by_path(made)[leaf.path] for made in (soft, hard))
-            np.testing.assert_allclose(a, b, atol=1e-4)
+        a, b = (trees.leaves_by_path(made)[leaf.path] for made in (soft, hard))
+        np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_without_groups_the_methods_are_the_functions() -> None:
@@ -172,15 +172,18 @@ def test_a_group_gets_the_sum_of_its_weights_gradients() -> None:
     np.testing.assert_allclose(gradient, [[(0 + 1 + 4 + 5) / 2, (2 + 3 + 6 + 7) / 2]], rtol=1e-6)
 
 
-def test_what_a_pattern_dropped_stays_dropped_after_the_reset() -> None:
-    selection = cs_jax.select({"kernel": np.ones((4, 3), np.float32)}, Rule(group=NM(2, 4)))
-    scores = random_scores(selection, 1, ties=False)
-    after = selection.prune_scores(scores, 200.0, init_value=-0.02)
-    np.testing.assert_array_equal(
-        selection.hard_mask(after, init_value=0.0)["kernel"], selection.hard_mask(scores, init_value=0.0)["kernel"]
-    )
-    restarted = selection.soft_mask(after, 1.0, init_value=-0.02)["kernel"]
-    assert set(np.asarray(restarted > 0.5).sum(axis=0)) == {2}
+@pytest.mark.parametrize("init_value", [-0.1, 0.0, 0.1])
+@pytest.mark.parametrize("column", [[-0.0003, -0.00028, 0.0002, 0.0003], [0.1, 0.05, -0.05, -0.1], [1, 1, 1, 1]])
+def test_what_a_pattern_dropped_stays_dropped_after_the_reset_and_what_it_kept_restarts_at_one(
+    column: list[float], init_value: float
+) -> None:
+    selection = cs_jax.select({"kernel": np.ones((4, 1), np.float32)}, Rule(group=NM(2, 4)))
+    scores = {"kernel": jnp.asarray(column, jnp.float32)[:, None]}
+    after = selection.prune_scores(scores, 200.0, init_value=init_value)
+    hard = selection.hard_mask(scores, init_value=0.0)["kernel"]
+    np.testing.assert_array_equal(selection.hard_mask(after, init_value=0.0)["kernel"], hard)
+    restarted = selection.soft_mask(after, 1.0, init_value=init_value)["kernel"]
+    np.testing.assert_allclose(restarted[np.asarray(hard) > 0], 1.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ temperature into masks; `search` runs the rounds.
 """
 
 from cs_jax import models
-from cs_jax.budget import CollapsedLayerWarning, DensityWarning
+from cs_jax.budget import CollapsedLayerWarning, DensityWarning, UnfinishedSearchWarning
 from cs_jax.groups import NM, Axes, Block, Head
 from cs_jax.layers import (
     Masked,
@@ -29,7 +29,6 @@ from cs_jax.masks import (
 )
 from cs_jax.optim import (
     SparsificationState,
-    UnfinishedSearchWarning,
     continuous_sparsification,
     current_masks,
     freeze_ticket,

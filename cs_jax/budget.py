@@ -35,6 +35,10 @@ class DensityWarning(UserWarning):
     """Groups are too coarse for the density that was asked for: the ticket's is off by more than 1%."""
 
 
+class UnfinishedSearchWarning(UserWarning):
+    """A search ended with soft masks: before the final temperature, or with scores that have hardly moved."""
+
+
 def round_density(target: float, round: Any, rounds: Any) -> Any:
     """Density at which scores are held in a round, `target ** ((round + 1) / rounds)`: the target in the last.
 
@@ -109,6 +113,30 @@ def _ordered_bits(array: jax.Array) -> jax.Array:
 def _flip_negative(bits: jax.Array) -> jax.Array:
     """Integers in the order of the floats that they are the bits of, and back."""
     return jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits)
+
+
+def warn_if_soft(selection: Selection, scores: PyTree, temperature: ArrayLike) -> None:
+    """Warns if most masks are still soft at a search's end: a ticket cut out of them is another network.
+
+    Soft are those whose `temperature * score` lies within 1 of 0, which are 0.27 to 0.73 of their scale. N:M patterns
+    are left out.
+
+    Args:
+        selection: what is masked.
+        scores: as `selection.init_scores` makes them, not traced.
+        temperature: that the search ended with.
+    """
+    soft = 0
+    for leaf, score in zip(selection.masked, selection.score_leaves(scores), strict=True):
+        if leaf.pattern is None:
+            soft += leaf.group_size * int(jnp.sum(jnp.abs(temperature * masks.at_least_float32(score)) < 1))
+    if soft > 0.5 * selection.size:
+        warnings.warn(
+            f"{soft / selection.size:.0%} of the masks are still soft at the end of the search, and the ticket is "
+            "another network: wanted a higher learning rate of the scores, more epochs or a higher final temperature",
+            UnfinishedSearchWarning,
+            stacklevel=4,
+        )
 
 
 def ticket_masks(selection: Selection, scores: PyTree, *, init_value: ArrayLike) -> PyTree:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from cs_jax.budget import CollapsedLayerWarning
+from cs_jax.budget import CollapsedLayerWarning, DensityWarning, UnfinishedSearchWarning
 from cs_jax.config import Config
 from cs_jax.search import EpochRecord, Observer
 from cs_jax.training import StepMetrics, TrainState
@@ -25,9 +25,10 @@ _HEADER = "phase     epoch     loss      lr   temp  density  val soft  val hard 
 
 @contextlib.contextmanager
 def warnings_as_lines(console: Console) -> Iterator[None]:
-    """Shows warnings as lines between those of the epochs, a collapsed layer's every time."""
+    """Shows warnings as lines between those of the epochs, those of a ticket every time."""
     with warnings.catch_warnings():
-        warnings.simplefilter("always", CollapsedLayerWarning)
+        for kind in (CollapsedLayerWarning, DensityWarning, UnfinishedSearchWarning):
+            warnings.simplefilter("always", kind)
         warnings.showwarning = lambda message, *_, **__: console.print(
             f"warning: {message}", markup=False, highlight=False, soft_wrap=True
         )
@@ -111,7 +112,8 @@ def print_result(console: Console, summary: dict[str, Any]) -> None:
     for table in (rounds, networks):
         console.print(table, width=max(60, console.width), crop=False)
     if ticket["density"] == 0:
-        console.print("The ticket is empty: no maskable weight is left. Raise --mask-initial-value or lower --lmbda.")
+        dials = "--target-density or, without it, --mask-initial-value"
+        console.print(f"The ticket is empty: no maskable weight is left. Raise {dials}.")
 
 
 def _table(title: str, first: str, *others: str) -> Table:

@@ -2,8 +2,8 @@
 
 Weights stay in the model; scores, temperature, round and step are in the optimizer's state. The loss is evaluated at
 `masked_params(params, opt_state)`, and from the gradient there `update` derives those of weights and scores by the
-chain rule. `update` asks for the masked weights by name, so that a loop that forgot them fails at its first step
-instead of training the dense network.
+chain rule. `update` asks for the masked weights by name, and compares them with its own, so that a loop that forgot
+them fails instead of training the dense network.
 """
 
 import warnings
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
@@ -21,10 +22,6 @@ from cs_jax.rules import Where
 from cs_jax.selection import Selection
 
 PyTree = Any
-
-
-class UnfinishedSearchWarning(UserWarning):
-    """A round is ended before its temperature is reached, as with more epochs planned than trained."""
 
 
 class SparsificationState(NamedTuple):
@@ -68,15 +65,15 @@ def continuous_sparsification(
         params = optax.apply_updates(params, updates)
 
     Transformations chained before this one see the gradient at the masked weights, those after it the weights'
-    updates. The temperature rises with every epoch of a round, and stays at `final_temp` when its steps are done;
-    `next_round`, `ticket_masks`, `rewind` and `freeze_ticket` do what comes then.
+    updates; decay belongs into `weight_tx`. The temperature rises with every epoch of a round, and stays at
+    `final_temp` when its steps are done; `next_round`, `ticket_masks`, `rewind` and `freeze_ticket` do what comes then.
 
     Args:
         weight_tx: optimizer of the weights; sees `gradient * mask` for masked weights, the gradient for others.
-        score_tx: optimizer of the scores, without decay. Scores are of order 0.01 to 1: SGD with a learning rate of
-            0.1 to 1, or Adam with 0.01 to 0.1, moves them.
+        score_tx: optimizer of the scores, without decay. It should move them by about 1 in a search: Adam with about 1
+            over the number of updates, 0.003 to 0.03 in most, or SGD with 0.1 to 10.
         epochs: epochs in a round, at least 1: the steps in which the temperature rises.
-        steps_per_epoch: updates in an epoch, at least 1.
+        steps_per_epoch: updates in an epoch, at least 1; with `optax.MultiSteps` not every batch is one.
         rounds: rounds that are planned; under a target, the density falls to it over them.
         final_temp: temperature of a round's last epoch, at least 1.
         init_value: initial score (s0 in the paper), at least -80; without a target, the dial for density.
@@ -88,7 +85,8 @@ def continuous_sparsification(
         score_dtype: of the scores; by default that of the weights, at least float32.
 
     Returns:
-        A transformation whose `update` wants `params` and `masked_params`.
+        A transformation whose `update` wants `params` and `masked_params`. Where these are not what `masked_params`
+        gives for its state, its updates are not a number.
 
     Raises:
         ValueError: an argument is out of range; in `init`, whatever `select` finds wrong; in `update`, trees that do
@@ -116,6 +114,7 @@ def continuous_sparsification(
         return jnp.asarray(final_temp, float) ** share
 
     def init(params: optax.Params) -> SparsificationState:
+        _check_arrays(params)
         selection = rules.select(params, where, target_density=target_density, allow_empty_layers=allow_empty_layers)
         scores = _init_scores(selection, params, init_value, score_dtype)
         return SparsificationState(
@@ -272,15 +271,20 @@ def _copied(tree: PyTree) -> PyTree:
 
 
 def _warn_unfinished(state: SparsificationState) -> None:
-    if not isinstance(state.temperature, Tracer) and bool(jnp.any(state.temperature < 0.999 * state.final_temperature)):
+    """Warns if the masks of a search that is ended are not hard yet."""
+    if isinstance(state.temperature, Tracer):
+        return
+    temperature, final = float(jnp.min(state.temperature)), float(jnp.max(state.final_temperature))
+    if temperature < 0.999 * final:
         warnings.warn(
-            f"the search is at temperature {float(jnp.min(state.temperature)):.3g} of "
-            f"{float(jnp.max(state.final_temperature)):.3g}, after {int(jnp.min(state.step))} updates: its masks are "
-            "still soft, and the ticket is another network; epochs * steps_per_epoch counts updates of this "
-            "transformation",
-            UnfinishedSearchWarning,
+            f"the search is at temperature {temperature:.3g} of {final:.3g}, after {int(jnp.min(state.step))} updates: "
+            "its masks are still soft, and the ticket is another network; epochs * steps_per_epoch counts updates of "
+            "this transformation",
+            budget.UnfinishedSearchWarning,
             stacklevel=3,
         )
+        return
+    budget.warn_if_soft(state.selection, state.scores, state.temperature)
 
 
 def next_round(opt_state: PyTree, *, reset: str = "paper") -> PyTree:
@@ -473,9 +477,22 @@ def _check_arguments(
         if not (hasattr(tx, "init") and hasattr(tx, "update")):
             raise TypeError(f"{name}: got {tx!r}, wanted an optax transformation, as optax.sgd(0.1) makes one")
     for name, value in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch), ("rounds", rounds)):
-        whole = jnp.issubdtype(jnp.result_type(value), jnp.integer) and jnp.ndim(value) == 0
-        if not whole or (not isinstance(value, Tracer) and value < 1):
+        if not isinstance(value, Tracer) and not (_is_scalar(value, np.integer) and np.asarray(value) >= 1):
             raise ValueError(f"{name}: got {value!r}, wanted a whole number of at least 1")
     for name, value, least in (("final_temp", final_temp, 1), ("penalty", penalty, 0)):
-        if not isinstance(value, Tracer) and not (jnp.isfinite(value) and value >= least):
+        if not isinstance(value, Tracer) and not (_is_scalar(value, np.number) and least <= np.asarray(value) < np.inf):
             raise ValueError(f"{name}: got {value!r}, wanted a finite number of at least {least}")
+
+
+def _check_arrays(params: PyTree) -> None:
+    for path, leaf in trees.leaves_by_path(params).items():
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(
+                f"params {trees.name(path)!r}: got {type(leaf).__name__}, wanted arrays alone, as "
+                "eqx.filter(model, eqx.is_inexact_array) leaves them"
+            )
+
+
+def _is_scalar(value: Any, kind: Any) -> bool:
+    array = np.asarray(value)
+    return array.ndim == 0 and np.issubdtype(array.dtype, kind)

@@ -180,7 +180,7 @@ def check_density(value: Any, name: str = "target_density") -> None:
 def describe(
     params: PyTree, where: Where = None, *, target_density: float | None = None, allow_empty_layers: bool = False
 ) -> None:
-    """Prints what rules do to a model: every weight array, whether it is masked, its entries and share of all weights.
+    """Prints what rules do to a model: every float array, whether it is masked, its entries and share of all weights.
 
     "no" stands for arrays of two or more axes that are left alone, "-" for others.
 
@@ -193,7 +193,7 @@ def describe(
     Raises:
         TypeError, ValueError: as `select`.
     """
-    leaves = trees.leaves_by_path(params)
+    leaves = {path: leaf for path, leaf in trees.leaves_by_path(params).items() if _is_float(leaf)}
     selection = select(params, where, target_density=target_density, allow_empty_layers=allow_empty_layers)
     masked = {leaf.path: leaf for leaf in selection.masked}
     sizes = {path: math.prod(jnp.shape(leaf)) for path, leaf in leaves.items()}
@@ -219,6 +219,10 @@ def describe(
             f"{budget.keep:,} of {budget.size:,} weights to keep in {names} arrays (density {budget.density:.4g})",
             highlight=False,
         )
+
+
+def _is_float(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _kind(leaf: Grouping) -> str:
@@ -322,7 +326,7 @@ def _weights(leaves: Mapping[Path, Any], kinds: Mapping[Path, str]) -> list[Path
 
 
 def _is_weight(path: Path, leaf: Any) -> bool:
-    if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.ndim(leaf) >= 2):
+    if not (_is_float(leaf) and jnp.ndim(leaf) >= 2):
         return False
     if not path or path[-1].isdigit():  # a bare array, or one of a list: there is no name to go by
         return sum(size > 1 for size in leaf.shape) >= 2

@@ -157,6 +157,7 @@ def search_ticket(
 
     Warns:
         CollapsedLayerWarning: the ticket leaves a layer without weights.
+        UnfinishedSearchWarning: a target density cuts through masks that are still soft.
     """
     records = []
     snapshot = None
@@ -173,6 +174,8 @@ def search_ticket(
             state = reset_scores(config, state)
     assert snapshot is not None
     chosen = selection(config, state.scores)
+    if chosen.budgets:
+        budget.warn_if_soft(chosen, state.scores, config.final_temp)
     ticket = Ticket(snapshot, budget.ticket_masks(chosen, state.scores, init_value=config.mask_initial_value))
     return ticket, records[config.epochs - 1 :: config.epochs]
 

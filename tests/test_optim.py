@@ -167,10 +167,24 @@ def test_a_search_that_is_ended_early_is_told() -> None:
     for end in (cs_jax.ticket_masks, cs_jax.freeze_ticket, cs_jax.next_round, lambda s: cs_jax.rewind(tx, s, PARAMS)):
         with pytest.warns(cs_jax.UnfinishedSearchWarning, match=ending):
             end(state)
+    tx = make(score_tx=optax.sgd(50.0))
     _, state = train(tx, PARAMS, tx.init(PARAMS), 10)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cs_jax.next_round(state)
+
+
+def test_scores_that_hardly_move_are_told() -> None:
+    tx = make(score_tx=optax.sgd(1e-6))
+    _, state = train(tx, PARAMS, tx.init(PARAMS), 10)
+    with pytest.warns(cs_jax.UnfinishedSearchWarning, match="100% of the masks are still soft at the end"):
+        cs_jax.next_round(state)
+
+
+def test_a_transformation_can_be_made_inside_jit() -> None:
+    tx = optax.inject_hyperparams(lambda rate: make(optax.sgd(rate)))(rate=0.05)
+    params, _ = train(tx, PARAMS, tx.init(PARAMS), 2)
+    assert_close(params, train(make(optax.sgd(0.05)), PARAMS, make(optax.sgd(0.05)).init(PARAMS), 2)[0], rtol=1e-6)
 
 
 WRAPPERS = {
@@ -427,6 +441,13 @@ MASKED = jax.tree.map(lambda leaf: 1.0 * leaf, PARAMS)
     [
         (lambda: make(epochs=0), ValueError, "epochs: got 0, wanted a whole number of at least 1"),
         (lambda: make(steps_per_epoch=2.5), ValueError, "steps_per_epoch: got 2.5, wanted a whole number"),
+        (lambda: make(epochs="3"), ValueError, "epochs: got '3', wanted a whole number"),
+        (lambda: make(penalty=None), ValueError, "penalty: got None, wanted a finite number"),
+        (
+            lambda: make().init({"kernel": jnp.ones((2, 2)), "act": jax.nn.relu}),
+            TypeError,
+            "params 'act': got .*, wanted arrays alone, as eqx.filter",
+        ),
         (lambda: make(rounds=0), ValueError, "rounds: got 0"),
         (lambda: make(final_temp=0.5), ValueError, "final_temp: got 0.5, wanted a finite number of at least 1"),
         (lambda: make(penalty=-1.0), ValueError, "penalty: got -1.0, wanted a finite number of at least 0"),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cs_jax import CollapsedLayerWarning, masks, search, training
+from cs_jax import CollapsedLayerWarning, UnfinishedSearchWarning, masks, search, training
 from cs_jax.config import Config
 from cs_jax.images import ImageSet
 from cs_jax.search import Observer, Problem
@@ -242,6 +242,13 @@ def test_one_epoch_a_round_has_the_final_temperature(problem: Problem) -> None:
     assert history.records[0].temperature == 50.0
 
 
+def test_a_target_that_cuts_through_soft_masks_is_told(problem: Problem) -> None:
+    config = dataclasses.replace(CONFIG, target_density=0.5, score_lr=1e-6, rounds=1)
+    with pytest.warns(UnfinishedSearchWarning, match="100% of the masks are still soft at the end of the search"):
+        search.search_ticket(config, problem, search.init_state(config, problem), Observer())
+
+
+@pytest.mark.filterwarnings("ignore::cs_jax.UnfinishedSearchWarning")
 @pytest.mark.parametrize("target, rounds", [(0.1, 2), (0.01, 1), (1.0, 2)])
 def test_a_target_density_is_met_exactly_and_approached_over_the_rounds(
     problem: Problem, target: float, rounds: int

@@ -25,7 +25,6 @@ from rich.table import Table
 from timing import Stepper, interleave, median_ratio
 
 import cs_jax
-from cs_jax import optim
 from cs_jax.models import MODELS
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
@@ -107,10 +106,11 @@ def measure(
             where="**/kernel",
         )
 
-    keys = iter(jax.random.split(jax.random.key(0), 999))
-    searched = sparse(0.2).init(params)
-    scores = jax.tree.map(lambda score: jax.random.normal(next(keys), score.shape), optim.find_state(searched).scores)
-    ticket = cs_jax.freeze_ticket(optim.find_state(searched)._replace(scores=scores))
+    key, searched = jax.random.key(0), sparse(0.2).init(params)
+    masks = jax.tree.map(
+        lambda mask: 2.0 * jax.random.bernoulli(key, 0.2, mask.shape).astype(mask.dtype), cs_jax.current_masks(searched)
+    )
+    ticket = cs_jax.freeze_ticket(searched, masks=masks)
     kinds: dict[str, tuple[optax.GradientTransformation, Any]] = {
         "plain": (weight_tx, weight_tx.init(params)),
         "search": (sparse(None), sparse(None).init(params)),

@@ -27,20 +27,13 @@ from cs_jax.masks import (
     prune_scores,
     soft_mask,
 )
-from cs_jax.optim import (
-    SparsificationState,
-    continuous_sparsification,
-    current_masks,
-    freeze_ticket,
-    masked_params,
-    next_round,
-    rewind,
-    ticket_masks,
-)
+from cs_jax.optim import continuous_sparsification, masked_params
+from cs_jax.rounds import freeze_ticket, next_round, rewind, ticket_masks
 from cs_jax.rules import Rule, describe, select
 from cs_jax.schedules import temperature
 from cs_jax.selection import Selection
 from cs_jax.sparsify import sparsify
+from cs_jax.state import SparsificationState, current_masks
 from cs_jax.trees import apply_masks
 
 __version__ = "0.1.0"

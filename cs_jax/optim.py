@@ -6,9 +6,7 @@ chain rule. `update` asks for the masked weights by name, and compares them with
 them fails instead of training the dense network.
 """
 
-import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,27 +15,12 @@ import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from cs_jax import budget, masks, rules, trees
+from cs_jax import budget, rules, trees
 from cs_jax.rules import Where
 from cs_jax.selection import Selection
+from cs_jax.state import SparsificationState, current_masks, find_state, is_ticket
 
 PyTree = Any
-
-
-class SparsificationState(NamedTuple):
-    """State of `continuous_sparsification`, an ordinary pytree of arrays."""
-
-    step: jax.Array  # updates done in this round
-    round: jax.Array  # of the search, from 0
-    temperature: jax.Array  # of the masks now; that of the round's last epoch when its steps are done
-    first_temperature: jax.Array  # that every round starts with
-    final_temperature: jax.Array  # that every round ends with
-    init_value: jax.Array  # the scores' initial value, which fixes the masks' scale
-    scores: PyTree  # nested dictionaries along the masked weights' paths; {} for a ticket
-    masks: PyTree  # a ticket's fixed masks; {} while scores are trained
-    weight_state: optax.OptState
-    score_state: optax.OptState  # () for a ticket
-    selection: Selection  # which weights are masked, and how: static, without arrays
 
 
 def continuous_sparsification(
@@ -142,7 +125,7 @@ def continuous_sparsification(
         _check_update(state, updates, params, masked_params)
         assert params is not None
         updates = _spoiled_unless_masked(updates, state, params, masked_params)
-        if _is_ticket(state):
+        if is_ticket(state):
             gradient = trees.apply_masks(updates, state.masks)
             updates, weight_state = of_weights.update(gradient, state.weight_state, params, **extra)
             return updates, state._replace(step=state.step + 1, weight_state=weight_state)
@@ -222,196 +205,6 @@ def _refuse_to_differentiate(primals: Any, tangents: Any) -> Any:
     )
 
 
-def current_masks(opt_state: PyTree) -> PyTree:
-    """Masks of now: soft ones while scores are trained, a ticket's fixed ones afterwards.
-
-    Returns:
-        Nested dictionaries along the paths of the masked weights, of their shapes; for a Flax model its "masks".
-
-    Raises:
-        ValueError: as `masked_params`.
-    """
-    state = find_state(opt_state)
-    if _is_ticket(state):
-        return _copied(state.masks)
-    return state.selection.soft_mask(state.scores, state.temperature, init_value=state.init_value)
-
-
-def ticket_masks(opt_state: PyTree) -> PyTree:
-    """Hard masks: the ticket's, or those that the search would end with now.
-
-    Of the density that was asked for, exactly; without a target, scores above 0 are kept. Right after `next_round` no
-    score is, so ask before.
-
-    Returns:
-        Nested dictionaries along the paths of the masked weights, of their shapes; 0 or `1 / sigmoid(init_value)`.
-
-    Raises:
-        TypeError: the state is traced.
-        ValueError: as `masked_params`, or nothing at all is kept.
-
-    Warns:
-        CollapsedLayerWarning: an array has lost all its weights, or would have if its best were not reserved.
-        DensityWarning: groups are too coarse for the target.
-        UnfinishedSearchWarning: the temperature has not reached its end.
-    """
-    state = find_state(opt_state)
-    if _is_ticket(state):
-        return _copied(state.masks)
-    _warn_unfinished(state)
-    ticket = budget.ticket_masks(state.selection, state.scores, init_value=state.init_value)
-    if masks.density(ticket) == 0:
-        raise ValueError("the ticket keeps no weight: no score is above 0, as at the start and right after next_round")
-    return ticket
-
-
-def _copied(tree: PyTree) -> PyTree:
-    """Copies of arrays that a later step may be given for good; of traced ones there is no need."""
-    return jax.tree.map(lambda leaf: leaf if isinstance(leaf, Tracer) else jnp.copy(leaf), tree)
-
-
-def _warn_unfinished(state: SparsificationState) -> None:
-    """Warns if the masks of a search that is ended are not hard yet."""
-    if isinstance(state.temperature, Tracer):
-        return
-    temperature, final = float(jnp.min(state.temperature)), float(jnp.max(state.final_temperature))
-    if temperature < 0.999 * final:
-        warnings.warn(
-            f"the search is at temperature {temperature:.3g} of {final:.3g}, after {int(jnp.min(state.step))} updates: "
-            "its masks are still soft, and the ticket is another network; epochs * steps_per_epoch counts updates of "
-            "this transformation",
-            budget.UnfinishedSearchWarning,
-            stacklevel=3,
-        )
-        return
-    budget.warn_if_soft(state.selection, state.scores, state.temperature)
-
-
-def next_round(opt_state: PyTree, *, reset: str = "paper") -> PyTree:
-    """State for the next round of the search: scores reset, temperature and step at their start, all else as it is.
-
-    Args:
-        opt_state: the optimizer's state at the end of a round.
-        reset: "paper" keeps pruned weights pruned; "released" lets them come back, as the authors' script does.
-
-    Raises:
-        ValueError: as `masked_params`, `reset` is none of these, or the state is a ticket's.
-    """
-    if reset not in ("paper", "released"):
-        raise ValueError(f"reset: got {reset!r}, wanted 'paper' or 'released'")
-
-    def start(state: SparsificationState) -> SparsificationState:
-        if _is_ticket(state):
-            raise ValueError("the masks are a ticket's and fixed: there is no next round")
-        _warn_unfinished(state)
-        temperature = state.temperature if reset == "paper" else jnp.ones_like(state.temperature)
-        return state._replace(
-            step=jnp.zeros_like(state.step),
-            round=state.round + 1,
-            temperature=jnp.copy(state.first_temperature),
-            scores=state.selection.prune_scores(state.scores, temperature, init_value=state.init_value),
-        )
-
-    return _change_state(opt_state, start)
-
-
-def freeze_ticket(opt_state: PyTree, masks: PyTree | None = None) -> PyTree:
-    """State with a ticket's masks fixed and the scores gone; weights and their optimizer go on as they are.
-
-    The next `update` compiles anew. To go back to early weights, see `rewind`. With masks, it needs no search: this
-    makes the state that a ticket's checkpoint is restored into,
-    `jax.eval_shape(lambda: freeze_ticket(tx.init(params), masks=current_masks(tx.init(params))))`.
-
-    Args:
-        opt_state: the optimizer's state.
-        masks: nested dictionaries along the paths of the masked weights, of their shapes; None is `ticket_masks`.
-
-    Raises:
-        TypeError, ValueError: as `ticket_masks`, or masks do not fit the weights.
-    """
-    return _freeze(opt_state, ticket_masks(opt_state) if masks is None else masks)
-
-
-def rewind(tx: optax.GradientTransformation, opt_state: PyTree, snapshot: PyTree) -> tuple[PyTree, PyTree]:
-    """Early weights under the ticket's masks, and a new optimizer state to retrain them with.
-
-    Args:
-        tx: the whole optimizer; its state is made anew.
-        opt_state: its state at the end of the search.
-        snapshot: weights kept early in round 0, as `jax.tree.map(jnp.copy, params)` keeps them.
-
-    Returns:
-        A copy of the weights, and the state with fixed masks.
-
-    Raises:
-        TypeError, ValueError: as `ticket_masks`.
-    """
-    ticket = ticket_masks(opt_state)
-    params = jax.tree.map(lambda leaf: jnp.copy(leaf) if hasattr(leaf, "dtype") else leaf, _unwrapped(snapshot))
-    trees.apply_masks(params, ticket)  # raises where the snapshot is of other weights
-    return params, _wrapped_like(opt_state, _freeze(tx.init(params), ticket))
-
-
-def _freeze(opt_state: PyTree, ticket: PyTree) -> PyTree:
-    def fix(state: SparsificationState) -> SparsificationState:
-        state.selection.check_masks(ticket)
-        return state._replace(scores={}, masks=ticket, score_state=())
-
-    return _change_state(opt_state, fix)
-
-
-def find_state(opt_state: PyTree) -> SparsificationState:
-    """The state of `continuous_sparsification` inside the state of whatever wraps it.
-
-    Raises:
-        ValueError: there is none, or more than one.
-    """
-    found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(leaf)]
-    if len(found) != 1:
-        raise ValueError(
-            f"opt_state holds {len(found)} states of continuous_sparsification, wanted one: "
-            f"got {type(opt_state).__name__}, wanted what its init or update returned"
-        )
-    return _unwrapped(found[0])
-
-
-def _unwrapped(tree: PyTree) -> PyTree:
-    """Arrays in place of the variables in which `nnx.Optimizer` keeps its state."""
-
-    def unwrap(node: Any) -> Any:
-        return node.get_value() if trees.is_variable(node) else node
-
-    return jax.tree.map(unwrap, tree, is_leaf=trees.is_variable)
-
-
-def _wrapped_like(opt_state: PyTree, tree: PyTree) -> PyTree:
-    """Arrays in variables, if `opt_state` has them: in copies of its own where there are as many."""
-    olds = jax.tree.leaves(opt_state, is_leaf=trees.is_variable)
-    if not any(map(trees.is_variable, olds)):
-        return tree
-    news, treedef = jax.tree.flatten(tree)
-    if len(olds) == len(news):
-        return treedef.unflatten([old.copy(new) for old, new in zip(olds, news, strict=True)])
-    kind = type(next(filter(trees.is_variable, olds)))
-    return treedef.unflatten(map(kind, news))
-
-
-def _is_ticket(state: SparsificationState) -> bool:
-    return not jax.tree.leaves(state.scores)
-
-
-def _is_state(node: Any) -> bool:
-    return isinstance(node, SparsificationState)
-
-
-def _change_state(opt_state: PyTree, change: Callable[[SparsificationState], SparsificationState]) -> PyTree:
-    find_state(opt_state)
-    changed = jax.tree.map(
-        lambda node: change(node) if _is_state(node) else node, _unwrapped(opt_state), is_leaf=_is_state
-    )
-    return _wrapped_like(opt_state, changed)
-
-
 def _chain_rule(
     state: SparsificationState, gradient: optax.Updates, params: optax.Params, penalty: ArrayLike
 ) -> tuple[optax.Updates, PyTree]:
@@ -438,7 +231,7 @@ def _spoiled_unless_masked(gradient: PyTree, state: SparsificationState, params:
     weights, seen = (trees.leaves_by_path(tree)[path] for tree in (params, masked))
     wide = jnp.promote_types(weights.dtype, jnp.float32)
     product = weights.astype(wide) * mask.astype(wide)
-    off = jnp.abs(seen.astype(wide) - product) > 0.01 * jnp.abs(product) + 1e-6 * jnp.max(jnp.abs(product))
+    off = jnp.abs(seen.astype(wide) - product) > 0.01 * jnp.abs(product) + 1e-3 * jnp.max(jnp.abs(product))
     spoiled = jnp.where(jnp.any(off), jnp.nan, 1.0)
     return jax.tree.map(lambda slope: slope * spoiled.astype(slope.dtype), gradient)
 
@@ -446,7 +239,7 @@ def _spoiled_unless_masked(gradient: PyTree, state: SparsificationState, params:
 def _check_update(
     state: SparsificationState, gradient: optax.Updates, params: optax.Params | None, masked: optax.Params | None
 ) -> None:
-    if not _is_state(state):
+    if not isinstance(state, SparsificationState):
         raise ValueError(f"state: got {type(state).__name__}, wanted what init or update returned")
     if masked is None:
         raise TypeError(

@@ -15,8 +15,8 @@ from flax import serialization
 from jax import lax
 
 import cs_jax
-from cs_jax import optim
 from cs_jax.optim import continuous_sparsification
+from cs_jax.state import find_state
 
 # Most searches here are cut short.
 pytestmark = pytest.mark.filterwarnings("ignore::cs_jax.UnfinishedSearchWarning")
@@ -207,11 +207,11 @@ def test_it_composes_with(wrap: Any) -> None:
     """Trains by a compiled step and gets the density; helpers find the state inside whatever wraps it."""
     tx = wrap(make(target_density=0.25))
     params, state = train(tx, PARAMS, tx.init(PARAMS), 12)
-    assert int(optim.find_state(state).step) == (6 if hasattr(state, "mini_step") else 12)
+    assert int(find_state(state).step) == (6 if hasattr(state, "mini_step") else 12)
     assert cs_jax.density(cs_jax.ticket_masks(state)) == 0.25
     assert float(loss_fn(cs_jax.masked_params(params, state))) < float(loss_fn(PARAMS))
     state = cs_jax.next_round(state)
-    assert int(optim.find_state(state).round) == 1
+    assert int(find_state(state).round) == 1
     params, state = train(tx, params, state, 4)
     params, state = cs_jax.rewind(tx, state, PARAMS)
     train(tx, params, state, 2)
@@ -233,7 +233,7 @@ def test_accumulated_steps_are_one_step_on_all_of_the_batch() -> None:
     params, state = PARAMS, accumulating.init(PARAMS)
     for half in (slice(0, 8), slice(8, 16)):
         params, state = step(accumulating, params, state, lambda p, half=half: loss_fn(p, X[half], Y[half]))
-    assert_close((params, optim.find_state(state).scores), (whole[0], whole[1].scores), rtol=1e-5, atol=1e-6)
+    assert_close((params, find_state(state).scores), (whole[0], whole[1].scores), rtol=1e-5, atol=1e-6)
 
 
 def test_hyperparameters_can_be_changed_while_training() -> None:
@@ -243,10 +243,10 @@ def test_hyperparameters_can_be_changed_while_training() -> None:
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
     compiled = jax.jit(functools.partial(step, tx, loss=lambda params: 0.0 * loss_fn(params)))
     _, state = compiled(zero, tx.init(zero))
-    assert float(optim.find_state(state).scores["out"]["kernel"][0, 0]) == 0.0
+    assert float(find_state(state).scores["out"]["kernel"][0, 0]) == 0.0
     state.hyperparams["penalty"] = jnp.float32(0.1)
     _, state = compiled(zero, state)
-    assert float(optim.find_state(state).scores["out"]["kernel"][0, 0]) == pytest.approx(-0.1 * 2 * 0.25)
+    assert float(find_state(state).scores["out"]["kernel"][0, 0]) == pytest.approx(-0.1 * 2 * 0.25)
 
 
 def test_a_scan_over_steps_is_the_loop() -> None:

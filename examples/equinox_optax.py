@@ -1,6 +1,6 @@
 """An Equinox model as it is, made sparse by its optimizer: a tenth of the weights, on handwritten digits.
 
-python examples/equinox_optax.py
+Run it: `python examples/equinox_optax.py`.
 """
 
 import equinox as eqx

@@ -1,6 +1,6 @@
 """A trained network fine-tuned into a ticket: half of its channels go, the others keep their weights.
 
-python examples/finetune.py
+Run it: `python examples/finetune.py`.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """Any Flax Linen module in a loop of your own: two search rounds, the ticket, its retraining, on handwritten digits.
 
-python examples/linen_loop.py
+Run it: `python examples/linen_loop.py`.
 """
 
 from typing import Any

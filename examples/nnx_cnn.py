@@ -1,6 +1,6 @@
 """A convolutional network in NNX, whose masks are variables of their own, on handwritten digits.
 
-python examples/nnx_cnn.py
+Run it: `python examples/nnx_cnn.py`.
 """
 
 from typing import Any

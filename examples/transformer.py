@@ -1,6 +1,6 @@
 """A small decoder-only transformer that keeps a fifth of its weights, on the sources of Python's standard library.
 
-    python examples/transformer.py
+Run it: `python examples/transformer.py`.
 
 The model is plain Flax; attention and MLP kernels are masked by the optimizer. Four fifths of the steps search masks
 together with the weights, the last fifth trains what is left. The dense model gets the same batches and steps.

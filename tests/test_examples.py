@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 def run(name: str) -> str:
     path = ROOT / "examples" / f"{name}.py"
-    assert f"    python examples/{name}.py\n" in path.read_text()
+    assert f"Run it: `python examples/{name}.py`." in path.read_text()
     done = subprocess.run([sys.executable, "-W", "error", str(path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -32,9 +32,9 @@ def leaves_by_path(tree: PyTree) -> dict[Path, Any]:
     leaves = {}
     for keys, node in jax.tree.leaves_with_path(tree, is_leaf=_is_holder):
         path = tuple(map(_key_name, keys))
-        held = jax.tree.leaves(node)
-        for index, leaf in enumerate(held):
-            own = path if len(held) == 1 else (*path, str(index))
+        held = jax.tree.leaves_with_path(node)
+        for inner, leaf in held:
+            own = path if len(held) == 1 else (*path, *map(_key_name, inner))
             if own in leaves:
                 raise ValueError(f"two leaves are called {name(own)!r}: wanted different paths")
             leaves[own] = leaf

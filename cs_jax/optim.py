@@ -40,7 +40,7 @@ def continuous_sparsification(
 ) -> optax.GradientTransformationExtraArgs:
     """Trains a mask for every selected weight together with the weights.
 
-    Each step, with `loss_fn` any loss of the model's weights:
+    Each step, with `loss_fn` any loss of the model's weights::
 
         masked = cs_jax.masked_params(params, opt_state)
         gradient = jax.grad(loss_fn)(masked)

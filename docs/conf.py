@@ -10,6 +10,7 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"cs_jax {release}"
 myst_heading_anchors = 3
+default_role = "code"  # single backticks in docstrings are code
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"

@@ -79,7 +79,7 @@ def hold_density(selection: Selection, scores: PyTree, round: Any, rounds: Any) 
         for index in budget.members:
             wide = masks.at_least_float32(leaves[index])
             leaves[index] = (wide - shift.astype(wide.dtype)).astype(leaves[index].dtype)
-    return trees.nest({leaf.path: score for leaf, score in zip(selection.masked, leaves, strict=True)})
+    return selection.nest(leaves)
 
 
 def _threshold(scores: Sequence[jax.Array], sizes: Sequence[int], keep: ArrayLike) -> jax.Array:
@@ -172,8 +172,7 @@ def ticket_masks(selection: Selection, scores: PyTree, *, init_value: ArrayLike)
     chosen = list(leaves)
     for budget in selection.budgets:
         _keep_highest(selection, budget, chosen)
-    signed = trees.nest({leaf.path: score for leaf, score in zip(selection.masked, chosen, strict=True)})
-    ticket = selection.hard_mask(signed, init_value=init_value)
+    ticket = selection.hard_mask(selection.nest(chosen), init_value=init_value)
     for path, mask in trees.leaves_by_path(ticket).items():
         if not np.any(np.asarray(mask)):
             _warn_collapsed(trees.name(path), "keeps no weight")

@@ -6,6 +6,7 @@ chain rule. `update` asks for the masked weights by name, and compares them with
 them fails instead of training the dense network.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -15,10 +16,10 @@ import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from cs_jax import budget, rules, trees
+from cs_jax import budget, rules, schedules, trees
 from cs_jax.rules import Where
 from cs_jax.selection import Selection
-from cs_jax.state import SparsificationState, current_masks, find_state, is_ticket
+from cs_jax.state import SparsificationState, find_state, is_ticket, soft_masks
 
 PyTree = Any
 
@@ -79,6 +80,7 @@ def continuous_sparsification(
     References:
         Savarese et al., 2020, arXiv:1912.04427.
 
+    >>> from cs_jax import current_masks
     >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
     >>> tx = continuous_sparsification(optax.sgd(0.1), optax.sgd(1.0), epochs=10, steps_per_epoch=1)
     >>> opt_state = tx.init(params)
@@ -93,8 +95,7 @@ def continuous_sparsification(
 
     def temperature(step: ArrayLike) -> jax.Array:
         epoch = jnp.asarray(jnp.minimum(step // jnp.asarray(steps_per_epoch), epochs - 1), float)
-        share = jnp.where(epochs > 1, epoch / jnp.maximum(epochs - 1, 1), 1.0)
-        return jnp.asarray(final_temp, float) ** share
+        return jnp.asarray(schedules.temperature(epoch, epochs, final_temp), float)
 
     def init(params: optax.Params) -> SparsificationState:
         _check_arrays(params)
@@ -124,13 +125,16 @@ def continuous_sparsification(
     ) -> tuple[optax.Updates, SparsificationState]:
         _check_update(state, updates, params, masked_params)
         assert params is not None
-        updates = _spoiled_unless_masked(updates, state, params, masked_params)
         if is_ticket(state):
-            gradient = trees.apply_masks(updates, state.masks)
-            updates, weight_state = of_weights.update(gradient, state.weight_state, params, **extra)
-            return updates, state._replace(step=state.step + 1, weight_state=weight_state)
-        gradient, score_gradient = _chain_rule(state, updates, params, penalty)
+            step_masks, pull_back = state.masks, None
+        else:
+            step_masks, pull_back = jax.vjp(functools.partial(soft_masks, state), state.scores)
+        slopes = _spoiled_unless_masked(updates, step_masks, params, masked_params)
+        gradient = trees.apply_masks(slopes, step_masks)
         updates, weight_state = of_weights.update(gradient, state.weight_state, params, **extra)
+        if pull_back is None:
+            return updates, state._replace(step=state.step + 1, weight_state=weight_state)
+        (score_gradient,) = pull_back(_mask_slopes(slopes, step_masks, params, penalty))
         score_updates, score_state = of_scores.update(score_gradient, state.score_state, state.scores, **extra)
         step = state.step + 1
         scores = optax.apply_updates(state.scores, score_updates)
@@ -184,8 +188,8 @@ def masked_params(params: PyTree, opt_state: PyTree) -> PyTree:
             other weights.
         TypeError: the result is differentiated with respect to `params`.
     """
-    masked = trees.apply_masks(params, current_masks(opt_state))
     state = find_state(opt_state)
+    masked = trees.apply_masks(params, state.masks if is_ticket(state) else soft_masks(state, state.scores))
     leaves = trees.leaves_by_path(masked)
     paths = [leaf.path for leaf in state.selection.masked]
     guarded = _not_differentiable([leaves[path] for path in paths])
@@ -205,29 +209,23 @@ def _refuse_to_differentiate(primals: Any, tangents: Any) -> Any:
     )
 
 
-def _chain_rule(
-    state: SparsificationState, gradient: optax.Updates, params: optax.Params, penalty: ArrayLike
-) -> tuple[optax.Updates, PyTree]:
-    """Gradients of weights and scores from the gradient at `weights * mask`, penalty included."""
-    soft, pull_back = jax.vjp(
-        lambda scores: state.selection.soft_mask(scores, state.temperature, init_value=state.init_value), state.scores
-    )
-    weights, slopes = trees.leaves_by_path(params), trees.leaves_by_path(gradient)
-    mask_slopes = {
-        path: weights[path].astype(mask.dtype) * slopes[path].astype(mask.dtype) + jnp.asarray(penalty, mask.dtype)
-        for path, mask in trees.leaves_by_path(soft).items()
+def _mask_slopes(slopes: PyTree, step_masks: PyTree, params: optax.Params, penalty: ArrayLike) -> PyTree:
+    """Gradient of loss and penalty with respect to the masks, by the chain rule from that at `weights * mask`."""
+    weights, slopes_by_path = trees.leaves_by_path(params), trees.leaves_by_path(slopes)
+    found = {
+        path: weights[path].astype(mask.dtype) * slopes_by_path[path].astype(mask.dtype)
+        + jnp.asarray(penalty, mask.dtype)
+        for path, mask in trees.leaves_by_path(step_masks).items()
     }
-    (score_gradient,) = pull_back(trees.nest(mask_slopes))
-    return trees.apply_masks(gradient, soft), score_gradient
+    return trees.nest(found)
 
 
-def _spoiled_unless_masked(gradient: PyTree, state: SparsificationState, params: PyTree, masked: PyTree) -> PyTree:
+def _spoiled_unless_masked(gradient: PyTree, step_masks: PyTree, params: PyTree, masked: PyTree) -> PyTree:
     """The gradient; not a number where `masked` is not what it should be, which shows at the next step.
 
     Compared on the smallest masked array, to a hundredth, which is more than any rounding of the weights' dtype.
     """
-    path = min(state.selection.masked, key=lambda leaf: leaf.size).path
-    mask = trees.leaves_by_path(current_masks(state))[path]
+    path, mask = min(trees.leaves_by_path(step_masks).items(), key=lambda item: item[1].size)
     weights, seen = (trees.leaves_by_path(tree)[path] for tree in (params, masked))
     wide = jnp.promote_types(weights.dtype, jnp.float32)
     product = weights.astype(wide) * mask.astype(wide)

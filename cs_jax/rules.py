@@ -299,9 +299,13 @@ def _check_not_everything(where: Any, found: Sequence[Path], leaves: Mapping[Pat
 
 
 def _listed(leaves: Mapping[Path, Any]) -> str:
-    names = [trees.name(path) for path in leaves]
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return f"{len(names)} leaves ({shown})" if names else "no leaves"
+    return f"{len(leaves)} leaves ({_first(map(trees.name, leaves), 8)})" if leaves else "no leaves"
+
+
+def _first(names: Iterable[str], most: int) -> str:
+    """Some of the names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _budgets(
@@ -342,15 +346,10 @@ def _budgets(
 def _check_budget(budget: Budget, masked: tuple[Grouping, ...], allow_empty_layers: bool) -> None:
     needed = sum(masked[index].group_size for index in budget.members)
     if budget.keep < needed and not allow_empty_layers:
-        names = _names(masked[index].name for index in budget.members)
+        names = _first((masked[index].name for index in budget.members), 4)
         alone = budget.size == sum(leaf.size for leaf in masked)
         least = f"at least {needed / budget.size:.3g}" if alone else f"enough for {needed} weights there"
         raise ValueError(
             f"target_density: {budget.keep} of {budget.size} weights would empty a layer of {names}, which need "
             f"{needed} for one score each; wanted {least}, or allow_empty_layers=True"
         )
-
-
-def _names(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -4,21 +4,22 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax.core import Tracer
 
 
-def temperature(epoch: Any, num_epochs: int, final: float) -> Any:
+def temperature(epoch: Any, num_epochs: Any, final: Any) -> Any:
     """Temperature of an epoch, `final ** (epoch / (num_epochs - 1))`: 1 in the first epoch, `final` in the last.
 
     Constant inside an epoch, and 1 again at the start of each round. A round of one epoch has `final`.
 
     Args:
         epoch: epoch inside the round, from 0 to `num_epochs - 1`; may be traced.
-        num_epochs: epochs in a round, at least 1.
-        final: temperature of the last epoch, finite and above 0.
+        num_epochs: epochs in a round, at least 1; may be traced.
+        final: temperature of the last epoch, finite and above 0; may be traced.
 
     Returns:
-        A Python float, or a scalar array where `epoch` is one.
+        A Python float, or a scalar array where an argument is one.
 
     Raises:
         ValueError: an argument is out of range.
@@ -29,12 +30,15 @@ def temperature(epoch: Any, num_epochs: int, final: float) -> Any:
     >>> [temperature(epoch, 3, 100.0) for epoch in range(3)]
     [1.0, 10.0, 100.0]
     """
-    if num_epochs < 1:
+    traced = isinstance(num_epochs, Tracer)
+    if not traced and num_epochs < 1:
         raise ValueError(f"num_epochs: got {num_epochs}, wanted at least 1")
-    if not (math.isfinite(final) and final > 0):
+    if not isinstance(final, Tracer) and not (math.isfinite(final) and final > 0):
         raise ValueError(f"final: got {final:g}, wanted a finite number above 0")
-    if not isinstance(epoch, Tracer) and not 0 <= epoch < num_epochs:
+    if not (traced or isinstance(epoch, Tracer)) and not 0 <= epoch < num_epochs:
         raise ValueError(f"epoch: got {epoch}, wanted 0 to {num_epochs - 1}")
+    if traced:
+        return final ** jnp.where(num_epochs > 1, epoch / jnp.maximum(num_epochs - 1, 1), 1.0)
     if num_epochs == 1:
         return final
     return final ** (epoch / (num_epochs - 1))

@@ -1,6 +1,6 @@
 """The masked weights of a model, and their scores and masks where a score can stand for a group of weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +67,8 @@ class Selection:
         Raises:
             ValueError: `value` or `dtype` is out of range.
         """
-        shapes = {leaf.path: jax.ShapeDtypeStruct(leaf.score_shape, leaf.dtype) for leaf in self.masked}
-        return masks.init_scores(trees.nest(shapes), value, dtype=dtype)
+        shapes = self.nest(jax.ShapeDtypeStruct(leaf.score_shape, leaf.dtype) for leaf in self.masked)
+        return masks.init_scores(shapes, value, dtype=dtype)
 
     def soft_mask(self, scores: PyTree, temperature: ArrayLike, *, init_value: ArrayLike) -> PyTree:
         """`cs_jax.soft_mask`, each group's value repeated over its weights.
@@ -148,8 +148,11 @@ class Selection:
         return sum(leaf.size for leaf in self.masked)
 
     def _map(self, function: Callable[[Grouping, Any], Any], scores: PyTree) -> PyTree:
-        found = self.score_leaves(scores)
-        return trees.nest({leaf.path: function(leaf, score) for leaf, score in zip(self.masked, found, strict=True)})
+        return self.nest(map(function, self.masked, self.score_leaves(scores)))
+
+    def nest(self, arrays: Iterable[Any]) -> PyTree:
+        """The tree of arrays that are in the order of `masked`."""
+        return trees.nest({leaf.path: array for leaf, array in zip(self.masked, arrays, strict=True)})
 
     def score_leaves(self, scores: PyTree) -> list[Any]:
         """Score arrays in the order of `masked`.

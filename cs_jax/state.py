@@ -64,9 +64,12 @@ def current_masks(opt_state: PyTree) -> PyTree:
         ValueError: as `masked_params`.
     """
     state = find_state(opt_state)
-    if is_ticket(state):
-        return copied(state.masks)
-    return state.selection.soft_mask(state.scores, state.temperature, init_value=state.init_value)
+    return copied(state.masks) if is_ticket(state) else soft_masks(state, state.scores)
+
+
+def soft_masks(state: SparsificationState, scores: PyTree) -> PyTree:
+    """Masks of `scores` at the state's temperature."""
+    return state.selection.soft_mask(scores, state.temperature, init_value=state.init_value)
 
 
 def copied(tree: PyTree) -> PyTree:

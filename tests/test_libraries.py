@@ -67,29 +67,34 @@ def check_ticket(opt_state: Any, paths: list[str], test_accuracy: float) -> None
     assert test_accuracy > 0.8
 
 
-def test_a_linen_model(digits: Any) -> None:
-    model = nn.Sequential([nn.Dense(48), nn.relu, nn.Dense(32), nn.relu, nn.Dense(10)])
-    images, labels = digits
-    start = params = model.init(jax.random.key(0), images[:1])
-    tx = optimizer(where=["**/kernel", "!params/layers_4/*"])
-    opt_state = tx.init(params)
+def train_pure(apply: Any, start: Any, tx: Any, digits: Any) -> tuple[Any, Any]:
+    """Weights under their masks and optimizer state of a searched and retrained model `apply(params, x)`."""
 
     @jax.jit
     def step(params: Any, opt_state: Any, x: Any, y: Any) -> tuple[Any, Any]:
         masked = cs_jax.masked_params(params, opt_state)
-        gradient = jax.grad(lambda p: cross_entropy(model.apply(p, x), y))(masked)
+        gradient = jax.grad(lambda p: cross_entropy(apply(p, x), y))(masked)
         updates, opt_state = tx.update(gradient, opt_state, params, masked_params=masked)
         return optax.apply_updates(params, updates), opt_state
 
+    params, opt_state = start, tx.init(start)
     for phase in range(2):
         if phase == 1:
             params, opt_state = cs_jax.rewind(tx, opt_state, start)
         for epoch in range(EPOCHS):
             for x, y in batches(digits, epoch):
                 params, opt_state = step(params, opt_state, x, y)
-    logits = model.apply(cs_jax.masked_params(params, opt_state), images[1280:])
+    return cs_jax.masked_params(params, opt_state), opt_state
+
+
+def test_a_linen_model(digits: Any) -> None:
+    model = nn.Sequential([nn.Dense(48), nn.relu, nn.Dense(32), nn.relu, nn.Dense(10)])
+    images, labels = digits
+    start = model.init(jax.random.key(0), images[:1])
+    tx = optimizer(where=["**/kernel", "!params/layers_4/*"])
+    masked, opt_state = train_pure(model.apply, start, tx, digits)
     paths = ["params/layers_0/kernel", "params/layers_2/kernel"]
-    check_ticket(opt_state, paths, accuracy(logits, labels[1280:]))
+    check_ticket(opt_state, paths, accuracy(model.apply(masked, images[1280:]), labels[1280:]))
 
 
 def test_an_equinox_model(digits: Any) -> None:
@@ -122,25 +127,9 @@ def test_an_equinox_model(digits: Any) -> None:
 def test_a_haiku_model(digits: Any) -> None:
     images, labels = digits
     net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([48, 32, 10])(x)))
-    start = params = net.init(jax.random.key(0), images[:1])
-    tx = optimizer()
-    opt_state = tx.init(params)
-
-    @jax.jit
-    def step(params: Any, opt_state: Any, x: Any, y: Any) -> tuple[Any, Any]:
-        masked = cs_jax.masked_params(params, opt_state)
-        gradient = jax.grad(lambda p: cross_entropy(net.apply(p, x), y))(masked)
-        updates, opt_state = tx.update(gradient, opt_state, params, masked_params=masked)
-        return optax.apply_updates(params, updates), opt_state
-
-    for phase in range(2):
-        if phase == 1:
-            params, opt_state = cs_jax.rewind(tx, opt_state, start)
-        for epoch in range(EPOCHS):
-            for x, y in batches(digits, epoch):
-                params, opt_state = step(params, opt_state, x, y)
-    logits = net.apply(cs_jax.masked_params(params, opt_state), images[1280:])
-    check_ticket(opt_state, [f"mlp/~/linear_{i}/w" for i in range(3)], accuracy(logits, labels[1280:]))
+    masked, opt_state = train_pure(net.apply, net.init(jax.random.key(0), images[:1]), optimizer(), digits)
+    paths = [f"mlp/~/linear_{i}/w" for i in range(3)]
+    check_ticket(opt_state, paths, accuracy(net.apply(masked, images[1280:]), labels[1280:]))
 
 
 class Cnn(nnx.Module):

@@ -266,5 +266,7 @@ def test_a_target_density_is_met_exactly_and_approached_over_the_rounds(
 
 
 def test_without_a_target_no_score_is_shifted(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search.budget, "hold_density", None)
-    run(CONFIG, problem)
+    shifts = []
+    monkeypatch.setattr(search.budget, "hold_density", lambda *arguments: shifts.append(arguments))
+    _, _, history = run(CONFIG, problem)
+    assert shifts == [] and len(history.records) == 9

@@ -1,0 +1,57 @@
+"""`report.html` and its plots, of one run or of several compared, from the files that runs leave behind."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from cs_jax.config import ConfigError
+from cs_jax.report import comparison, plots, single
+from cs_jax.report.pages import write
+from cs_jax.report.recorded import read
+from cs_jax.run_directory import CONFIG_FILE
+
+__all__ = ["write_comparison", "write_report"]
+
+
+def write_report(run: Path) -> list[Path]:
+    """Paths of report.html and of its plots as PNG files, written into the run directory.
+
+    A run that has not ended, or lacks files, gets a report of what there is, which says what is missing.
+
+    Args:
+        run: the run directory.
+
+    Returns:
+        report.html first.
+
+    Raises:
+        ConfigError: no run, a damaged file, or a folder that cannot be written; nothing is written then.
+    """
+    with plots.style():
+        page = single.page(read(run))
+    return write(run, page)
+
+
+def write_comparison(runs: Sequence[Path], out: Path) -> list[Path]:
+    """Paths of report.html and of its plots as PNG files, of several runs side by side, written into `out`.
+
+    Args:
+        runs: run directories, all different.
+        out: folder, made where it does not exist; no run itself.
+
+    Returns:
+        report.html first.
+
+    Raises:
+        ConfigError: no runs, one of them twice, damaged, or a folder that cannot be written; nothing is written then.
+    """
+    if not runs:
+        raise ConfigError("runs: got none, wanted run directories")
+    for run in runs:
+        if [os.path.realpath(other) for other in runs].count(os.path.realpath(run)) > 1:
+            raise ConfigError(f"runs: got {run} twice, wanted different runs")
+    if os.path.exists(out / CONFIG_FILE):
+        raise ConfigError(f"--out: got {out}, which is a run, wanted another folder")
+    with plots.style():
+        page = comparison.compare([read(run) for run in runs])
+    return write(out, page)

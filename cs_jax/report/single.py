@@ -1,0 +1,344 @@
+"""The page of one run."""
+
+import io
+import itertools
+import json
+import math
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+from PIL import Image
+
+from cs_jax import config as config_module
+from cs_jax.config import PRESETS, Config, flag
+from cs_jax.report import plots
+from cs_jax.report.pages import Example, Page, Plot, Section, Table, Tile, numbers, percent, plot, points, shown, told
+from cs_jax.report.plots import Line, Span
+from cs_jax.report.recorded import Epoch, Network, Run, Summary
+from cs_jax.run_directory import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    PREDICTIONS_FILE,
+    SCORES_FILE,
+)
+from cs_jax.search import DENSE, SEARCH, TICKET
+
+MATRIX_CLASSES = 40
+"""With more classes a confusion matrix cannot be read, and the most confused pairs stand alone."""
+
+CONFUSED_PAIRS = 12
+LONG_TABLE = 12  # rows; longer ones are folded
+EXAMPLE_SIDE = 96  # pixels, of an example's longer side at most
+
+
+def page(run: Run) -> Page:
+    """What is known of a run, section by section."""
+    sections = [_results(run), _curves(run), _layers(run), _score_section(run), _test_section(run), _settings(run)]
+    about = [run.settings.get("dataset"), run.settings.get("model"), run.settings.get("seed")]
+    names = ("data set", "model", "seed")
+    lead = " · ".join(f"{name} {value}" for name, value in zip(names, about, strict=True) if value is not None)
+    return Page(f"Run {run.name}", lead, _verdict(run), _tiles(run), sections)
+
+
+def _verdict(run: Run) -> str:
+    if run.summary is None:
+        return " ".join(run.unfinished())
+    ticket, dense = run.summary["ticket"], run.summary["dense"]
+    right = percent(ticket["test_accuracy"])
+    beside = f"; the dense network, trained for as long, on {percent(dense['test_accuracy'])}" if dense else ""
+    if ticket["density"] == 0:
+        return f"The ticket is empty: no maskable weight is left. It is right on {right} of the test set{beside}."
+    kept = percent(ticket["density"])
+    return f"The ticket keeps {kept} of the maskable weights and is right on {right} of the test set{beside}."
+
+
+def _tiles(run: Run) -> list[Tile]:
+    if run.summary is None:
+        return []
+    ticket, dense = run.summary["ticket"], run.summary["dense"]
+    overall = f"{percent(ticket['density_all_weights'])} of all weights, {ticket['num_weights']:,} in number"
+    accuracy, reference = ticket["test_accuracy"], dense["test_accuracy"] if dense else None
+    apart = points(accuracy, reference)
+    size = f"{dense['num_weights']:,} weights" if dense else "not trained"
+    return [
+        Tile("Ticket, density", percent(ticket["density"]), overall),
+        Tile("Ticket, test accuracy", percent(accuracy), apart and f"{apart} points beside dense"),
+        Tile("Dense, test accuracy", percent(reference), size),
+    ]
+
+
+def _results(run: Run) -> Section:
+    section = Section("Results", run.unfinished())
+    if run.summary is not None:
+        section.parts.append(_network_table(run.summary))
+    times = [(phase, run.phase(phase)) for phase in (SEARCH, TICKET, DENSE) if run.phase(phase)]
+    if times:
+        head = ("Phase", "Epochs", "Seconds", "Images a second")
+        rows = [_time_row(phase, epochs) for phase, epochs in times]
+        rows += [["whole run", "", f"{run.summary['seconds']:,.1f}", ""]] if run.summary else []
+        section.parts.append(Table("Time", head, rows))
+    ends = [list(group)[-1] for _, group in itertools.groupby(run.phase(SEARCH), key=lambda epoch: epoch["round"])]
+    if ends:
+        section.texts.append(
+            "Soft masks are those of the round's temperature; hard masks keep a weight or not, as the ticket does."
+        )
+        head = ("Round", "Epochs", "Density", "Soft masks", "Hard masks")
+        caption = "Search: density and validation accuracy at the end of each round"
+        section.parts.append(Table(caption, head, [_round_row(run, end) for end in ends]))
+    return section
+
+
+def _network_table(summary: Summary) -> Table:
+    ticket, dense = summary["ticket"], summary["dense"]
+    rows = [_network_row("ticket", percent(ticket["density"]), ticket)]
+    rows += [_network_row("dense", percent(1.0), dense)] if dense else []
+    head = ("Network", "Weights", "Density", "Validation", "Test")
+    return Table("Networks: accuracy on validation and test set", head, rows)
+
+
+def _network_row(name: str, density: str, network: Network) -> list[str]:
+    accuracies = (percent(network["val_accuracy"]), percent(network["test_accuracy"]))
+    return [name, f"{network['num_weights']:,}", density, *accuracies]
+
+
+def _round_row(run: Run, end: Epoch) -> list[str]:
+    epochs = f"{end['epoch'] + 1} of {run.settings['epochs']}"
+    shares = (end["density"], end["soft_accuracy"], end["hard_accuracy"])
+    return [str(end["round"]), epochs, *map(percent, shares)]
+
+
+def _time_row(phase: str, epochs: Sequence[Epoch]) -> list[str]:
+    seconds = sum(epoch["seconds"] or 0 for epoch in epochs)
+    speeds = [speed for epoch in epochs if (speed := epoch.get("images_per_second")) is not None]
+    return [phase, str(len(epochs)), f"{seconds:,.1f}", f"{statistics.median(speeds):,.0f}" if speeds else "-"]
+
+
+def _curves(run: Run) -> Section:
+    section = Section("Epoch by epoch")
+    if not run.epochs:
+        section.notes.append(f"{METRICS_FILE} is missing or has no epochs yet: there is nothing to draw.")
+        return section
+    search = {SEARCH: ("search", plots.BLUE, "-")}
+    ticket = {TICKET: ("ticket", plots.ORANGE, "-")}
+    dense = {DENSE: ("dense", plots.GREY, "--")}
+    hard = _lines(run, "hard_accuracy", {SEARCH: ("hard masks", plots.BLUE, "-"), **ticket, **dense})
+    soft = _lines(run, "soft_accuracy", {SEARCH: ("soft masks", plots.SKY, "--")})
+    loss = _lines(run, "loss", search | ticket | dense)
+    density = _lines(run, "density", search | ticket)
+    temperature = _lines(run, "temperature", search)
+    shares = {"percent": True}
+    drawn = [
+        _curve(run, "Loss", "mean over the training examples, penalty included", loss),
+        _curve(run, "Validation accuracy", "of the search, then of retraining", soft + hard, **shares),
+        _curve(run, "Density", "maskable weights that hard masks keep", density, from_zero=True, **shares),
+        _curve(run, "Temperature", "higher makes masks harder", temperature, log=True),
+    ]
+    section.parts.extend(plot for plot in drawn if plot is not None)
+    if not soft + hard:
+        section.notes.append("No epoch has a validation accuracy: the run set no validation examples aside.")
+    return section
+
+
+def _lines(run: Run, key: str, looks: Mapping[str, tuple[str, str, str]]) -> list[Line]:
+    """A field of the metrics by epoch; retraining goes on where the search ends."""
+    lines = []
+    for phase, (label, color, dashes) in looks.items():
+        epochs = run.phase(phase)
+        before = 0 if phase == SEARCH else len(run.phase(SEARCH))
+        places = [before + 1.0 + index for index in range(len(epochs))]
+        lines.append(Line(label, places, numbers(epochs, key), color, dashes))
+    return [line for line in lines if np.isfinite(line.y).any()]
+
+
+def _curve(run: Run, title: str, remark: str, lines: Sequence[Line], **options: Any) -> Plot | None:
+    if not lines:
+        return None
+    name = title.lower().split()[-1]
+    figure = plots.curves(lines, x_label="epoch", y_label=title.lower(), spans=_spans(run), **options)
+    return plot(name, title, remark, f"{title} by epoch. {told(lines, percents='percent' in options)}", figure)
+
+
+def _spans(run: Run) -> list[Span]:
+    """Rounds on the x axis, and the retraining behind them."""
+    spans = []
+    start = 1
+    for number, group in itertools.groupby(run.phase(SEARCH), key=lambda epoch: epoch["round"]):
+        length = len(list(group))
+        spans.append(Span(f"round {number}", start, start + length - 1))
+        start += length
+    length = max(len(run.phase(TICKET)), len(run.phase(DENSE)))
+    return spans + ([Span("retraining", start, start + length - 1)] if length else [])
+
+
+def _layers(run: Run) -> Section:
+    section = Section("Layers")
+    known = [(epoch, shares) for epoch in run.epochs if epoch["phase"] != DENSE and (shares := _layer_shares(epoch))]
+    if not known:
+        section.notes.append(f"{METRICS_FILE} holds no densities by layer.")
+        return section
+    last, shares = known[-1]
+    empty = [name for name, share in shares.items() if share == 0]
+    if empty:
+        named = ", ".join(empty[:10]) + " …" * (len(empty) > 10)
+        section.notes.append(f"{len(empty)} of {len(shares)} layers keep no weight: {named}.")
+    title = "the ticket" if last["phase"] == TICKET else f"round {last['round']}, epoch {last['epoch']}"
+    alt = f"Bars of the weights that {len(shares)} layers keep: {percent(min(shares.values()))} to "
+    alt += f"{percent(max(shares.values()))}."
+    figure = plots.bars([*shares], [*shares.values()])
+    section.parts.append(plot("layers", f"Density of each layer, {title}", "from input to output", alt, figure))
+    if run.phase(SEARCH):
+        section.parts.append(_layers_by_epoch(run, [*shares]))
+    section.parts.append(_layer_table(run, shares))
+    return section
+
+
+def _layer_shares(epoch: Epoch) -> dict[str, float]:
+    return {name: share for name, share in epoch.get("layer_density", {}).items() if share is not None}
+
+
+def _layers_by_epoch(run: Run, names: Sequence[str]) -> Plot:
+    by_epoch = [_layer_shares(epoch) for epoch in run.phase(SEARCH)]
+    table = np.array([[shares.get(name, math.nan) for shares in by_epoch] for name in names])
+    figure = plots.heat(names, table, [span for span in _spans(run) if span.label != "retraining"])
+    alt = f"The density of {len(names)} layers as colours, over {len(by_epoch)} epochs of the search."
+    title, remark = "Density of each layer over the search", "hard masks; brighter keeps more"
+    return plot("layers-by-epoch", title, remark, alt, figure)
+
+
+def _layer_table(run: Run, shares: Mapping[str, float]) -> Table:
+    sizes = run.scores.sizes if run.scores else {}
+
+    def row(name: str) -> list[str]:
+        kept = f"{round(shares[name] * sizes[name]):,} of {sizes[name]:,}" if name in sizes else "-"
+        return [name, kept, percent(shares[name])]
+
+    folded = len(shares) > LONG_TABLE
+    return Table("All layers in figures", ("Layer", "Weights kept", "Density"), [*map(row, shares)], folded=folded)
+
+
+def _score_section(run: Run) -> Section:
+    section = Section("Scores")
+    if run.scores is None or not run.scores.rounds:
+        section.notes.append(f"{SCORES_FILE} is missing or has no round yet.")
+        return section
+    section.texts.append(
+        "A weight is kept where its score is above 0 (dotted line). Before: at the round's start, after the reset. "
+        "After: at its end, before the next reset."
+    )
+    edges, rounds, _ = run.scores
+    counts = [counts for entry in rounds for counts in (entry.before, entry.after) if counts is not None]
+    filled = np.flatnonzero(np.sum(counts, axis=0))
+    bins = (int(filled[0]), int(filled[-1])) if filled.size else (0, len(edges) - 2)
+    for number, before, after in rounds:
+        if after is None:
+            section.notes.append(f"Round {number} has not ended: its scores are those of its start.")
+        figure = plots.histogram(edges, before, after, bins)
+        alt = f"Histogram of {before.sum():,} scores in round {number}. {_kept(edges, before, after)}"
+        section.parts.append(plot(f"scores-round-{number}", f"Round {number}", "weights by score", alt, figure))
+    return section
+
+
+def _kept(edges: np.ndarray, before: np.ndarray, after: np.ndarray | None) -> str:
+    shares = [
+        f"{percent(counts[edges[1:] > 0].sum() / max(1, counts.sum()))} above 0 {when}"
+        for counts, when in ((before, "before"), (after, "after"))
+        if counts is not None
+    ]
+    return ", ".join(shares) + "."
+
+
+def _test_section(run: Run) -> Section:
+    section = Section("Test set")
+    if run.predictions is None:
+        section.notes.append(f"{PREDICTIONS_FILE} is missing: the ticket has not been tested.")
+        return section
+    labels, predicted = run.predictions["labels"].astype(int), run.predictions["predicted"].astype(int)
+    names = run.summary.get("classes") if run.summary else None
+    if not names:  # classes that never occur are not known
+        found, codes = np.unique(np.concatenate([labels, predicted]), return_inverse=True)
+        labels, predicted, names = codes[: len(labels)], codes[len(labels) :], [str(code) for code in found]
+    right = int((labels == predicted).sum())
+    section.texts.append(f"The ticket is right on {right:,} of {len(labels):,} examples.")
+    if len(names) > MATRIX_CLASSES:
+        section.texts.append(f"With {len(names):,} classes, only the pairs confused most often are shown.")
+    elif len(labels):
+        counts = np.bincount(labels * len(names) + predicted, minlength=len(names) ** 2).reshape(len(names), -1)
+        alt = f"Confusion matrix of {len(names)} classes: {right:,} of {len(labels):,} examples on the diagonal."
+        remark = "examples by true class (rows) and predicted class"
+        section.parts.append(plot("confusion", "Confusion matrix", remark, alt, plots.confusion(counts, names)))
+    if right < len(labels):
+        section.parts.append(_confused_pairs(labels, predicted, names))
+    wrong = run.predictions["mistakes"]
+    section.examples = [
+        Example(number, _png(image), names[labels[number]], names[predicted[number]], percent(confidence))
+        for number, image, confidence in zip(
+            wrong.tolist(), run.predictions["images"], run.predictions["confidence"][wrong].tolist(), strict=True
+        )
+    ]
+    return section
+
+
+def _confused_pairs(labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> Table:
+    wrong = labels != predicted
+    pairs, counts = np.unique(np.stack([labels[wrong], predicted[wrong]]), axis=1, return_counts=True)
+    most = np.argsort(-counts, kind="stable")[:CONFUSED_PAIRS]
+    rows = [
+        [names[true], names[taken], f"{count:,}", percent(count / (labels == true).sum())]
+        for (true, taken), count in zip(pairs.T[most], counts[most], strict=True)
+    ]
+    head = ("True class", "Taken for", "Examples", "Share of the class")
+    return Table("Classes confused most often", head, rows, words=2)
+
+
+def _png(image: np.ndarray) -> bytes:
+    """An image (height, width, channels) as PNG, shrunk where it is large; of unusual channels the first alone."""
+    drawn = Image.fromarray(image if image.shape[2] in (3, 4) else image[..., 0])
+    if max(drawn.size) > EXAMPLE_SIDE:
+        drawn.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
+    file = io.BytesIO()
+    drawn.save(file, "png")
+    return file.getvalue()
+
+
+def _settings(run: Run) -> Section:
+    section = Section("Settings")
+    preset = run.settings.get("preset")
+    known = preset in PRESETS
+    defaults = _plain(config_module.to_json(PRESETS[cast(str, preset)] if known else Config()))
+    values = {name: value for name, value in run.settings.items() if name not in ("versions", "preset")}
+    changed = [name for name, value in values.items() if name != "out" and value != defaults.get(name)]
+    base = f"preset {preset}" if known else "class defaults"
+    if known and values.keys() <= defaults.keys():
+        section.texts.append("This command repeats the run (with another --out, where it has been run before):")
+        words = [_word(name, values[name]) for name in changed]
+        section.command = ["python", "train.py", cast(str, preset), *words]
+    rows = [[name, shown(values[name]), shown(defaults[name]) if name in defaults else "unknown"] for name in changed]
+    if not rows:
+        section.texts.append(f"All settings are those of the {base}.")
+    else:
+        section.parts.append(Table("Changed settings", ("Setting", "This run", base.capitalize()), rows, words=3))
+    versions = [list(pair) for pair in run.settings.get("versions", {}).items()]
+    if versions:
+        section.parts.append(Table("Versions", ("Package", "Version"), versions, words=2))
+    else:
+        section.notes.append(f"{CONFIG_FILE} has no versions.")
+    rest = [[name, shown(value)] for name, value in values.items() if name not in changed]
+    caption = f"{'All other' if rows else 'All'} settings, as in the {base}"
+    section.parts.append(Table(caption, ("Setting", "This run"), rest, words=2, folded=True))
+    return section
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they come back from JSON."""
+    return json.loads(json.dumps(settings))
+
+
+def _word(name: str, value: Any) -> str:
+    """A setting as a flag."""
+    if isinstance(value, bool):
+        return flag(name if value else f"no_{name}")
+    values = value if isinstance(value, list) else [value]
+    return " ".join([flag(name), *(shlex.quote(str(entry)) for entry in values)])

@@ -8,17 +8,17 @@ on as many epochs as a ticket. Prints one table: the worst relative deviation fr
 
 import dataclasses
 import statistics
+import tempfile
 import time
-import warnings
+from pathlib import Path
 
 import jax
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cs_jax import experiment
+from cs_jax import commands
 from cs_jax.config import PRESETS
-from cs_jax.search import Observer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +44,8 @@ def main(settings: Settings) -> None:
             config = dataclasses.replace(
                 PRESETS[settings.preset], seed=seed, target_density=target, dense=seed not in dense
             )
-            problem, data = experiment.prepare(config)
-            with warnings.catch_warnings(record=True):
-                summary = experiment.run(config, problem, data, Observer())
+            with tempfile.TemporaryDirectory() as folder:
+                summary = commands.run(dataclasses.replace(config, out=Path(folder)), terminal=Console(quiet=True))
             results[target].append(summary["ticket"])
             if summary["dense"]:
                 dense[seed] = summary["dense"]["test_accuracy"]

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from cs_jax import budget, experiment, masks, search, training
 from cs_jax.config import PRESETS, Config
+from cs_jax.images import ImageSet
 from cs_jax.search import Observer, Problem, Ticket
 from cs_jax.training import TrainState
 
@@ -65,15 +66,21 @@ def run(target: float, rate: float | None, seed: int) -> tuple[float, float, flo
     if rate is None:
         last: list[Any] = []
         watch = Observer()
-        watch.on_phase_end = lambda phase, round, state: last.append(jax.tree.map(jnp.copy, state))
-        ticket, _ = search.search_ticket(config, problem, search.init_state(config, problem), watch)
+        watch.on_phase_end = lambda progress: last.append(jax.tree.map(jnp.copy, progress.state))
+        start = search.begin_search(search.init_state(config, problem))
+        ticket, _ = search.search_ticket(config, problem, start, watch)
         state = last[-1]
     else:
         ticket, state = search_by_dual_ascent(config, problem, target, rate)
     share = masks.density(masks.hard_mask(state.scores, init_value=config.mask_initial_value))
-    before = search.accuracy(config, problem, state, ticket.masks, problem.validation)
-    retrained = search.retrain(config, problem, ticket, Observer())
-    return share, before, search.accuracy(config, problem, retrained, ticket.masks, data.test)
+    before = accuracy(config, problem, state, ticket, problem.validation)
+    retrained = search.retrain(config, problem, search.begin_retraining(problem, ticket), Observer())
+    return share, before, accuracy(config, problem, retrained, ticket, data.test)
+
+
+def accuracy(config: Config, problem: Problem, state: TrainState, ticket: Ticket, images: ImageSet) -> float:
+    logits = search.logits(config, problem, state, ticket.masks, images, Observer())
+    return training.share_right(logits, images)
 
 
 def search_by_dual_ascent(config: Config, problem: Problem, target: float, rate: float) -> tuple[Ticket, TrainState]:

@@ -34,6 +34,7 @@ from cs_jax.schedules import temperature
 from cs_jax.selection import Selection
 from cs_jax.sparsify import sparsify
 from cs_jax.state import SparsificationState, current_masks
+from cs_jax.ticket import LoadedTicket, TicketError, load_ticket, save_ticket
 from cs_jax.trees import apply_masks
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ __all__ = [
     "CollapsedLayerWarning",
     "DensityWarning",
     "Head",
+    "LoadedTicket",
     "Masked",
     "MaskedConv",
     "MaskedConvLocal",
@@ -57,6 +59,7 @@ __all__ = [
     "Selection",
     "SparsificationState",
     "SpectralNorm",
+    "TicketError",
     "UnfinishedSearchWarning",
     "WeightNorm",
     "apply_masks",
@@ -67,12 +70,14 @@ __all__ = [
     "freeze_ticket",
     "hard_mask",
     "init_scores",
+    "load_ticket",
     "mask_penalty",
     "masked_params",
     "models",
     "next_round",
     "prune_scores",
     "rewind",
+    "save_ticket",
     "select",
     "soft_mask",
     "sparsify",

@@ -28,7 +28,11 @@ PyTree = Any
 
 
 class CollapsedLayerWarning(UserWarning):
-    """A masked array is left without weights, or would be if its highest score had not been kept all the same."""
+    """Masked arrays are left without weights, or would be if their highest score had not been kept all the same."""
+
+    def __init__(self, message: str, layers: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.layers = layers
 
 
 class DensityWarning(UserWarning):
@@ -235,4 +239,4 @@ def _choose(order: np.ndarray, sizes: np.ndarray, budget: int, reserved: Sequenc
 
 
 def _warn_collapsed(name: str, what: str) -> None:
-    warnings.warn(f"layer {name!r} has collapsed: it {what}", CollapsedLayerWarning, stacklevel=4)
+    warnings.warn(CollapsedLayerWarning(f"layer {name!r} has collapsed: it {what}", (name,)), stacklevel=4)

@@ -7,10 +7,10 @@ import io
 import itertools
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import tyro
@@ -132,17 +132,32 @@ class Config:
     """Seed of all randomness, 0 to 4294967295: initial weights, validation split, shuffling, augmentation."""
 
     out: Path | None = None
-    """Run directory, which must be empty or not yet exist; None is runs/PRESET-seedSEED."""
+    """Run directory; None is runs/PRESET-seedSEED. One that holds this very run goes on where it stopped."""
+
+    resume: Path | None = None
+    """Go on with the run in this directory, without any other flag."""
+
+    keep: int = 3
+    """Checkpoints to keep, the newest; the weights to rewind to are kept besides."""
+
+    checkpoint_steps: int = 100
+    """Steps between checkpoints inside an epoch; each epoch's end may have one too."""
+
+    report: bool = True
+    """Write report.html and its plots at the end."""
+
+    checkpoint_seconds: float = 10.0
+    """Least seconds between two checkpoints; the end of a round or of a training always has one."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "rounds", "batch_size"):
+        for name in ("epochs", "rounds", "batch_size", "keep", "checkpoint_steps"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         self._check("max_train_examples", self.max_train_examples is None or self.max_train_examples >= 1, "at least 1")
         self._check("val_set_size", self.val_set_size >= 0, "0 or more")
         self._check("seed", 0 <= self.seed < 2**32, "0 to 4294967295")
         self._check("lr", _is_positive(self.lr), "a finite number above 0")
         self._check("score_lr", self.score_lr is None or _is_positive(self.score_lr), "a finite number above 0")
-        for name in ("decay", "lmbda"):
+        for name in ("decay", "lmbda", "checkpoint_seconds"):
             value = getattr(self, name)
             self._check(name, _is_finite(value) and value >= 0, "a finite number of at least 0")
         self._check("final_temp", _is_finite(self.final_temp) and self.final_temp >= 1, "a finite number >= 1")
@@ -185,6 +200,9 @@ class Config:
         return (self.out or Path("runs") / f"{self.preset}-seed{self.seed}").expanduser()
 
 
+FREE = ("preset", "data_dir", "out", "resume", "keep", "checkpoint_steps", "checkpoint_seconds", "report")
+"""Fields that do not change a run's result, and may differ where it goes on."""
+
 PRESETS: dict[str, Config] = {
     "digits": Config(
         preset="digits",
@@ -215,34 +233,53 @@ PRESETS: dict[str, Config] = {
 DEFAULT_PRESET = "digits"
 
 
-def parse(arguments: Sequence[str] | None = None) -> Config:
+def parse(
+    arguments: Sequence[str] | None = None, *, prog: str = "train.py", stored: Callable[[Path], Config] | None = None
+) -> Config:
     """Config for the command line `[PRESET] [flags]`; prints the help and exits where that is asked for.
 
     Args:
         arguments: words after the program's name; by default those of this process.
+        prog: the program's name, for its help.
+        stored: gives the config of the run in a directory, for `--resume`.
 
     Raises:
         ConfigError: an unknown preset or flag, or a value that cannot be used.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     arguments = [_dashed(word) for word in arguments]
-    preset = arguments.pop(0) if arguments and not arguments[0].startswith("-") else DEFAULT_PRESET
-    if preset not in PRESETS:
-        raise ConfigError(f"preset: got {preset!r}, wanted {one_of(preset, PRESETS)}")
+    directory = _pop_resume(arguments) if stored else None
+    if stored and directory is not None:
+        if arguments and not arguments[0].startswith("-"):
+            raise ConfigError(f"--resume: got the preset {arguments[0]!r} too, wanted none: the run has its settings")
+        prog, default = f"{prog} --resume {directory}", dataclasses.replace(stored(directory), out=directory)
+        description = f"Goes on with {directory}. Shown here are its settings."
+    else:
+        preset = arguments.pop(0) if arguments and not arguments[0].startswith("-") else DEFAULT_PRESET
+        if preset not in PRESETS:
+            raise ConfigError(f"preset: got {preset!r}, wanted {one_of(preset, PRESETS)}")
+        prog, default, description = f"{prog} {preset}", PRESETS[preset], _description(preset, prog)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                Config,
-                prog=f"train.py {preset}",
-                description=_description(preset),
-                args=arguments,
-                default=PRESETS[preset],
-            )
+            return tyro.cli(Config, prog=prog, description=description, args=arguments, default=default)
     except SystemExit as stop:
         if stop.code in (None, 0):
             raise
         raise ConfigError(_complaint(complaint.getvalue(), arguments)) from None
+
+
+def _pop_resume(arguments: list[str]) -> Path | None:
+    """The folder that `--resume` names, taken out of the words; None without."""
+    for index, word in enumerate(arguments):
+        name, equals, value = word.partition("=")
+        if name == "--resume":
+            value = value if equals else next(iter(arguments[index + 1 : index + 2]), "")
+            if not value or (value.startswith("-") and not equals):
+                raise ConfigError("--resume: got nothing, wanted a run directory")
+            del arguments[index : index + 1 + (not equals)]
+            return Path(value)
+    return None
 
 
 def _dashed(word: str) -> str:
@@ -251,10 +288,10 @@ def _dashed(word: str) -> str:
     return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
-def _description(preset: str) -> str:
+def _description(preset: str, prog: str) -> str:
     return (
         f"{(Config.__doc__ or '').splitlines()[0]}\n\n"
-        f"Usage: train.py [PRESET] [flags], PRESET one of {', '.join(PRESETS)} ({DEFAULT_PRESET} if none is named). "
+        f"Usage: {prog} [PRESET] [flags], PRESET one of {', '.join(PRESETS)} ({DEFAULT_PRESET} if none is named). "
         f"Shown here are the defaults of {preset}."
     )
 
@@ -296,6 +333,51 @@ def _given(name: str, arguments: Sequence[str]) -> str:
 
 
 def to_json(config: Config) -> dict[str, Any]:
-    """The config's fields as JSON values."""
+    """The config's fields as JSON values, all but `resume`."""
     fields = dataclasses.asdict(config)
-    return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+    del fields["resume"]
+    return {name: _json_value(value) for name, value in fields.items()}
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def from_json(fields: Mapping[str, Any]) -> Config:
+    """The config that `to_json` gave.
+
+    Raises:
+        ConfigError: a field is missing, unknown, or has a value of another type or out of range.
+    """
+    kinds = get_type_hints(Config)
+    del kinds["resume"]
+    for wrong, names in (("lack", kinds.keys() - fields.keys()), ("have the unknown", fields.keys() - kinds.keys())):
+        if names:
+            raise ConfigError(f"stored settings {wrong} {min(names)!r}: made by another version")
+    values = {name: _restored(fields[name], kind) for name, kind in kinds.items()}
+    for name, kind in kinds.items():
+        if not _fits(values[name], kind):
+            raise ConfigError(f"stored settings have {name} {fields[name]!r}, wanted {_KINDS.get(kind, kind)}")
+    return Config(**values)
+
+
+def _restored(value: Any, kind: Any) -> Any:
+    """A JSON value as the field of this type has it."""
+    if isinstance(value, list):
+        return tuple(value)
+    return Path(value) if kind == Path | None and isinstance(value, str) else value
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, options = get_origin(kind), get_args(kind)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(entry, options[0]) for entry in value)
+    if origin is Literal:
+        return value in options
+    if options:
+        return any(_fits(value, option) for option in options)
+    if isinstance(value, bool) or kind is bool:
+        return kind is bool and isinstance(value, bool)
+    return isinstance(value, (int, float) if kind is float else kind)

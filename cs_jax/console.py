@@ -9,29 +9,46 @@ from typing import Any
 
 import numpy as np
 from rich import box
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from cs_jax.budget import CollapsedLayerWarning, DensityWarning, UnfinishedSearchWarning
+from cs_jax.checkpoints import DamagedCheckpointWarning
 from cs_jax.config import Config
-from cs_jax.search import EpochRecord, Observer
-from cs_jax.training import StepMetrics, TrainState
+from cs_jax.health import StuckDensityWarning
+from cs_jax.search import EpochRecord, Observer, Progress
+from cs_jax.tracking import TrackerWarning
 
 REFRESH_SECONDS = 0.2
+
+_WARNINGS = (
+    CollapsedLayerWarning,
+    DamagedCheckpointWarning,
+    DensityWarning,
+    StuckDensityWarning,
+    TrackerWarning,
+    UnfinishedSearchWarning,
+)
 
 _HEADER = "phase     epoch     loss      lr   temp  density  val soft  val hard  seconds"
 
 
 @contextlib.contextmanager
 def warnings_as_lines(console: Console) -> Iterator[None]:
-    """Shows warnings as lines between those of the epochs, those of a ticket every time."""
+    """Shows warnings as lines between those of the epochs: those of this package every time, but no layer twice."""
+    told: set[str] = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        layers = getattr(message, "layers", ())
+        if not layers or not told.issuperset(layers):
+            console.print(f"warning: {message}", markup=False, highlight=False, soft_wrap=True)
+        told.update(layers)
+
     with warnings.catch_warnings():
-        for kind in (CollapsedLayerWarning, DensityWarning, UnfinishedSearchWarning):
+        for kind in _WARNINGS:
             warnings.simplefilter("always", kind)
-        warnings.showwarning = lambda message, *_, **__: console.print(
-            f"warning: {message}", markup=False, highlight=False, soft_wrap=True
-        )
+        warnings.showwarning = show
         yield
 
 
@@ -42,18 +59,15 @@ class ProgressDisplay(Observer):
     """
 
     def __init__(self, config: Config, console: Console) -> None:
-        self._console = console
-        self._phase = ""
-        self._epoch = 0
-        self._epochs_before = 0
+        self._config, self._console = config, console
         self._next_refresh = 0.0
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=16),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+        self._bar = bars.Progress(
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(bar_width=16),
+            bars.TaskProgressColumn(),
+            bars.TimeElapsedColumn(),
+            bars.TextColumn("left"),
+            bars.TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
             transient=True,
@@ -71,27 +85,25 @@ class ProgressDisplay(Observer):
     ) -> None:
         self._bar.stop()
 
-    def on_phase_start(self, phase: str, round: int | None, state: TrainState) -> None:
-        self._phase = phase if round is None else f"{phase} {round}"
-        self._epoch = 0
+    def on_phase_start(self, progress: Progress) -> None:
+        self._bar.update(self._task, completed=progress.epochs_done(self._config))
 
-    def on_steps(self, done: int, total: int, state: TrainState, metrics: StepMetrics) -> None:
+    def on_steps(self, progress: Progress, total: int) -> None:
         if self._bar.disable or time.monotonic() < self._next_refresh:
             return
-        loss = np.asarray(metrics.loss).flat[-1]  # waits for the step: not more often than the bar is drawn
+        loss = np.asarray(progress.figures[-1].loss).flat[-1]  # waits for the step: not more often than it is drawn
         self._next_refresh = time.monotonic() + REFRESH_SECONDS
-        description = f"{self._phase} epoch {self._epoch} step {done}/{total} loss {loss:.4f}"
-        self._bar.update(self._task, completed=self._epochs_before + done / total, description=description)
+        description = f"{progress.phase_name()} epoch {progress.epoch} step {progress.step}/{total} loss {loss:.4f}"
+        completed = progress.epochs_done(self._config) + progress.step / total
+        self._bar.update(self._task, completed=completed, description=description)
 
-    def on_epoch_end(self, record: EpochRecord, state: TrainState) -> None:
-        self._epoch = record.epoch + 1
-        self._epochs_before += 1
-        self._bar.update(self._task, completed=self._epochs_before)
+    def on_epoch_end(self, record: EpochRecord, progress: Progress) -> None:
+        self._bar.update(self._task, completed=progress.epochs_done(self._config))
         temperature = "-" if record.temperature is None else f"{record.temperature:.1f}"
         self._print(
-            f"{self._phase:<9} {record.epoch:>5} {record.loss:>8.4f} {record.learning_rate:>7g} {temperature:>6} "
-            f"{record.density:>8.2%} {_percent(record.soft_accuracy):>9} {_percent(record.hard_accuracy):>9} "
-            f"{record.seconds:>8.1f}"
+            f"{progress.phase_name():<9} {record.epoch:>5} {record.loss:>8.4f} {record.learning_rate:>7g} "
+            f"{temperature:>6} {record.density:>8.2%} {_percent(record.soft_accuracy):>9} "
+            f"{_percent(record.hard_accuracy):>9} {record.seconds:>8.1f}"
         )
 
     def _print(self, line: str) -> None:

@@ -42,12 +42,12 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """Training, validation (None without) and test examples on the device, and the number of classes."""
+    """Training, validation (None without) and test examples on the device, and the names of the classes."""
 
     train: ImageSet
     validation: ImageSet | None
     test: ImageSet
-    num_classes: int
+    classes: tuple[str, ...]
 
 
 def load(config: Config) -> Data:
@@ -56,15 +56,15 @@ def load(config: Config) -> Data:
     Raises:
         ConfigError: the data set is unknown, out of reach, damaged or unsuitable, or too small for the config.
     """
-    train, test, num_classes = _load_digits() if config.dataset == "digits" else _load_tfds(config)
+    train, test, classes = _load_digits() if config.dataset == "digits" else _load_tfds(config)
     for split, labels in (("training", train.labels), ("test", test.labels)):
         if len(labels) == 0:
             raise ConfigError(f"--dataset: got {config.dataset}, whose {split} split is empty")
-        if labels.min() < 0 or labels.max() >= num_classes:
-            outside = labels[(labels < 0) | (labels >= num_classes)][0]
+        if labels.min() < 0 or labels.max() >= len(classes):
+            outside = labels[(labels < 0) | (labels >= len(classes))][0]
             raise ConfigError(
                 f"--dataset: got {config.dataset}, whose {split} split has label {outside}, "
-                f"wanted labels 0 to {num_classes - 1}"
+                f"wanted labels 0 to {len(classes) - 1}"
             )
     rng = np.random.default_rng(config.seed)
     validation_indices, train_indices = split_validation(config, train.labels, rng)
@@ -81,7 +81,7 @@ def load(config: Config) -> Data:
         constants = {"mean": jnp.asarray(mean, float), "std": jnp.asarray(std, float)}
         return ImageSet(images=jnp.asarray(split.images), labels=jnp.asarray(split.labels), **constants)
 
-    return Data(place(train), place(validation) if len(validation) else None, place(test), num_classes)
+    return Data(place(train), place(validation) if len(validation) else None, place(test), classes)
 
 
 def split_validation(config: Config, labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -128,7 +128,7 @@ def statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.where(std > 0, std, 1.0)
 
 
-def _load_digits() -> tuple[Split, Split, int]:
+def _load_digits() -> tuple[Split, Split, tuple[str, ...]]:
     """scikit-learn's 1,797 digits, 16 grey levels spread over 0 to 255; a fifth, always the same, is the test set."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -137,23 +137,50 @@ def _load_digits() -> tuple[Split, Split, int]:
     images = np.round(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     everything = Split(images, labels.astype(np.int32))
     train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
-    return everything[np.asarray(train)], everything[np.asarray(test)], 10
+    return everything[np.asarray(train)], everything[np.asarray(test)], tuple("0123456789")
 
 
-def _load_tfds(config: Config) -> tuple[Split, Split, int]:
+def load_test(config: Config) -> tuple[Split, tuple[str, ...]]:
+    """The test examples of a config's data set, and the names of the classes.
+
+    Raises:
+        ConfigError: the data set is unknown, out of reach, damaged or unsuitable.
+    """
+    if config.dataset == "digits":
+        _, test, classes = _load_digits()
+        return test, classes
+    with _prepared(config) as builder:
+        return _read(builder, _test_split(config, builder)), _classes(builder)
+
+
+def _load_tfds(config: Config) -> tuple[Split, Split, tuple[str, ...]]:
     """Training and test split of a TensorFlow data set, read from array_record files without TensorFlow."""
+    with _prepared(config) as builder:
+        test = _test_split(config, builder)
+        return _read(builder, "train"), _read(builder, test), _classes(builder)
+
+
+@contextlib.contextmanager
+def _prepared(config: Config) -> Iterator[Any]:
+    """Builder of a suitable data set, prepared; what goes wrong while it is read is told in one line."""
     with _quiet_absl(), _told_in_one_line(config):
         builder = _builder(config)
         _check_features(config, builder)
-        if not _is_prepared(config, builder):
-            builder = _prepare(config, builder)
-        test = next((name for name in ("test", "validation") if name in builder.info.splits), None)
-        if "train" not in builder.info.splits or test is None:
-            raise ConfigError(
-                f"--dataset: got {config.dataset}, which has the splits {', '.join(builder.info.splits)}, "
-                "wanted train and test (or validation)"
-            )
-        return _read(builder, "train"), _read(builder, test), builder.info.features["label"].num_classes
+        yield builder if _is_prepared(config, builder) else _prepare(config, builder)
+
+
+def _test_split(config: Config, builder: Any) -> str:
+    test = next((name for name in ("test", "validation") if name in builder.info.splits), None)
+    if "train" not in builder.info.splits or test is None:
+        raise ConfigError(
+            f"--dataset: got {config.dataset}, which has the splits {', '.join(builder.info.splits)}, "
+            "wanted train and test (or validation)"
+        )
+    return test
+
+
+def _classes(builder: Any) -> tuple[str, ...]:
+    return tuple(builder.info.features["label"].names)
 
 
 def _data_dir(config: Config) -> Path:

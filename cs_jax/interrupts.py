@@ -1,42 +1,104 @@
-"""Ctrl-C that is not lost."""
+"""Ctrl-C and SIGTERM that are not lost, and end a run where it can be saved."""
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 
-from cs_jax.search import Observer
-from cs_jax.training import StepMetrics, TrainState
+from cs_jax.search import EpochRecord, Observer, Progress
 
-EXIT_CODE = 130  # 128 + SIGINT, as a shell has it
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = signal.Signals(number)
+        self.hint = ""  # how to go on, once that is known
+
+    @property
+    def exit_code(self) -> int:
+        """128 and the signal's number, as a shell has it: 130 for SIGINT, 143 for SIGTERM."""
+        return 128 + self.number
 
 
 class Interrupts(Observer):
-    """Raises KeyboardInterrupt on SIGINT, and again at the next step if that was swallowed; a second SIGINT exits.
+    """Raises `Stopped` on SIGINT and SIGTERM; while a run is `held`, at its next step instead. A second SIGINT exits.
 
-    Python raises the exception wherever it is, which may be inside a callback of a library that lets none through.
+    Elsewhere Python raises the exception wherever it is, which may be inside a callback of a library that lets none
+    through; then it comes again at the next step.
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked: int | None = None
+        self._held = False
+        self._installed = False
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._handle)
+            self._installed = True
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self._ears, mouth = os.pipe()
+            os.set_blocking(mouth, False)
+            self._wakeup_before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+            self._mouth = mouth
+            threading.Thread(target=_exit_at_the_second, args=(self._ears,), daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._before)
+        if self._installed:
+            signal.set_wakeup_fd(self._wakeup_before)
+            os.close(self._mouth)  # which ends the thread
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
-    def on_steps(self, done: int, total: int, state: TrainState, metrics: StepMetrics) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Signals are answered at steps and batches alone, where the run's state is whole."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+
+    def on_steps(self, progress: Progress, total: int) -> None:
+        self.check()
+
+    def on_batch(self) -> None:
+        self.check()
+
+    def on_epoch_end(self, record: EpochRecord, progress: Progress) -> None:
+        self.check()
+
+    def on_phase_end(self, progress: Progress) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raises `Stopped` if a signal came."""
+        if self._asked is not None:
+            raise Stopped(self._asked)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
-            os._exit(EXIT_CODE)
-        self._asked = True
-        raise KeyboardInterrupt
+        self._asked = self._asked or number
+        if not self._held:
+            raise Stopped(self._asked)
+
+
+def _exit_at_the_second(ears: int) -> None:
+    """Ends the process at a SIGINT that follows another signal, even while the main thread waits for a computation.
+
+    Python's own handlers run only once that is done; the wakeup pipe has a byte, the signal's number, at once.
+    """
+    heard = b""
+    while part := os.read(ears, 16):
+        heard += bytes(number for number in part if number in SIGNALS)
+        if signal.SIGINT in heard[1:]:
+            os.write(2, b"ended at once; the same command goes on from the last checkpoint\n")
+            os._exit(128 + signal.SIGINT)
+    os.close(ears)

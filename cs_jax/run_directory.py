@@ -1,26 +1,103 @@
 """A run on disk: every file name, and what is written when."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+import safetensors.numpy
 
 import cs_jax
 from cs_jax import config as config_module
-from cs_jax.config import Config, ConfigError
-from cs_jax.search import EpochRecord, Observer
-from cs_jax.training import TrainState
+from cs_jax import trees
+from cs_jax.config import FREE, Config, ConfigError, flag
+from cs_jax.lock import Lock
+from cs_jax.search import SEARCH, EpochRecord, Observer, Progress
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
+SCORES_FILE = "scores.json"
+CHECKPOINTS_FOLDER = "checkpoints"
+TENSORBOARD_FOLDER = "tensorboard"
+TICKET_FILE = "ticket.safetensors"
+PREDICTIONS_FILE = "predictions.safetensors"
 SUMMARY_FILE = "summary.json"
+REPORT_FILE = "report.html"
+LOCK_FILE = "run.lock"
+
+_MAGNITUDES = np.logspace(-4, 4, 65)
+SCORE_EDGES = np.concatenate([-_MAGNITUDES[::-1], [0.0], _MAGNITUDES])
+"""Edges of the histograms of scores: eight a decade on either side of 0, so that runs can be compared."""
+
+
+def stored_config(path: Path) -> Config:
+    """The config of the run in a directory.
+
+    Raises:
+        ConfigError: it holds no run, one of another version, or one that cannot be read.
+    """
+    stored = _stored(path, "--resume")
+    try:
+        return config_module.from_json(stored)
+    except ConfigError as error:
+        raise ConfigError(f"--resume: got {path}, whose {error}") from error
+
+
+def _stored(path: Path, given_by: str) -> dict[str, Any]:
+    """Settings out of config.json, which is of this version."""
+    try:
+        stored = json.loads((path / CONFIG_FILE).read_text())
+        made_with = stored.pop("versions")
+        version = made_with["cs_jax"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{given_by}: got {path}, which holds no run, wanted a folder with {CONFIG_FILE}") from None
+    except OSError as error:
+        raise ConfigError(f"{given_by}: got {path}, which cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(f"{given_by}: got {path}, whose {CONFIG_FILE} is damaged") from None
+    if version != cs_jax.__version__:
+        raise ConfigError(
+            f"{given_by}: got {path}, a run of cs_jax {version}, wanted one of {cs_jax.__version__}, which this is"
+        )
+    return stored
+
+
+def holds_run(path: Path) -> bool:
+    """Whether a run has begun in a directory."""
+    return os.path.exists(path / CONFIG_FILE)  # pathlib's raises on names that are too long
+
+
+def check_same(config: Config) -> None:
+    """Refuses to go on with the run in a config's directory if it was asked for something else.
+
+    Raises:
+        ConfigError: which flags differ, or what is wrong with the directory.
+    """
+    path = config.run_directory
+    stored, asked = _stored(path, "--out"), config_module.to_json(config)
+    if stored.keys() != asked.keys():
+        raise ConfigError(f"--out: got {path}, whose {CONFIG_FILE} has other settings: made by another version")
+    changed = [name for name in asked if name not in FREE and asked[name] != stored[name]]
+    if changed:
+        differences = ", ".join(f"{flag(name)} {_shown(asked[name])} (was {_shown(stored[name])})" for name in changed)
+        raise ConfigError(
+            f"--out: got {path}, which holds a run with other settings: {differences}; give another --out, or "
+            f"--resume {path} alone to go on with it"
+        )
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def check_free(config: Config) -> None:
-    """Refuses, before any work is done, a run directory that cannot be used; makes nothing.
+    """Refuses, before any work is done, a directory that no run can begin in; makes nothing.
 
     Raises:
         ConfigError: it exists and is not empty, is no folder, or cannot be written.
@@ -31,7 +108,7 @@ def check_free(config: Config) -> None:
             raise ConfigError(f"--out: got {path}, which is a file, wanted a folder")
         if path.is_dir() and any(path.iterdir()):
             raise ConfigError(
-                f"--out: got {path}, which is not empty, wanted an empty or new folder: "
+                f"--out: got {path}, which is not empty and holds no run, wanted an empty or new folder: "
                 "give another --out, or remove it"
             )
         nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
@@ -41,32 +118,142 @@ def check_free(config: Config) -> None:
         raise ConfigError(f"--out: got {path}, which cannot be made: {nearest} is no folder that can be written")
 
 
-class RunDirectory(Observer):
-    """Writes a run's files as it goes on: config.json at once, a line of metrics.jsonl an epoch, summary.json last.
+@contextlib.contextmanager
+def opened(config: Config, *, new: bool) -> Iterator["RunDirectory"]:
+    """A run's directory, locked for this process: a new one with its first files, or that of a run to go on with.
 
     Raises:
-        ConfigError: the directory or a file in it cannot be made.
+        ConfigError: the directory or a file in it cannot be made, or another process writes to it.
+    """
+    path = config.run_directory
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out: got {path}, which cannot be made: {error.strerror}") from error
+    with Lock(path / LOCK_FILE):
+        if new and holds_run(path):
+            raise ConfigError(f"--out: got {path}, where another process has just begun a run")
+        directory = RunDirectory(config)
+        if new:
+            directory.begin()
+        yield directory
+
+
+class RunDirectory(Observer):
+    """Writes a run's files as it goes on.
+
+    config.json is there from the start; metrics.jsonl grows by a line an epoch, scores.json by the histograms of a
+    round; the ticket, what it predicts and summary.json come last.
     """
 
     def __init__(self, config: Config) -> None:
+        self._config = config
         self.path = config.run_directory
-        asked = {**config_module.to_json(config), "versions": versions()}
+
+    def begin(self) -> None:
+        """Writes what is known before the first step.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        asked = {**config_module.to_json(self._config), "versions": versions()}
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._write_json(CONFIG_FILE, asked)
             (self.path / METRICS_FILE).touch()
+            self._write_json(SCORES_FILE, {"edges": SCORE_EDGES.tolist(), "rounds": []})
+            self._write_json(CONFIG_FILE, asked)
         except OSError as error:
             raise ConfigError(f"--out: got {self.path}, which cannot be written: {error.strerror}") from error
 
-    def on_epoch_end(self, record: EpochRecord, state: TrainState) -> None:
+    def go_on_from(self, progress: Progress | None) -> None:
+        """Takes back what was written after a checkpoint: those epochs come again.
+
+        Raises:
+            ConfigError: metrics.jsonl lacks epochs that are done.
+        """
+        wanted = 0 if progress is None else progress.epochs_done(self._config)
+        path = self.path / METRICS_FILE
+        text = path.read_bytes() if path.exists() else b""
+        lines = text.splitlines(keepends=True)[:wanted]
+        if len(lines) < wanted or not all(line.endswith(b"\n") for line in lines):
+            raise ConfigError(
+                f"--out: got {self.path}, whose {METRICS_FILE} is damaged: it lacks some of the {wanted} epochs done"
+            )
+        with open(path, "ab") as file:
+            file.truncate(sum(map(len, lines)))
+
+    def on_phase_start(self, progress: Progress) -> None:
+        if progress.phase == SEARCH and progress.epoch == progress.step == 0:
+            self._add_scores(progress, "start")
+
+    def on_epoch_end(self, record: EpochRecord, progress: Progress) -> None:
         with open(self.path / METRICS_FILE, "a") as file:
             file.write(json.dumps(record._asdict()) + "\n")
 
-    def write_summary(self, summary: dict[str, Any]) -> None:
+    def on_phase_end(self, progress: Progress) -> None:
+        if progress.phase == SEARCH:
+            self._add_scores(progress, "end")
+
+    def _add_scores(self, progress: Progress, when: str) -> None:
+        """Adds the histograms of a round's start or end, in place of what a process that ended has left of it."""
+        rounds = json.loads((self.path / SCORES_FILE).read_text())["rounds"]
+        number = progress.number(self._config)
+        entry: dict[str, Any] = {"round": number} if when == "start" else rounds[number]
+        entry[when] = {
+            trees.name(path): score_counts(scores).tolist()
+            for path, scores in trees.leaves_by_path(progress.state.scores).items()
+        }
+        self._write_json(SCORES_FILE, {"edges": SCORE_EDGES.tolist(), "rounds": [*rounds[:number], entry]})
+
+    def seconds(self) -> float:
+        """Training and validation, over all epochs in metrics.jsonl."""
+        return sum(json.loads(line)["seconds"] for line in (self.path / METRICS_FILE).read_text().splitlines())
+
+    def files(self) -> list[str]:
+        """Names of what is there."""
+        return sorted(path.name for path in self.path.iterdir() if path.name != LOCK_FILE)
+
+    def write_predictions(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._write(PREDICTIONS_FILE, safetensors.numpy.save(dict(arrays)))
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
         self._write_json(SUMMARY_FILE, summary)
 
-    def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        (self.path / name).write_text(json.dumps(content, indent=2) + "\n")
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        self._write(name, (json.dumps(content, indent=2) + "\n").encode())
+
+    def _write(self, name: str, content: bytes) -> None:
+        """Writes a file whole or not at all."""
+        partial = self.path / f"{name}.partial"
+        try:
+            partial.write_bytes(content)
+            os.replace(partial, self.path / name)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def score_counts(scores: jax.Array) -> np.ndarray:
+    """How many scores lie between two neighbours of `SCORE_EDGES`, the upper one included; (edges - 1,) integers.
+
+    Scores beyond the outer edges count in the outer bins, so those above 0 are counted to the one.
+    """
+    values = np.clip(-np.asarray(scores, np.float64).ravel(), -SCORE_EDGES[-1], SCORE_EDGES[-1])
+    counts, _ = np.histogram(values, bins=-SCORE_EDGES[::-1])  # NumPy's bins include the lower edge: mirrored
+    return counts[::-1]
+
+
+def read_summary(path: Path) -> dict[str, Any] | None:
+    """The result of the finished run in a directory; None while it is not finished.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    try:
+        return json.loads((path / SUMMARY_FILE).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ConfigError(f"--out: got {path}, whose {SUMMARY_FILE} is damaged: {error}") from error
 
 
 def versions() -> dict[str, str]:

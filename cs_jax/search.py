@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cs_jax import budget, masks, rules, schedules, training
+from cs_jax import budget, masks, rules, schedules, training, trees
 from cs_jax.config import Config
 from cs_jax.images import ImageSet
 from cs_jax.selection import Selection
@@ -54,24 +54,61 @@ class EpochRecord(NamedTuple):
     loss: float  # mean over the epoch's examples, penalty included
     penalty: float  # weighted, mean over the epoch's examples
     density: float  # of the hard masks
+    layer_density: dict[str, float]  # of each masked array, by name
     soft_accuracy: float | None  # on the validation set, with the masks of this epoch; search alone
     hard_accuracy: float | None  # on the validation set, with hard masks; None while the search's are empty
-    seconds: float
+    images_per_second: float  # in the steps alone
+    seconds: float  # training and evaluation
+
+
+class Progress(NamedTuple):
+    """Where a run stands, with all that decides how it goes on: what is saved to go on later."""
+
+    phase: str  # search, ticket or dense
+    round: int | None  # of the search, from 0
+    epoch: int  # epochs of this round or phase that are done
+    step: int  # steps done of the epoch after those; all of them while it is evaluated
+    state: TrainState  # donated to the next step
+    snapshot: Snapshot | None  # to rewind to; None before it is taken, and for the dense network
+    round_ends: tuple[EpochRecord, ...] = ()  # the last epoch of every round that is done
+    figures: tuple[StepMetrics, ...] = ()  # of the epoch's steps so far
+    seconds: float = 0.0  # that they took
+
+    def phase_name(self) -> str:
+        """The phase in words: "search 0", "ticket"."""
+        return self.phase if self.round is None else f"{self.phase} {self.round}"
+
+    def number(self, config: Config) -> int:
+        """Of the phase, counted from 0: the rounds, the ticket, the dense network."""
+        return config.rounds + (TICKET, DENSE).index(self.phase) if self.round is None else self.round
+
+    def epochs_done(self, config: Config) -> int:
+        """Over all phases."""
+        return self.number(config) * config.epochs + self.epoch
 
 
 class Observer:
-    """What wants to know how a run goes on. Every method may be left out."""
+    """What wants to know how a run goes on. Every method may be left out; what one raises ends the run.
 
-    def on_phase_start(self, phase: str, round: int | None, state: TrainState) -> None:
-        """Before the first epoch of a search round, of the ticket or of the dense network."""
+    The state inside a progress is donated to the next step: copy what is to be kept beyond a call.
+    """
 
-    def on_steps(self, done: int, total: int, state: TrainState, metrics: StepMetrics) -> None:
-        """After every compiled call: `done` of the epoch's `total` steps. The state is donated to the next call."""
+    def on_phase_start(self, progress: Progress) -> None:
+        """Before the first epoch of a search round, of the ticket or of the dense network, or where it is resumed."""
 
-    def on_epoch_end(self, record: EpochRecord, state: TrainState) -> None:
+    def on_steps(self, progress: Progress, total: int) -> None:
+        """After every compiled call: `progress.step` of the epoch's `total` steps are done.
+
+        The newest of `progress.figures` may not have been computed yet; to read it is to wait.
+        """
+
+    def on_batch(self) -> None:
+        """Between the batches of an evaluation: a moment to stop at, and nothing else has changed."""
+
+    def on_epoch_end(self, record: EpochRecord, progress: Progress) -> None:
         """After an epoch and its evaluation."""
 
-    def on_phase_end(self, phase: str, round: int | None, state: TrainState) -> None:
+    def on_phase_end(self, progress: Progress) -> None:
         """After the last epoch, before any reset."""
 
 
@@ -81,21 +118,25 @@ class Observers(Observer):
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers
 
-    def on_phase_start(self, phase: str, round: int | None, state: TrainState) -> None:
+    def on_phase_start(self, progress: Progress) -> None:
         for observer in self._observers:
-            observer.on_phase_start(phase, round, state)
+            observer.on_phase_start(progress)
 
-    def on_steps(self, done: int, total: int, state: TrainState, metrics: StepMetrics) -> None:
+    def on_steps(self, progress: Progress, total: int) -> None:
         for observer in self._observers:
-            observer.on_steps(done, total, state, metrics)
+            observer.on_steps(progress, total)
 
-    def on_epoch_end(self, record: EpochRecord, state: TrainState) -> None:
+    def on_batch(self) -> None:
         for observer in self._observers:
-            observer.on_epoch_end(record, state)
+            observer.on_batch()
 
-    def on_phase_end(self, phase: str, round: int | None, state: TrainState) -> None:
+    def on_epoch_end(self, record: EpochRecord, progress: Progress) -> None:
         for observer in self._observers:
-            observer.on_phase_end(phase, round, state)
+            observer.on_epoch_end(record, progress)
+
+    def on_phase_end(self, progress: Progress) -> None:
+        for observer in self._observers:
+            observer.on_phase_end(progress)
 
 
 @dataclass(frozen=True)
@@ -136,9 +177,14 @@ def selection(config: Config, scores: PyTree) -> Selection:
     return rules.select_all(scores, target_density=config.target_density, allow_empty_layers=config.allow_empty_layers)
 
 
+def begin_search(state: TrainState) -> Progress:
+    """The search's start from a state that `init_state` makes, which is donated."""
+    return Progress(SEARCH, 0, 0, 0, state, snapshot=None)
+
+
 def search_ticket(
-    config: Config, problem: Problem, state: TrainState, observer: Observer
-) -> tuple[Ticket, list[EpochRecord]]:
+    config: Config, problem: Problem, progress: Progress, observer: Observer
+) -> tuple[Ticket, tuple[EpochRecord, ...]]:
     """Trains weights and scores together over all rounds.
 
     With a target density, scores are held at it from epoch to epoch, and the ticket has it exactly.
@@ -146,7 +192,7 @@ def search_ticket(
     Args:
         config: rounds, epochs, schedules, reset and the rest.
         problem: model and data.
-        state: what `init_state` makes; donated, not to be used again.
+        progress: `begin_search`, or where an earlier search stood; its state is donated, not to be used again.
         observer: told of every phase, step and epoch.
 
     Returns:
@@ -159,25 +205,23 @@ def search_ticket(
         CollapsedLayerWarning: the ticket leaves a layer without weights.
         UnfinishedSearchWarning: a target density cuts through masks that are still soft.
     """
-    records = []
-    snapshot = None
-    for round in range(config.rounds):
-        state = state.replace(step=jnp.zeros_like(state.step))
-        observer.on_phase_start(SEARCH, round, state)
-        for epoch in range(config.epochs):
-            if round == 0 and epoch == config.rewind_epoch:
-                snapshot = take_snapshot(state)
-            state, record = _epoch(config, problem, state, observer, phase=SEARCH, number=round, epoch=epoch)
-            records.append(record)
-        observer.on_phase_end(SEARCH, round, state)
-        if round < config.rounds - 1:
-            state = reset_scores(config, state)
-    assert snapshot is not None
-    chosen = selection(config, state.scores)
+    progress = _phase(config, problem, progress, observer)
+    while len(progress.round_ends) < config.rounds:
+        progress = _phase(config, problem, next_round(config, progress), observer)
+    scores = progress.state.scores
+    chosen = selection(config, scores)
     if chosen.budgets:
-        budget.warn_if_soft(chosen, state.scores, config.final_temp)
-    ticket = Ticket(snapshot, budget.ticket_masks(chosen, state.scores, init_value=config.mask_initial_value))
-    return ticket, records[config.epochs - 1 :: config.epochs]
+        budget.warn_if_soft(chosen, scores, config.final_temp)
+    assert progress.snapshot is not None
+    masks = budget.ticket_masks(chosen, scores, init_value=config.mask_initial_value)
+    return Ticket(progress.snapshot, masks), progress.round_ends
+
+
+def next_round(config: Config, progress: Progress) -> Progress:
+    """The next round's start, from a round's end."""
+    assert progress.round is not None
+    state = reset_scores(config, progress.state)
+    return progress._replace(round=progress.round + 1, epoch=0, state=state.replace(step=jnp.zeros_like(state.step)))
 
 
 def take_snapshot(state: TrainState) -> Snapshot:
@@ -201,7 +245,23 @@ def dense_ticket(variables: dict[str, PyTree]) -> Ticket:
     return Ticket(Snapshot(variables["params"], variables["batch_stats"]), variables["masks"])
 
 
-def retrain(config: Config, problem: Problem, ticket: Ticket, observer: Observer, *, phase: str = TICKET) -> TrainState:
+def begin_retraining(
+    problem: Problem, ticket: Ticket, *, phase: str = TICKET, round_ends: tuple[EpochRecord, ...] = ()
+) -> Progress:
+    """The retraining's start: rewound weights, fixed masks, a new optimizer.
+
+    Args:
+        problem: model and data.
+        ticket: its arrays are copied, not donated.
+        phase: `TICKET` or `DENSE`.
+        round_ends: what the search gave; carried along.
+    """
+    (params, batch_stats), fixed = jax.tree.map(jnp.copy, tuple(ticket))
+    state = training.init_state(problem.recipe, params, batch_stats, scores={}, masks=fixed)
+    return Progress(phase, None, 0, 0, state, ticket.snapshot if phase == TICKET else None, round_ends)
+
+
+def retrain(config: Config, problem: Problem, progress: Progress, observer: Observer) -> TrainState:
     """Trains a ticket's rewound weights for as many epochs as a round has; its masks stay fixed.
 
     The dense network, retrained the same way, sees the same batches.
@@ -209,63 +269,97 @@ def retrain(config: Config, problem: Problem, ticket: Ticket, observer: Observer
     Args:
         config: epochs, schedules and the rest.
         problem: model and data.
-        ticket: its weights are copied, not donated.
+        progress: `begin_retraining`, or where an earlier retraining stood; its state is donated.
         observer: told of the phase, its steps and epochs.
-        phase: `TICKET` or `DENSE`.
 
     Raises:
         NonFiniteLossError: in which epoch and step.
     """
-    params, batch_stats = jax.tree.map(jnp.copy, tuple(ticket.snapshot))
-    state = training.init_state(
-        problem.recipe, params, batch_stats, scores={}, masks=jax.tree.map(jnp.copy, ticket.masks)
-    )
-    observer.on_phase_start(phase, None, state)
-    for epoch in range(config.epochs):
-        state, _ = _epoch(config, problem, state, observer, phase=phase, number=config.rounds, epoch=epoch)
-    observer.on_phase_end(phase, None, state)
-    return state
+    return _phase(config, problem, progress, observer).state
 
 
-def _epoch(
-    config: Config, problem: Problem, state: TrainState, observer: Observer, *, phase: str, number: int, epoch: int
-) -> tuple[TrainState, EpochRecord]:
-    started = time.perf_counter()
-    round = number if phase == SEARCH else None
-    hyper = hyperparams(config, phase, epoch)
-    order = problem.epoch_order(number, epoch)
-    state, metrics = training.train_epoch(
-        problem.recipe,
-        state,
-        problem.train,
-        order,
-        _key(problem.key, "augment", number),
-        hyper,
-        batch_size=config.batch_size,
-        on_steps=observer.on_steps,
-    )
-    _check_finite(state, metrics, phase, round, epoch)
+def _phase(config: Config, problem: Problem, progress: Progress, observer: Observer) -> Progress:
+    """What is left of a round or retraining."""
+    observer.on_phase_start(progress)
+    while progress.epoch < config.epochs:
+        progress = _epoch(config, problem, progress, observer)
+    observer.on_phase_end(progress)
+    return progress
+
+
+def _epoch(config: Config, problem: Problem, progress: Progress, observer: Observer) -> Progress:
+    """What is left of an epoch, and its evaluation."""
+    started = time.perf_counter() - progress.seconds
+    epoch, hyper = progress.epoch, hyperparams(config, progress.phase, progress.epoch)
+    order = np.asarray(problem.epoch_order(min(progress.number(config), config.rounds), epoch))
+    if progress.round == 0 and epoch == config.rewind_epoch and progress.snapshot is None:
+        progress = progress._replace(snapshot=take_snapshot(progress.state))
+    progress = _steps(config, problem, progress, observer, order, hyper, started)
+    state, training_seconds = progress.state, time.perf_counter() - started
     if config.target_density is not None and state.scores:
-        held = budget.hold_density(selection(config, state.scores), state.scores, number, config.rounds)
+        held = budget.hold_density(selection(config, state.scores), state.scores, progress.round, config.rounds)
         state = state.replace(scores=held)
-    soft, hard, density = _evaluate(config, problem, state, hyper)
+    metrics = step_figures(progress)
     sizes = np.full(metrics.loss.shape, config.batch_size)
     sizes[-1] = len(order) - sizes[:-1].sum()
+    soft, hard, densities = _evaluate(config, problem, state, hyper, observer)
+    searching = progress.phase == SEARCH
     record = EpochRecord(
-        phase=phase,
-        round=round,
+        phase=progress.phase,
+        round=progress.round,
         epoch=epoch,
-        temperature=schedules.temperature(epoch, config.epochs, config.final_temp) if phase == SEARCH else None,
+        temperature=schedules.temperature(epoch, config.epochs, config.final_temp) if searching else None,
         learning_rate=_learning_rate(config, epoch, config.lr),
         loss=float(np.average(metrics.loss, weights=sizes)),
         penalty=float(np.average(metrics.penalty, weights=sizes)),
-        density=density,
+        **densities,
         soft_accuracy=soft,
         hard_accuracy=hard,
+        images_per_second=len(order) / training_seconds,
         seconds=time.perf_counter() - started,
     )
-    observer.on_epoch_end(record, state)
-    return state, record
+    ends = (*progress.round_ends, record) if searching and epoch == config.epochs - 1 else progress.round_ends
+    progress = progress._replace(epoch=epoch + 1, step=0, state=state, round_ends=ends, figures=(), seconds=0.0)
+    observer.on_epoch_end(record, progress)
+    return progress
+
+
+def _steps(
+    config: Config,
+    problem: Problem,
+    progress: Progress,
+    observer: Observer,
+    order: np.ndarray,
+    hyper: Hyperparams,
+    started: float,
+) -> Progress:
+    """What is left of an epoch's steps."""
+    num_steps = -(-len(order) // config.batch_size)
+    calls = training.train_epoch(
+        problem.recipe,
+        progress.state,
+        problem.train,
+        order,
+        _key(problem.key, "augment", min(progress.number(config), config.rounds)),
+        hyper,
+        batch_size=config.batch_size,
+        first_step=progress.step,
+    )
+    for done, state, metrics in calls:
+        if progress.figures:
+            _check_loss(progress, progress.figures[-1], progress.step)
+        seconds = time.perf_counter() - started
+        figures = (*progress.figures, metrics)
+        progress = progress._replace(step=done, state=state, figures=figures, seconds=seconds)
+        observer.on_steps(progress, num_steps)
+    check_finite(progress)
+    return progress
+
+
+def step_figures(progress: Progress) -> StepMetrics:
+    """Figures of the epoch's steps so far, on the host; waits until they have been computed."""
+    figures = jax.device_get(progress.figures)
+    return jax.tree.map(lambda *calls: np.concatenate([np.atleast_1d(call) for call in calls]), *figures)
 
 
 def hyperparams(config: Config, phase: str, epoch: int) -> Hyperparams:
@@ -286,37 +380,69 @@ def _learning_rate(config: Config, epoch: int, base: float) -> float:
 
 
 def _evaluate(
-    config: Config, problem: Problem, state: TrainState, hyper: Hyperparams
-) -> tuple[float | None, float | None, float]:
-    """Validation accuracy with soft masks and with hard ones (None without meaning), and density."""
+    config: Config, problem: Problem, state: TrainState, hyper: Hyperparams, observer: Observer
+) -> tuple[float | None, float | None, dict[str, Any]]:
+    """Validation accuracy with soft masks and with hard ones (None without meaning), and densities."""
     hard_masks = masks.hard_mask(state.scores, init_value=hyper.init_value) if state.scores else state.masks
-    density = masks.density(hard_masks)
+    densities = {"density": masks.density(hard_masks), "layer_density": layer_density(hard_masks)}
     images = problem.validation
     if images is None:
-        return None, None, density
+        return None, None, densities
+
+    def measure(some_masks: PyTree) -> float:
+        return training.share_right(logits(config, problem, state, some_masks, images, observer), images)
+
     if not state.scores:
-        return None, accuracy(config, problem, state, hard_masks, images), density
-    soft_masks = masks.soft_mask(state.scores, hyper.temperature, init_value=hyper.init_value)
-    soft = accuracy(config, problem, state, soft_masks, images)
-    return soft, accuracy(config, problem, state, hard_masks, images) if density > 0 else None, density
+        return None, measure(hard_masks), densities
+    soft = measure(masks.soft_mask(state.scores, hyper.temperature, init_value=hyper.init_value))
+    return soft, measure(hard_masks) if densities["density"] > 0 else None, densities
 
 
-def accuracy(config: Config, problem: Problem, state: TrainState, some_masks: PyTree, images: ImageSet) -> float:
-    """Share of `images` that the state's weights classify right under `some_masks`, in [0, 1]."""
+def layer_density(some_masks: PyTree) -> dict[str, float]:
+    """Density of each masked array, by its name."""
+    return {trees.name(path): masks.density(mask) for path, mask in trees.leaves_by_path(some_masks).items()}
+
+
+def logits(
+    config: Config, problem: Problem, state: TrainState, some_masks: PyTree, images: ImageSet, observer: Observer
+) -> jax.Array:
+    """What the state's weights make of `images` under `some_masks`: (examples, classes)."""
     variables = {"params": state.params, "batch_stats": state.batch_stats, "masks": some_masks}
-    return training.accuracy(problem.recipe.model, variables, images, batch_size=config.batch_size)
+    return training.predict(
+        problem.recipe.model, variables, images, batch_size=config.batch_size, on_batch=observer.on_batch
+    )
 
 
-def _check_finite(state: TrainState, metrics: StepMetrics, phase: str, round: int | None, epoch: int) -> None:
-    """A step's loss is that before its update, so what the last update made is looked at too."""
-    where = f"round {round}" if phase == SEARCH else f"the {phase}'s training"
-    bad = np.flatnonzero(~np.isfinite(metrics.loss))
-    if bad.size:
-        raise NonFiniteLossError(f"loss is {float(metrics.loss[bad[0]])} in {where}, epoch {epoch}, step {bad[0]}")
-    if not _all_finite((state.params, state.scores)):
+def check_finite(progress: Progress) -> None:
+    """Refuses a progress whose losses, weights or scores are not finite; waits for its steps.
+
+    A step's loss is that before its update, so what the last update made is looked at too.
+
+    Raises:
+        NonFiniteLossError: in which round, epoch and step.
+    """
+    if progress.figures:
+        _check_loss(progress, progress.figures[-1], progress.step)
+    if not _all_finite((progress.state.params, progress.state.scores)):
         raise NonFiniteLossError(
-            f"weights or scores are no longer finite in {where}, after epoch {epoch}, step {len(metrics.loss) - 1}"
+            f"weights or scores are no longer finite in {_where(progress)}, epoch {progress.epoch}, "
+            f"after step {progress.step - 1}"
         )
+
+
+def _check_loss(progress: Progress, metrics: StepMetrics, done: int) -> None:
+    """Refuses the figures of a call that ended with `done` steps of the epoch."""
+    losses = np.atleast_1d(jax.device_get(metrics.loss))
+    bad = np.flatnonzero(~np.isfinite(losses))
+    if bad.size:
+        step = done - len(losses) + bad[0]
+        raise NonFiniteLossError(
+            f"loss is {float(losses[bad[0]])} in {_where(progress)}, epoch {progress.epoch}, step {step}"
+        )
+
+
+def _where(progress: Progress) -> str:
+    return f"the {progress.phase}'s training" if progress.round is None else f"round {progress.round}"
 
 
 @jax.jit

@@ -5,7 +5,7 @@ changes while training (`Hyperparams`) is traced, so a round compiles once per b
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +22,9 @@ from cs_jax import masks
 from cs_jax.images import AUGMENTATIONS, ImageSet, normalize
 
 PyTree = Any
+
+STEPS_PER_CALL = 100
+"""Steps that an accelerator takes in one call: many, to leave it alone, and few enough to hear a signal between."""
 
 
 @dataclass(frozen=True)
@@ -179,45 +182,48 @@ def _descend(values: PyTree, direction: PyTree, rate: Float[Array, ""]) -> PyTre
 compiled_step = jax.jit(step, static_argnames="recipe", donate_argnames="state")
 
 
-@functools.partial(jax.jit, static_argnames=("recipe", "batch_size"), donate_argnames="state")
-def compiled_epoch(
+@functools.partial(jax.jit, static_argnames="recipe", donate_argnames="state")
+def compiled_steps(
     recipe: Recipe,
     state: TrainState,
     data: ImageSet,
-    order: Int[Array, " examples"],
+    batches: Int[Array, "steps batch"],
+    first: Int[Array, ""],
+    stop: Int[Array, ""],
     key: Array,
     hyper: Hyperparams,
-    *,
-    batch_size: int,
 ) -> tuple[TrainState, StepMetrics]:
-    """A whole epoch as one compiled call: all full batches in a loop, then the smaller last one."""
+    """The steps from `first` to before `stop` as one compiled call. Figures are 0 for all other steps.
 
-    def body(state: TrainState, indices: Array) -> tuple[TrainState, StepMetrics]:
-        return step(recipe, state, data, indices, key, hyper)
+    One program serves every call of an epoch, wherever it begins.
+    """
 
-    full = order.size // batch_size * batch_size
-    state, metrics = lax.scan(body, state, order[:full].reshape(-1, batch_size))
-    if full < order.size:
-        state, last = body(state, order[full:])
-        metrics = jax.tree.map(lambda head, tail: jnp.append(head, tail), metrics, last)
-    return state, metrics
+    def body(index: Array, carry: tuple[TrainState, StepMetrics]) -> tuple[TrainState, StepMetrics]:
+        state, figures = carry
+        state, metrics = step(recipe, state, data, batches[index], key, hyper)
+        return state, jax.tree.map(lambda figure, value: figure.at[index].set(value), figures, metrics)
+
+    _, metrics = jax.eval_shape(lambda: step(recipe, state, data, batches[0], key, hyper))
+    figures = jax.tree.map(lambda figure: jnp.zeros(len(batches), figure.dtype), metrics)
+    return lax.fori_loop(first, stop, body, (state, figures))
 
 
 def train_epoch(
     recipe: Recipe,
     state: TrainState,
     data: ImageSet,
-    order: Int[Array, " examples"],
+    order: Int[Array, " examples"] | np.ndarray,
     key: Array,
     hyper: Hyperparams,
     *,
     batch_size: int,
-    on_steps: Callable[[int, int, TrainState, StepMetrics], None] = lambda done, total, state, metrics: None,
-) -> tuple[TrainState, StepMetrics]:
-    """State after one pass over `order`, each example once, and the figures of every step.
+    first_step: int = 0,
+) -> Iterator[tuple[int, TrainState, StepMetrics]]:
+    """The steps of one pass over `order`, each example once, a compiled call at a time.
 
-    On an accelerator an epoch is one compiled call. On the CPU it is one a step, because XLA computes the weight
-    gradient of a convolution 10 to 100 times slower inside a loop there (jax-ml/jax#12868).
+    On an accelerator a call takes `STEPS_PER_CALL` steps. On the CPU it takes one, because XLA computes the weight
+    gradient of a convolution 10 to 100 times slower inside a loop there (jax-ml/jax#12868). No more than two calls
+    are under way at a time, so a signal is heard between them.
 
     Args:
         recipe: what the step is built from.
@@ -228,22 +234,37 @@ def train_epoch(
         key: PRNG key of the phase.
         hyper: scalars, constant through the epoch.
         batch_size: examples per step.
-        on_steps: called after every compiled call with the steps done and in all, the state, which is donated to
-            the next call (copy what is to be kept), and the call's figures, which may not have been computed yet.
+        first_step: steps of this epoch that the state has done already.
+
+    Yields:
+        After every call: the steps done in this epoch, the state, which is donated to the next call (copy what is to
+        be kept), and the figures of the call's steps, which may not have been computed yet; those of the call
+        before have.
     """
-    num_steps = -(-order.size // batch_size)
-    if jax.default_backend() != "cpu":
-        state, metrics = compiled_epoch(recipe, state, data, order, key, hyper, batch_size=batch_size)
-        on_steps(num_steps, num_steps, state, metrics)
-        return state, jax.device_get(metrics)
     host_order = np.asarray(order)
-    figures = []
-    for done in range(num_steps):
-        indices = host_order[done * batch_size : (done + 1) * batch_size]
-        state, metrics = compiled_step(recipe, state, data, indices, key, hyper)
-        figures.append(metrics)
-        on_steps(done + 1, num_steps, state, metrics)
-    return state, jax.tree.map(lambda *steps: np.stack(steps), *figures)
+    num_steps = -(-order.size // batch_size)
+    full = order.size // batch_size if jax.default_backend() != "cpu" else 0
+    batches = jnp.asarray(host_order[: full * batch_size].reshape(full, batch_size)) if first_step < full else None
+    metrics = None
+    for done in _call_ends(first_step, full, num_steps):
+        before = metrics
+        if done <= full:
+            state, metrics = compiled_steps(recipe, state, data, batches, first_step, done, key, hyper)
+            metrics = jax.tree.map(lambda figure, first=first_step, done=done: figure[first:done], metrics)
+        else:
+            indices = host_order[first_step * batch_size : done * batch_size]
+            state, metrics = compiled_step(recipe, state, data, indices, key, hyper)
+        jax.block_until_ready(before)
+        yield done, state, metrics
+        first_step = done
+
+
+def _call_ends(first_step: int, full: int, num_steps: int) -> Iterator[int]:
+    """Steps done after each call: several a call up to `full`, where batches are whole, then one a call."""
+    step = first_step
+    while step < num_steps:
+        step = min(step - step % STEPS_PER_CALL + STEPS_PER_CALL, full) if step < full else step + 1
+        yield step
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -259,7 +280,12 @@ def _forward_all(model: nn.Module, variables: PyTree, data: ImageSet, batches: I
 
 
 def predict(
-    model: nn.Module, variables: PyTree, data: ImageSet, *, batch_size: int
+    model: nn.Module,
+    variables: PyTree,
+    data: ImageSet,
+    *,
+    batch_size: int,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> Float[Array, "examples classes"]:
     """Logits of every example of `data`, in order, in evaluation mode.
 
@@ -268,18 +294,22 @@ def predict(
         variables: "params", "batch_stats" and "masks".
         data: images to classify.
         batch_size: examples per call; the last batch is filled up with copies of an example, which are dropped.
+        on_batch: called before every compiled call; may raise to leave.
     """
     n = len(data)
     batch_size = min(batch_size, n)
     indices = np.minimum(np.arange(-(-n // batch_size) * batch_size), n - 1).reshape(-1, batch_size)
     if jax.default_backend() == "cpu":
-        logits = [_forward(model, variables, data.images[batch], data.mean, data.std) for batch in indices]
+        logits = []
+        for batch in indices:
+            on_batch()
+            logits.append(_forward(model, variables, data.images[batch], data.mean, data.std))
         return jnp.concatenate(logits)[:n]
+    on_batch()
     logits = _forward_all(model, variables, data, jnp.asarray(indices))
     return logits.reshape(-1, logits.shape[-1])[:n]
 
 
-def accuracy(model: nn.Module, variables: PyTree, data: ImageSet, *, batch_size: int) -> float:
-    """Share of `data` classified right, in [0, 1], counted exactly; arguments as in `predict`."""
-    predicted = jnp.argmax(predict(model, variables, data, batch_size=batch_size), axis=-1)
-    return int(jnp.sum(predicted == data.labels)) / len(data)
+def share_right(logits: Float[Array, "examples classes"], data: ImageSet) -> float:
+    """Share of `data` that logits classify right, in [0, 1], counted exactly."""
+    return int(jnp.sum(jnp.argmax(logits, axis=-1) == data.labels)) / len(data)

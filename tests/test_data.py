@@ -140,7 +140,7 @@ def prepare(folder: Path, **variant: Any) -> Config:
 def test_a_prepared_set_is_read_without_tensorflow(tmp_path: Path) -> None:
     loaded = data.load(prepare(tmp_path))
     assert loaded.validation is not None
-    assert (len(loaded.train), len(loaded.validation), len(loaded.test), loaded.num_classes) == (27, 3, 10, 3)
+    assert (len(loaded.train), len(loaded.validation), len(loaded.test), len(loaded.classes)) == (27, 3, 10, 3)
     assert loaded.train.images.shape[1:] == (6, 5, 3)
     pixels = np.asarray(loaded.test.images)
     np.testing.assert_array_equal(np.sort(pixels[:, 0, 0, 0]), 2 * np.arange(10))

@@ -15,7 +15,7 @@ import reference
 
 from cs_jax import layers, masks, search, training
 from cs_jax.config import Config
-from cs_jax.search import Observer, Problem
+from cs_jax.search import Observer, Problem, Progress
 from cs_jax.training import Hyperparams, TrainState
 
 LAYER_FILES = reference.files("layer_*.npz")
@@ -145,29 +145,27 @@ class Recorder(Observer):
         self.states[name] = reference.state_arrays(state)
         self.momenta[name] = reference.momentum_arrays(state)
 
-    def on_phase_start(self, phase: str, round: int | None, state: TrainState) -> None:
-        self._phase += 1
-        self._steps = 0
-        if phase == search.TICKET:
-            self.keep("ticket_start", state)
-        elif round:
-            self.keep(f"round{round - 1}_pruned", state)
+    def on_phase_start(self, progress: Progress) -> None:
+        if progress.phase == search.TICKET:
+            self.keep("ticket_start", progress.state)
+        elif progress.round:
+            self.keep(f"round{progress.round - 1}_pruned", progress.state)
 
-    def on_steps(self, done: int, total: int, state: TrainState, metrics: training.StepMetrics) -> None:
-        self._steps += 1
-        self.steps.append(jax.device_get(metrics))
-        if self._phase == 0 and self._steps in (1, 2):
-            self.keep(f"after_step{self._steps}", state)
+    def on_steps(self, progress: Progress, total: int) -> None:
+        self.steps.append(jax.device_get(progress.figures[-1]))
+        if len(self.steps) in (1, 2):
+            self.keep(f"after_step{len(self.steps)}", progress.state)
 
-    def on_epoch_end(self, record: search.EpochRecord, state: TrainState) -> None:
-        self.logits.append(self._predict(record, state))
+    def on_epoch_end(self, record: search.EpochRecord, progress: Progress) -> None:
+        self.logits.append(self._predict(record, progress.state))
         self.densities.append(record.density)
         self.temperatures.append(record.temperature)
         self.learning_rates.append(record.learning_rate)
         self.losses.append(record.loss)
 
-    def on_phase_end(self, phase: str, round: int | None, state: TrainState) -> None:
-        self.keep("ticket_end" if phase == search.TICKET else f"round{round}_end", state)
+    def on_phase_end(self, progress: Progress) -> None:
+        end = "ticket_end" if progress.phase == search.TICKET else f"round{progress.round}_end"
+        self.keep(end, progress.state)
 
 
 def prepare(arrays: dict[str, np.ndarray], dtype: Any) -> tuple[Config, Problem, TrainState]:
@@ -229,8 +227,8 @@ def test_golden_search(path: Path) -> None:
         return np.asarray(training.predict(problem.recipe.model, variables, evaluation, batch_size=16))
 
     recorder = Recorder(predict)
-    ticket, _ = search.search_ticket(config, problem, state, recorder)
-    search.retrain(config, problem, ticket, recorder)
+    ticket, _ = search.search_ticket(config, problem, search.begin_search(state), recorder)
+    search.retrain(config, problem, search.begin_retraining(problem, ticket), recorder)
     recorder.states["checkpoint"] = reference.names(ticket.snapshot.params) | reference.names(
         ticket.snapshot.batch_stats
     )
@@ -335,7 +333,7 @@ def test_golden_search_starts_alike_in_float32(path: Path) -> None:
     """Cross-entropy of the first two steps in float32; afterwards rounding alone takes over (tests/data runs)."""
     arrays = reference.load(path)
     config, problem, state = prepare(arrays, np.float32)
-    _, metrics = training.train_epoch(
+    calls = training.train_epoch(
         problem.recipe,
         state,
         problem.train,
@@ -344,4 +342,5 @@ def test_golden_search_starts_alike_in_float32(path: Path) -> None:
         search.hyperparams(config, search.SEARCH, 0),
         batch_size=config.batch_size,
     )
-    np.testing.assert_allclose(metrics.cross_entropy, arrays["step/cross_entropy"][0, 0, :2], rtol=1e-4)
+    entropies = [float(metrics.cross_entropy) for _, _, metrics in calls]
+    np.testing.assert_allclose(entropies, arrays["step/cross_entropy"][0, 0, :2], rtol=1e-4)

@@ -12,7 +12,7 @@ import pytest
 from cs_jax import CollapsedLayerWarning, UnfinishedSearchWarning, masks, search, training
 from cs_jax.config import Config
 from cs_jax.images import ImageSet
-from cs_jax.search import Observer, Problem
+from cs_jax.search import Observer, Problem, Progress
 from cs_jax.training import Recipe, TrainState
 
 CONFIG = Config(
@@ -38,6 +38,10 @@ def assert_equal(a: Any, b: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+def share_right(recipe: Recipe, variables: Any, images: ImageSet) -> float:
+    return training.share_right(training.predict(recipe.model, variables, images, batch_size=8), images)
+
+
 class History(Observer):
     """Copies of the state at every phase's start and end and after every epoch."""
 
@@ -46,14 +50,14 @@ class History(Observer):
         self.ends: list[tuple[str, int | None, TrainState]] = []
         self.epochs: list[tuple[search.EpochRecord, TrainState]] = []
 
-    def on_phase_start(self, phase: str, round: int | None, state: TrainState) -> None:
-        self.starts.append((phase, round, copy(state)))
+    def on_phase_start(self, progress: Progress) -> None:
+        self.starts.append((progress.phase, progress.round, copy(progress.state)))
 
-    def on_phase_end(self, phase: str, round: int | None, state: TrainState) -> None:
-        self.ends.append((phase, round, copy(state)))
+    def on_phase_end(self, progress: Progress) -> None:
+        self.ends.append((progress.phase, progress.round, copy(progress.state)))
 
-    def on_epoch_end(self, record: search.EpochRecord, state: TrainState) -> None:
-        self.epochs.append((record, copy(state)))
+    def on_epoch_end(self, record: search.EpochRecord, progress: Progress) -> None:
+        self.epochs.append((record, copy(progress.state)))
 
     @property
     def records(self) -> list[search.EpochRecord]:
@@ -65,10 +69,14 @@ def problem(lenet: Recipe, synthetic: ImageSet) -> Problem:
     return Problem(lenet, synthetic, validation=synthetic, key=jax.random.key(3))
 
 
+def begin(config: Config, problem: Problem) -> Progress:
+    return search.begin_search(search.init_state(config, problem))
+
+
 def run(config: Config, problem: Problem) -> tuple[search.Ticket, TrainState, History]:
     history = History()
-    ticket, _ = search.search_ticket(config, problem, search.init_state(config, problem), history)
-    return ticket, search.retrain(config, problem, ticket, history), history
+    ticket, _ = search.search_ticket(config, problem, begin(config, problem), history)
+    return ticket, search.retrain(config, problem, search.begin_retraining(problem, ticket), history), history
 
 
 def test_the_ticket_is_the_snapshot_under_hard_masks(problem: Problem) -> None:
@@ -87,7 +95,7 @@ def test_the_ticket_is_the_snapshot_under_hard_masks(problem: Problem) -> None:
 
 def test_rewinding_to_epoch_0_is_rewinding_to_initialisation(problem: Problem) -> None:
     config = dataclasses.replace(CONFIG, rewind_epoch=0, rounds=1)
-    ticket, _ = search.search_ticket(config, problem, search.init_state(config, problem), Observer())
+    ticket, _ = search.search_ticket(config, problem, begin(config, problem), Observer())
     assert_equal(ticket.snapshot.params, search.init_variables(problem)["params"])
 
 
@@ -136,12 +144,12 @@ def test_records_hold_what_the_state_gives(problem: Problem, synthetic: ImageSet
         hard = state.masks if fixed else masks.hard_mask(state.scores, init_value=0.02)
         assert record.density == masks.density(hard)
         variables = {"params": state.params, "batch_stats": {}, "masks": hard}
-        right = training.accuracy(lenet.model, variables, synthetic, batch_size=8)
+        right = share_right(lenet, variables, synthetic)
         assert record.hard_accuracy == (right if record.density > 0 else None)
         soft = None
         if not fixed:
             soft_masks = masks.soft_mask(state.scores, record.temperature, init_value=0.02)
-            soft = training.accuracy(lenet.model, variables | {"masks": soft_masks}, synthetic, batch_size=8)
+            soft = share_right(lenet, variables | {"masks": soft_masks}, synthetic)
         assert record.soft_accuracy == soft
     penalties = [record.penalty for record in history.records if record.phase == "ticket"]
     kept = sum(int((leaf > 0).sum()) for leaf in jax.tree.leaves(history.ends[2][2].masks))
@@ -152,7 +160,7 @@ def test_hard_accuracy_is_left_out_while_hard_masks_are_empty(problem: Problem) 
     config = dataclasses.replace(CONFIG, score_lr=1e-9, mask_initial_value=-0.5, rounds=1)
     history = History()
     with pytest.warns(CollapsedLayerWarning, match="keeps no weight"):
-        search.search_ticket(config, problem, search.init_state(config, problem), history)
+        search.search_ticket(config, problem, begin(config, problem), history)
     assert [record.hard_accuracy for record in history.records] == [None] * 3
     assert [record.density for record in history.records] == [0.0] * 3
     assert None not in [record.soft_accuracy for record in history.records]
@@ -168,7 +176,7 @@ def test_a_repeated_run_is_identical_and_another_seed_is_not(problem: Problem) -
     other = run(CONFIG, dataclasses.replace(problem, key=jax.random.key(4)))
     assert_equal(first[0], second[0])
     assert_equal(copy(first[1]), copy(second[1]))
-    without_time = [[record._replace(seconds=0.0) for record in result[2].records] for result in (first, second, other)]
+    without_time = [[record._replace(seconds=0.0, images_per_second=0.0) for record in result[2].records] for result in (first, second, other)]
     assert without_time[0] == without_time[1] != without_time[2]
 
 
@@ -181,7 +189,7 @@ def test_an_epoch_has_every_example_once_and_every_epoch_its_own_order(problem: 
 def test_the_dense_network_starts_alike_sees_the_same_batches_and_keeps_everything(problem: Problem) -> None:
     history = History()
     dense = search.dense_ticket(search.init_variables(problem))
-    state = search.retrain(CONFIG, problem, dense, history, phase=search.DENSE)
+    state = search.retrain(CONFIG, problem, search.begin_retraining(problem, dense, phase=search.DENSE), history)
     assert_equal(history.starts[0][2].params, search.init_variables(problem)["params"])
     assert all((np.asarray(leaf) == 1).all() for leaf in jax.tree.leaves(state.masks))
     assert [(record.phase, record.density, record.penalty) for record in history.records] == [("dense", 1.0, 0.0)] * 3
@@ -189,7 +197,7 @@ def test_the_dense_network_starts_alike_sees_the_same_batches_and_keeps_everythi
 
 def test_the_ticket_can_be_retrained_again(problem: Problem) -> None:
     ticket, state, _ = run(CONFIG, problem)
-    again = search.retrain(CONFIG, problem, ticket, Observer())
+    again = search.retrain(CONFIG, problem, search.begin_retraining(problem, ticket), Observer())
     assert_equal(state.params, again.params)
 
 
@@ -204,18 +212,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(problem: Pro
     config = dataclasses.replace(CONFIG, lr=1e30)
     with pytest.raises(search.NonFiniteLossError, match="^loss is (nan|inf) " + message):
         if phase == search.SEARCH:
-            search.search_ticket(config, problem, search.init_state(config, problem), Observer())
+            search.search_ticket(config, problem, begin(config, problem), Observer())
         else:
             dense = search.dense_ticket(search.init_variables(problem))
-            search.retrain(config, problem, dense, Observer(), phase=phase)
+            search.retrain(config, problem, search.begin_retraining(problem, dense, phase=phase), Observer())
 
 
 def test_an_update_that_is_not_finite_stops_the_run_even_if_it_is_the_last(problem: Problem) -> None:
     """One step, whose loss is fine; what it makes of the weights is not."""
     config = dataclasses.replace(CONFIG, lr=3e38, epochs=1, rounds=1, rewind_epoch=0, batch_size=37)
     problem = dataclasses.replace(problem, recipe=dataclasses.replace(problem.recipe, decay=100.0))
-    with pytest.raises(search.NonFiniteLossError, match="no longer finite in round 0, after epoch 0, step 0$"):
-        search.search_ticket(config, problem, search.init_state(config, problem), Observer())
+    with pytest.raises(search.NonFiniteLossError, match="no longer finite in round 0, epoch 0, after step 0$"):
+        search.search_ticket(config, problem, begin(config, problem), Observer())
 
 
 def test_every_phase_augments_differently(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +237,7 @@ def test_every_phase_augments_differently(problem: Problem, monkeypatch: pytest.
 
     monkeypatch.setattr(training, "train_epoch", watch)
     ticket, _, _ = run(CONFIG, problem)
-    search.retrain(CONFIG, problem, ticket, Observer(), phase=search.DENSE)
+    search.retrain(CONFIG, problem, search.begin_retraining(problem, ticket, phase=search.DENSE), Observer())
     per_phase = [set(keys[i : i + 3]) for i in range(0, 12, 3)]
     assert [len(phase) for phase in per_phase] == [1, 1, 1, 1]
     assert per_phase[2] == per_phase[3]
@@ -245,7 +253,7 @@ def test_one_epoch_a_round_has_the_final_temperature(problem: Problem) -> None:
 def test_a_target_that_cuts_through_soft_masks_is_told(problem: Problem) -> None:
     config = dataclasses.replace(CONFIG, target_density=0.5, score_lr=1e-6, rounds=1)
     with pytest.warns(UnfinishedSearchWarning, match="100% of the masks are still soft at the end of the search"):
-        search.search_ticket(config, problem, search.init_state(config, problem), Observer())
+        search.search_ticket(config, problem, begin(config, problem), Observer())
 
 
 @pytest.mark.filterwarnings("ignore::cs_jax.UnfinishedSearchWarning")

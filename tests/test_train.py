@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from rich.console import Console
 
 import train
 from cs_jax import apply_masks, config, console, experiment, search
-from cs_jax.interrupts import Interrupts
+from cs_jax.interrupts import Interrupts, Stopped
+from cs_jax.run_directory import TICKET_FILE, opened
 
 ROOT = Path(train.__file__).parent
 QUICK = "--model lenet300100 --epochs 2 --rounds 2 --rewind-epoch 1 --lr 0.01".split()
@@ -55,7 +57,8 @@ def test_metrics_have_a_line_an_epoch(quick_run: Path) -> None:
         ("search", 0, 0), ("search", 0, 1), ("search", 1, 0), ("search", 1, 1),
         ("ticket", None, 0), ("ticket", None, 1), ("dense", None, 0), ("dense", None, 1),
     ]  # fmt: skip
-    keys = "phase round epoch temperature learning_rate loss penalty density soft_accuracy hard_accuracy seconds"
+    keys = "phase round epoch temperature learning_rate loss penalty density layer_density soft_accuracy hard_accuracy"
+    keys += " images_per_second seconds"
     assert all(list(line) == keys.split() for line in metrics)
 
 
@@ -79,12 +82,13 @@ def test_the_summary_agrees_with_the_metrics(quick_run: Path) -> None:
 def test_test_accuracy_is_that_of_the_retrained_ticket_on_the_test_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = config.parse([*QUICK, "--no-dense", "--seed", "4"])
+    settings = config.parse([*QUICK, "--no-dense", "--seed", "4", "--out", str(tmp_path / "run")])
     problem, data = experiment.prepare(settings)
     states = []
     retrain = search.retrain
     monkeypatch.setattr(search, "retrain", lambda *args, **kwargs: states.append(retrain(*args, **kwargs)) or states[0])
-    summary = experiment.run(settings, problem, data, search.Observer())
+    with opened(settings, new=True) as directory:
+        summary = experiment.run(settings, problem, data, directory, search.Observer())
     weights = jax.tree.map(np.asarray, apply_masks(states[0].params, states[0].masks))
     x = (np.asarray(data.test.images, np.float32) - np.asarray(data.test.mean)) / np.asarray(data.test.std)
     x = x.reshape(360, -1)
@@ -98,23 +102,35 @@ def test_test_accuracy_is_that_of_the_retrained_ticket_on_the_test_set(
 def test_a_terminal_shows_the_bar_with_step_and_loss(tmp_path: Path) -> None:
     shown = io.StringIO()
     terminal = Console(file=shown, force_terminal=True, width=100)
-    settings = config.parse([*QUICK, "--no-dense"])
+    settings = config.parse([*QUICK, "--no-dense", "--out", str(tmp_path / "run")])
     problem, data = experiment.prepare(settings)
-    with console.ProgressDisplay(settings, terminal) as display:
-        experiment.run(settings, problem, data, display)
+    with opened(settings, new=True) as directory, console.ProgressDisplay(settings, terminal) as display:
+        experiment.run(settings, problem, data, directory, display)
     text = shown.getvalue()
     assert re.search(r"search 0 epoch 0 step \d+/20 loss \d\.\d{4}", text)
     assert re.search(r"ticket +1 +\d\.\d{4}", text)
 
 
-def test_an_interrupt_that_was_swallowed_comes_again_at_the_next_step() -> None:
+@pytest.mark.parametrize("number, exit_code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_was_swallowed_comes_again_at_the_next_step(number: signal.Signals, exit_code: int) -> None:
+    before = signal.getsignal(number)
     with Interrupts() as watch:
         with contextlib.suppress(KeyboardInterrupt):  # as a library's callback does
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             time.sleep(1)
-        with pytest.raises(KeyboardInterrupt):
-            watch.on_steps(1, 2, None, None)  # pyright: ignore[reportArgumentType]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with pytest.raises(Stopped) as stop:
+            watch.on_batch()
+    assert stop.value.exit_code == exit_code
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_waits_for_the_next_step_while_a_run_is_held() -> None:
+    with Interrupts() as watch:
+        with watch.held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)  # nothing is raised
+            with pytest.raises(Stopped):
+                watch.check()
 
 
 def test_an_empty_ticket_is_said_to_be_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,9 +149,10 @@ def test_the_same_command_gives_the_same_numbers(quick_run: Path, tmp_path: Path
     assert train.main([*QUICK, "--out", str(tmp_path / "again")]) == 0
 
     def figures(folder: Path) -> list[dict[str, Any]]:
-        return [{**line, "seconds": None} for line in read_metrics(folder)]
+        return [{**line, "seconds": None, "images_per_second": None} for line in read_metrics(folder)]
 
     assert figures(quick_run) == figures(tmp_path / "again")
+    assert (quick_run / TICKET_FILE).read_bytes() == (tmp_path / "again" / TICKET_FILE).read_bytes()
 
 
 def test_plain_lines_and_the_table_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,11 +218,99 @@ def test_what_cannot_be_used_is_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_directory_in_use_is_refused_and_untouched(quick_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = {path.name: path.read_bytes() for path in quick_run.iterdir()}
-    assert train.main([*QUICK, "--out", str(quick_run)]) == 2
-    assert "is not empty, wanted an empty or new folder: give another --out, or remove it" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in quick_run.iterdir()} == before
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_shows_its_result_again_and_trains_nothing(
+    quick_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "prepare", None)  # not even its data is loaded
+    before = contents(quick_run)
+    for words in ([*QUICK, "--out", str(quick_run)], ["--resume", str(quick_run), "--keep", "9"]):
+        assert train.main(words) == 0
+        assert re.search(r"ticket +[\d,]+ +\d", capsys.readouterr().out)
+    assert contents(quick_run) == before
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--seed", "1"], "holds a run with other settings: --seed 1 (was 0); give another --out, or --resume"),
+        (["--model", "resnet6"], "--model resnet6 (was lenet300100)"),
+        (["--lr-schedule", "1", "--lr-drops", "0.5"], "--lr-schedule 1 (was 10 13), --lr-drops 0.5 (was 0.1 0.1)"),
+    ],
+)
+def test_a_run_does_not_go_on_with_settings_that_change_its_result(
+    words: list[str], message: str, quick_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(quick_run)
+    assert train.main([*QUICK, *words, "--out", str(quick_run)]) == 2
+    assert train.main(["--resume", str(quick_run), *words]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(message in line for line in lines)
+    assert contents(quick_run) == before
+
+
+def _damaged(run: Path, change: Any) -> None:
+    stored = json.loads((run / "config.json").read_text())
+    change(stored)
+    (run / "config.json").write_text(json.dumps(stored))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda run: (run / "config.json").unlink(), "which holds no run, wanted a folder with config.json"),
+        (lambda run: shutil.rmtree(run), "which holds no run, wanted a folder with config.json"),
+        (lambda run: (run / "config.json").write_text("{"), "whose config.json is damaged"),
+        (lambda run: (run / "config.json").write_text("[]"), "whose config.json is damaged"),
+        (
+            lambda run: _damaged(run, lambda stored: stored["versions"].update(cs_jax="0.0.9")),
+            "a run of cs_jax 0.0.9, wanted one of",
+        ),
+        (
+            lambda run: _damaged(run, lambda stored: stored.pop("epochs")),
+            "whose stored settings lack 'epochs': made by another version",
+        ),
+        (
+            lambda run: _damaged(run, lambda stored: stored.update(magic=1)),
+            "whose stored settings have the unknown 'magic': made by another version",
+        ),
+        (
+            lambda run: _damaged(run, lambda stored: stored.update(epochs="2")),
+            "whose stored settings have epochs '2', wanted a whole number",
+        ),
+        (lambda run: (run / "summary.json").write_text("{"), "whose summary.json is damaged"),
+    ],
+)
+def test_what_is_no_run_or_a_damaged_one_cannot_be_resumed(
+    damage: Any, message: str, quick_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(quick_run, run)
+    damage(run)
+    before = contents(tmp_path)
+    assert train.main(["--resume", str(run)]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err and shown.err.count("\n") == 1 and shown.out == ""
+    assert contents(tmp_path) == before
+
+
+def test_a_preset_beside_resume_is_refused(quick_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["digits", "--resume", str(quick_run)]) == 2
+    assert "--resume: got the preset 'digits' too, wanted none" in capsys.readouterr().err
+    assert train.main(["--resume"]) == 2
+    assert "--resume: got nothing, wanted a run directory" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_empty_and_holds_no_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes").write_text("mine")
+    assert train.main([*QUICK, "--out", str(tmp_path)]) == 2
+    assert "which is not empty and holds no run, wanted an empty or new folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
 
 
 @pytest.mark.parametrize(
@@ -246,5 +351,5 @@ def test_an_interrupt_ends_the_process_with_one_line(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert error.startswith("train.py: interrupted") and error.count("\n") == 1
+    assert error == "train.py: interrupted by SIGINT; saved: go on with --resume run\n"
     assert len(read_metrics(tmp_path / "run")) >= 1

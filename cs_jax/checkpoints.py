@@ -1,0 +1,336 @@
+"""Checkpoints: what a run saves to go on later, when it does, and how it is trusted again.
+
+    checkpoints/snapshot/       the weights to rewind to, once they are taken
+    checkpoints/00003-000200/   3 epochs and 200 steps done, over all phases
+        arrays/                 Orbax: state, and figures of the epoch's steps so far
+        progress.json           where the run stands
+        SHA256SUMS              of every file, as `sha256sum` writes it
+
+A checkpoint is written under another name and renamed when it is whole. It is read only if every byte of it is as it
+was written.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from cs_jax import search
+from cs_jax.config import Config, ConfigError
+from cs_jax.search import EpochRecord, Observer, Problem, Progress, Snapshot
+from cs_jax.training import StepMetrics, TrainState
+
+PyTree = Any
+
+ARRAYS, PROGRESS, SUMS, SNAPSHOT = "arrays", "progress.json", "SHA256SUMS", "snapshot"
+PARTIAL = ".partial"
+"""Ending of what is still being written."""
+
+_LOGGERS = (logging.getLogger("absl"), logging.getLogger("asyncio"))
+
+MAX_WAIT = 0.02
+"""Share of its time that training may wait for checkpoints inside a phase."""
+
+
+class DamagedCheckpointWarning(UserWarning):
+    """A checkpoint is not as it was written, and an earlier one is used."""
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be saved; those before it are whole."""
+
+
+class Checkpoints(Observer):
+    """Saves a run's progress in the background as it goes on.
+
+    A context manager: at its end no save is under way.
+
+    Args:
+        config: how many are kept, and when they are saved.
+        problem: model and data.
+        folder: where they are; made with the first.
+
+    Raises:
+        CheckpointError: from any method, where a save failed: the disk is full, for instance.
+    """
+
+    def __init__(self, config: Config, problem: Problem, folder: Path) -> None:
+        self._config, self._problem, self._folder = config, problem, folder
+        self._latest: Progress | None = None
+        self._saved = ""
+        self._next = time.monotonic() + config.checkpoint_seconds
+        self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        self._worker = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+        self._levels = [logger.level for logger in _LOGGERS]
+
+    def __enter__(self) -> "Checkpoints":
+        for logger in _LOGGERS:  # a save that fails is told once, by its error
+            logger.setLevel(logging.CRITICAL)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # After an error, which tells enough, closing may fail by the same cause, and loggers tell more once garbage is
+        # collected.
+        with contextlib.suppress(*([] if error is None else [OSError])):
+            try:
+                self._finish()
+            finally:
+                self._worker.shutdown()
+                self._orbax.close()
+        if error is None:
+            for logger, level in zip(_LOGGERS, self._levels, strict=True):
+                logger.setLevel(level)
+
+    def on_steps(self, progress: Progress, total: int) -> None:
+        self._latest = progress
+        if self._due() and progress.step % self._config.checkpoint_steps == 0 and progress.step < total:
+            search.check_finite(progress)
+            self._save(progress)
+
+    def on_epoch_end(self, record: EpochRecord, progress: Progress) -> None:
+        self._latest = progress
+        if self._due():
+            self._save(progress)
+
+    def on_phase_end(self, progress: Progress) -> None:
+        self._latest = progress
+        self._save(progress)
+
+    def save_latest(self) -> bool:
+        """Saves where the run stands now, and waits for it. Whether there is a checkpoint to go on from.
+
+        Raises:
+            NonFiniteLossError: it is not worth saving.
+        """
+        if self._latest is not None:
+            search.check_finite(self._latest)
+            self._save(self._latest)
+        self._finish()
+        return bool(self._saved)
+
+    def restore(self) -> Progress | None:
+        """Where the newest checkpoint that is whole stood; None where there is none at all.
+
+        What is damaged is told and removed if an earlier checkpoint can be used.
+
+        Raises:
+            ConfigError: there are checkpoints, but none can be used.
+
+        Warns:
+            DamagedCheckpointWarning: an earlier one than the newest is used.
+        """
+        for partial in self._folder.glob(f"*{PARTIAL}"):
+            shutil.rmtree(partial)
+        damages: dict[Path, str] = {}
+        progress = self._newest(damages)
+        if progress is None and damages:
+            path, reason = next(iter(damages.items()))
+            raise ConfigError(
+                f"--out: got {self._folder.parent}, which has no checkpoint that can be used ({path.name}: {reason}): "
+                f"remove {self._folder} to start anew"
+            )
+        for path, reason in damages.items():
+            message = f"checkpoint {path.name} is damaged ({reason}): going on from {self._saved}"
+            warnings.warn(message, DamagedCheckpointWarning, stacklevel=2)
+            shutil.rmtree(path)
+        if progress is None or progress.snapshot is None:  # it is taken again
+            shutil.rmtree(self._folder / SNAPSHOT, ignore_errors=True)
+        return progress
+
+    def _newest(self, damages: dict[Path, str]) -> Progress | None:
+        """The newest progress that is whole; what is wrong with those that are newer goes into `damages`."""
+        for path in sorted(self._all(), reverse=True):
+            damage = find_damage(path) or self._snapshot_damage(path)
+            if damage is None:
+                self._saved = path.name
+                return self._read(path)
+            damages[path] = damage
+        return None
+
+    def _all(self) -> list[Path]:
+        return [path for path in self._folder.glob("[0-9]*-[0-9]*") if path.is_dir() and path.suffix != PARTIAL]
+
+    def _due(self) -> bool:
+        if self._pending is not None and self._pending.done():
+            self._finish()
+        return self._pending is None and time.monotonic() >= self._next
+
+    def _save(self, progress: Progress) -> None:
+        name = f"{progress.epochs_done(self._config):05d}-{progress.step:06d}"
+        if name == self._saved:
+            return
+        self._finish()
+        started = time.monotonic()
+        snapshot = self._save_snapshot(progress.snapshot)
+        tree: dict[str, PyTree] = {"state": progress.state}
+        if progress.figures:
+            tree["figures"] = search.step_figures(progress)
+        about = json.dumps(_to_json(progress, snapshot), indent=2) + "\n"
+        self._start(tree, self._folder / name, about)
+        self._saved = name
+        waited = time.monotonic() - started
+        self._next = started + max(self._config.checkpoint_seconds, waited / MAX_WAIT)
+
+    def _save_snapshot(self, snapshot: Snapshot | None) -> str | None:
+        """Hash of the snapshot's checkpoint, which is made where it is not there yet."""
+        path = self._folder / SNAPSHOT
+        if snapshot is None:
+            return None
+        if not path.exists():
+            self._start(snapshot._asdict(), path, "")
+            self._finish()
+        return _hash(path / SUMS)
+
+    def _start(self, tree: PyTree, path: Path, about: str) -> None:
+        """Begins to save in the background; arrays have left the device when this returns."""
+        partial = path.with_name(path.name + PARTIAL)
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            self._folder.mkdir(exist_ok=True)
+            _check_room(self._folder, tree)
+            self._orbax.save((partial / ARRAYS).absolute(), args=ocp.args.StandardSave(tree))  # pyright: ignore
+        except Exception as error:
+            raise _failed(partial, error) from error
+        self._pending = self._worker.submit(self._commit, partial, path, about)
+
+    def _commit(self, partial: Path, path: Path, about: str) -> None:
+        """Waits for the arrays, writes the rest, and gives the checkpoint its name."""
+        try:
+            self._orbax.wait_until_finished()
+            if about:
+                (partial / PROGRESS).write_text(about)
+            (partial / SUMS).write_text(sums(partial))
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(partial, path)
+            for old in sorted(self._all())[: -self._config.keep]:
+                shutil.rmtree(old)
+        except Exception as error:
+            raise _failed(partial, error) from error
+
+    def _finish(self) -> None:
+        """Waits for the save that is under way, and raises what it failed with."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            try:
+                pending.result()
+            except CheckpointError:
+                self._saved = ""
+                raise
+
+    def _snapshot_damage(self, path: Path) -> str | None:
+        wanted = json.loads((path / PROGRESS).read_text())["snapshot"]
+        if wanted is None:
+            return None
+        snapshot = self._folder / SNAPSHOT
+        damage = find_damage(snapshot)
+        if damage is None and _hash(snapshot / SUMS) != wanted:
+            damage = "of another run"
+        return damage and f"its {SNAPSHOT}: {damage}"
+
+    def _read(self, path: Path) -> Progress:
+        about = json.loads((path / PROGRESS).read_text())
+        state = abstract_state(self._config, self._problem, about["phase"])
+        tree: dict[str, PyTree] = {"state": state}
+        if about["step"]:
+            tree["figures"] = jax.eval_shape(lambda: StepMetrics(*[jnp.zeros(about["step"])] * 2))
+        arrays = self._read_arrays(path, tree)
+        snapshot = None
+        if about["snapshot"] is not None:
+            like = Snapshot(state.params, state.batch_stats)
+            snapshot = Snapshot(**self._read_arrays(self._folder / SNAPSHOT, like._asdict()))
+        return Progress(
+            phase=about["phase"],
+            round=about["round"],
+            epoch=about["epoch"],
+            step=about["step"],
+            state=arrays["state"],
+            snapshot=snapshot,
+            round_ends=tuple(EpochRecord(**record) for record in about["round_ends"]),
+            figures=(arrays["figures"],) if about["step"] else (),
+            seconds=about["seconds"],
+        )
+
+    def _read_arrays(self, path: Path, like: PyTree) -> PyTree:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
+        try:
+            return self._orbax.restore((path / ARRAYS).absolute(), args=ocp.args.StandardRestore(placed))  # pyright: ignore
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            where = f"--out: got {self._folder.parent}, whose checkpoint {path.name}"
+            raise ConfigError(f"{where} is of another network: {reason}") from error
+
+
+def abstract_state(config: Config, problem: Problem, phase: str) -> TrainState:
+    """Shapes and dtypes of the state in a phase."""
+
+    def make() -> TrainState:
+        if phase == search.SEARCH:
+            return search.init_state(config, problem)
+        ticket = search.dense_ticket(search.init_variables(problem))
+        return search.begin_retraining(problem, ticket, phase=phase).state
+
+    return jax.eval_shape(make)
+
+
+def sums(folder: Path) -> str:
+    """Hashes of all files below a folder but the list itself, in the form of `sha256sum`, in order of their names."""
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return "".join(f"{_hash(folder / file)}  {file}\n" for file in files if file != SUMS)
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a saved folder, in a few words; None if it is as it was written."""
+    try:
+        stored, found = (folder / SUMS).read_bytes(), sums(folder).encode()
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    if stored == found:
+        return None
+    wrong = next((line for line in found.splitlines() if line not in stored.splitlines()), None)
+    return f"{wrong.split(b'  ')[1].decode()} has changed" if wrong else f"{SUMS} has changed, or a file is missing"
+
+
+def _hash(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _to_json(progress: Progress, snapshot: str | None) -> dict[str, Any]:
+    fields = progress._asdict()
+    del fields["state"], fields["figures"]
+    return fields | {"snapshot": snapshot, "round_ends": [record._asdict() for record in progress.round_ends]}
+
+
+def _check_room(folder: Path, tree: PyTree) -> None:
+    """Raises before anything is written if the arrays do not fit on the disk, as far as it tells."""
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _failed(partial: Path, error: Exception) -> CheckpointError:
+    """Takes away what a failed save has written, and explains its error in one line."""
+    sys.unraisablehook = lambda _: None  # Orbax's event loop is gone, and what is still under way would say so
+    shutil.rmtree(partial, ignore_errors=True)
+    reason = " ".join(str(error).split())
+    if "No space left" in reason:
+        reason = os.strerror(errno.ENOSPC)
+    return CheckpointError(f"checkpoint {partial.stem} cannot be saved: {reason[:200]}; those before it are whole")

@@ -1,0 +1,223 @@
+"""The commands `python -m cs_jax COMMAND`: what each does between its words and its exit code."""
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from cs_jax import config, console, experiment, run_directory
+from cs_jax import ticket as tickets
+from cs_jax.checkpoints import Checkpoints
+from cs_jax.config import Config, ConfigError
+from cs_jax.data import Data
+from cs_jax.health import Health
+from cs_jax.interrupts import Interrupts, Stopped
+from cs_jax.run_directory import RunDirectory
+from cs_jax.search import NonFiniteLossError, Observers, Problem
+from cs_jax.tracking import TensorBoard, Tracker, Tracking
+
+MODULE = "python -m cs_jax"
+
+
+def run(settings: Config, *, trackers: Sequence[Tracker] = (), terminal: Console | None = None) -> dict[str, Any]:
+    """The whole experiment that a config asks for, from where an earlier process left it, with all its files.
+
+    Args:
+        settings: what is asked.
+        trackers: told of every epoch's figures, beside TensorBoard.
+        terminal: where it is shown; standard output by default.
+
+    Returns:
+        What summary.json holds.
+
+    Raises:
+        ConfigError: it cannot be done as asked.
+        NonFiniteLossError: in which round, epoch and step.
+        Stopped: on SIGINT or SIGTERM, after the run was saved.
+        OSError: a file cannot be written.
+    """
+    started, terminal, path = time.perf_counter(), terminal or Console(), settings.run_directory
+    with Interrupts() as watch, console.warnings_as_lines(terminal), contextlib.ExitStack() as stack:
+        new = not run_directory.holds_run(path)
+        if new:
+            run_directory.check_free(settings)
+            problem, data = experiment.prepare(settings)  # before anything is written
+            directory = stack.enter_context(run_directory.opened(settings, new=True))
+        else:
+            run_directory.check_same(settings)
+            summary = run_directory.read_summary(path)
+            if summary is not None:
+                console.print_result(terminal, summary)
+                say(terminal, f"{path}: finished before, nothing was trained")
+                return summary
+            directory = stack.enter_context(run_directory.opened(settings, new=False))
+            problem, data = experiment.prepare(settings)
+        summary = _train(settings, problem, data, directory, trackers, watch, terminal)
+        directory.write_summary(summary)
+        console.print_result(terminal, summary)
+        if settings.report:
+            write_report(path)
+        say(terminal, f"{path}: {', '.join(directory.files())}; {time.perf_counter() - started:.0f} s")
+    return summary
+
+
+def _train(
+    settings: Config,
+    problem: Problem,
+    data: Data,
+    directory: RunDirectory,
+    trackers: Sequence[Tracker],
+    watch: Interrupts,
+    terminal: Console,
+) -> dict[str, Any]:
+    """What is left of the experiment. However it ends, all that can be saved is."""
+    figures = TensorBoard(directory.path / run_directory.TENSORBOARD_FOLDER)
+    health = Health(settings, 0 if data.validation is None else len(data.validation))
+    with (
+        Checkpoints(settings, problem, directory.path / run_directory.CHECKPOINTS_FOLDER) as checkpoints,
+        Tracking(settings, [figures, *trackers]) as tracking,
+    ):
+        progress = checkpoints.restore()
+        directory.go_on_from(progress)
+        if progress is not None:
+            where = f"{progress.phase_name()}, epoch {progress.epoch}, step {progress.step}"
+            say(terminal, f"goes on from {where}")
+        try:
+            with watch.held(), console.ProgressDisplay(settings, terminal) as display:
+                observers = Observers(directory, tracking, display, health, checkpoints, watch)
+                return experiment.run(settings, problem, data, directory, observers, progress)
+        except Stopped as stop:
+            saved = checkpoints.save_latest()
+            stop.hint = f"; saved: go on with --resume {directory.path}" if saved else "; nothing to save yet"
+            raise
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OSError(f"{error}; the same command goes on from the last checkpoint") from error
+
+
+def write_report(path: Path) -> list[Path]:
+    from cs_jax import report  # matplotlib loads for a while, and only a run's end wants it
+
+    return report.write_report(path)
+
+
+def train(arguments: Sequence[str], *, prog: str) -> None:
+    """search a ticket, rewind it, retrain it, and report; or go on with a run that stopped"""
+    run(config.parse(arguments, prog=prog, stored=run_directory.stored_config))
+
+
+def ticket(arguments: Sequence[str], *, prog: str) -> None:
+    """print what is in a ticket's file"""
+    parser = _parser(prog, ticket)
+    parser.add_argument("file", type=Path, metavar="FILE", help="ticket.safetensors of a run")
+    path = parser.parse_args(arguments).file
+    loaded = tickets.load_ticket(path)
+    Console().print(tickets.describe(loaded, file_size=path.stat().st_size))
+
+
+def verify(arguments: Sequence[str], *, prog: str) -> None:
+    """check a ticket's file, and measure its accuracy on the test set of a data set"""
+    parser = _parser(prog, verify)
+    parser.add_argument("file", type=Path, metavar="FILE", help="ticket.safetensors of a run")
+    parser.add_argument("dataset", metavar="DATASET", help="digits, or a name in TensorFlow Datasets")
+    parser.add_argument("--data-dir", type=Path, help="folder of prepared data sets")
+    parser.add_argument("--batch-size", type=int, default=128, help="images per call (128)")
+    given = parser.parse_args(arguments)
+    loaded = tickets.load_ticket(given.file)
+    asked = Config(dataset=given.dataset, data_dir=given.data_dir, batch_size=given.batch_size)
+    found = experiment.verify(asked, loaded, str(given.file))
+    recorded = (loaded.metadata.get("accuracy") or {}).get("test_accuracy")
+    line = f"{given.file}: whole; density {loaded.density:.2%}, accuracy on the test set of {given.dataset} {found:.2%}"
+    if loaded.metadata.get("dataset") == given.dataset and recorded is not None:
+        line += f", recorded {recorded:.2%}"
+    say(Console(), line)
+
+
+def report(arguments: Sequence[str], *, prog: str) -> None:
+    """write report.html and its plots for one run, or compare several"""
+    parser = _parser(prog, report)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    parser.add_argument("--out", type=Path, help="folder for the comparison of several runs (comparison)")
+    given = parser.parse_args(arguments)
+    if len(given.runs) == 1 and given.out is None:
+        written = write_report(given.runs[0])
+    else:
+        from cs_jax import report as reports
+
+        written = reports.write_comparison(given.runs, given.out or Path("comparison"))
+    for path in written:
+        say(Console(), str(path))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def _parser(prog: str, command: Callable[..., None]) -> argparse.ArgumentParser:
+    return _Parser(prog=prog, description=_about(command))
+
+
+def _about(command: Callable[..., None]) -> str:
+    return (command.__doc__ or "").capitalize() + "."
+
+
+def say(terminal: Console, line: str) -> None:
+    terminal.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"train": train, "ticket": ticket, "verify": verify, "report": report}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `COMMAND words...` and returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(f"usage: {MODULE} COMMAND ...\n")
+        for name, command in COMMANDS.items():
+            print(f"  {name:<8} {command.__doc__}")
+        print(f"\n{MODULE} COMMAND --help tells more.")
+        return 0
+    if words[0] not in COMMANDS:
+        return _complain(MODULE, f"error: got {words[0]!r}, wanted {config.one_of(words[0], COMMANDS)}", 2)
+    return answer(f"{MODULE} {words[0]}", COMMANDS[words[0]], words[1:])
+
+
+def answer(prog: str, command: Callable[..., None], arguments: Sequence[str]) -> int:
+    """Exit code of a command: 2 for words that cannot be used, 1 for what went wrong; both with one line on stderr."""
+    try:
+        command(arguments, prog=prog)
+    except ConfigError as error:
+        return _complain(prog, f"error: {error}", 2)
+    except NonFiniteLossError as error:
+        advice = "the last checkpoint is from before; try a lower --lr, --score-lr or --lmbda in a new run"
+        return _complain(prog, f"stopped: {error}; {advice}", 1)
+    except Stopped as stop:
+        return _complain(prog, f"interrupted by {stop.number.name}{stop.hint}", stop.exit_code)
+    except KeyboardInterrupt:
+        return _complain(prog, "interrupted", 130)
+    except BrokenPipeError:  # nobody reads on, as with `| head`
+        return 1
+    except OSError as error:
+        return _complain(prog, f"error: {error}", 1)
+    return 0
+
+
+def _complain(prog: str, message: str, code: int) -> int:
+    print(f"{prog}: {message}", file=sys.stderr)
+    return code
+
+
+def leave(exit_code: int) -> None:
+    """Ends the process."""
+    if exit_code:  # at once: computations still in flight can crash the interpreter while it is taken down
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(exit_code)

@@ -64,6 +64,9 @@ class Checkpoints(Observer):
         problem: model and data.
         folder: where they are; made with the first.
 
+    Attributes:
+        waited: seconds that training has waited for them.
+
     Raises:
         CheckpointError: from any method, where a save failed: the disk is full, for instance.
     """
@@ -72,6 +75,7 @@ class Checkpoints(Observer):
         self._config, self._problem, self._folder = config, problem, folder
         self._latest: Progress | None = None
         self._saved = ""
+        self.waited = 0.0
         self._next = time.monotonic() + config.checkpoint_seconds
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._worker = ThreadPoolExecutor(1)
@@ -176,8 +180,8 @@ class Checkpoints(Observer):
         name = f"{progress.epochs_done(self._config):05d}-{progress.step:06d}"
         if name == self._saved:
             return
-        self._finish()
         started = time.monotonic()
+        self._finish()
         snapshot = self._save_snapshot(progress.snapshot)
         tree: dict[str, PyTree] = {"state": progress.state}
         if progress.figures:
@@ -185,8 +189,9 @@ class Checkpoints(Observer):
         about = json.dumps(_to_json(progress, snapshot), indent=2) + "\n"
         self._start(tree, self._folder / name, about)
         self._saved = name
-        waited = time.monotonic() - started
-        self._next = started + max(self._config.checkpoint_seconds, waited / MAX_WAIT)
+        took = time.monotonic() - started
+        self.waited += took
+        self._next = started + max(self._config.checkpoint_seconds, took / MAX_WAIT)
 
     def _save_snapshot(self, snapshot: Snapshot | None) -> str | None:
         """Hash of the snapshot's checkpoint, which is made where it is not there yet."""

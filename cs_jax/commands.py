@@ -24,6 +24,13 @@ from cs_jax.tracking import TensorBoard, Tracker, Tracking
 
 MODULE = "python -m cs_jax"
 
+ROUNDING = 0.002
+"""Difference in accuracy that another device's rounding explains."""
+
+
+class AccuracyError(ArithmeticError):
+    """A ticket does not classify as it did when it was made."""
+
 
 def run(settings: Config, *, trackers: Sequence[Tracker] = (), terminal: Console | None = None) -> dict[str, Any]:
     """The whole experiment that a config asks for, from where an earlier process left it, with all its files.
@@ -58,7 +65,7 @@ def run(settings: Config, *, trackers: Sequence[Tracker] = (), terminal: Console
                 return summary
             directory = stack.enter_context(run_directory.opened(settings, new=False))
             problem, data = experiment.prepare(settings)
-        summary = _train(settings, problem, data, directory, trackers, watch, terminal)
+        summary = go_on(settings, problem, data, directory, trackers, watch, terminal)
         directory.write_summary(summary)
         console.print_result(terminal, summary)
         if settings.report:
@@ -67,7 +74,7 @@ def run(settings: Config, *, trackers: Sequence[Tracker] = (), terminal: Console
     return summary
 
 
-def _train(
+def go_on(
     settings: Config,
     problem: Problem,
     data: Data,
@@ -135,9 +142,11 @@ def verify(arguments: Sequence[str], *, prog: str) -> None:
     found = experiment.verify(asked, loaded, str(given.file))
     recorded = (loaded.metadata.get("accuracy") or {}).get("test_accuracy")
     line = f"{given.file}: whole; density {loaded.density:.2%}, accuracy on the test set of {given.dataset} {found:.2%}"
-    if loaded.metadata.get("dataset") == given.dataset and recorded is not None:
-        line += f", recorded {recorded:.2%}"
-    say(Console(), line)
+    if loaded.metadata.get("dataset") != given.dataset or recorded is None:
+        return say(Console(), line)
+    say(Console(), f"{line}, recorded {recorded:.2%}")
+    if abs(found - recorded) > ROUNDING:
+        raise AccuracyError(f"{given.file}: accuracy {found:.2%} is not the recorded one, {recorded:.2%}")
 
 
 def report(arguments: Sequence[str], *, prog: str) -> None:
@@ -199,6 +208,8 @@ def answer(prog: str, command: Callable[..., None], arguments: Sequence[str]) ->
     except NonFiniteLossError as error:
         advice = "the last checkpoint is from before; try a lower --lr, --score-lr or --lmbda in a new run"
         return _complain(prog, f"stopped: {error}; {advice}", 1)
+    except AccuracyError as error:
+        return _complain(prog, f"error: {error}", 1)
     except Stopped as stop:
         return _complain(prog, f"interrupted by {stop.number.name}{stop.hint}", stop.exit_code)
     except KeyboardInterrupt:

@@ -1,0 +1,283 @@
+"""`python -m cs_jax`, signals, and runs that go on, as users meet them."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import kill_resume
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import cs_jax
+from cs_jax import commands, config, run_directory
+from cs_jax.run_directory import METRICS_FILE, PREDICTIONS_FILE, SCORE_EDGES, SCORES_FILE, TICKET_FILE
+from cs_jax.tracking import Tracker
+
+QUICK = "--model lenet300100 --epochs 2 --rounds 2 --rewind-epoch 1 --lr 0.01 --no-dense --no-report".split()
+LONG = [*QUICK, "--epochs", "500", "--checkpoint-seconds", "0"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "run"
+    assert commands.main(["train", *QUICK, "--out", str(folder)]) == 0
+    return folder
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_the_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.main(["--help"]) == commands.main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} +\w", shown, re.MULTILINE) for name in ("train", "ticket", "verify", "report"))
+
+
+@pytest.mark.parametrize("name", ["train", "ticket", "verify", "report"])
+def test_each_command_has_a_help_of_its_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        commands.main([name, "--help"])
+    assert not stop.value.code and f"python -m cs_jax {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["tran"], "python -m cs_jax: error: got 'tran', wanted one of train, ticket, verify, report (did you mean"),
+        (["ticket"], "python -m cs_jax ticket: error: the following arguments are required: FILE"),
+        (["ticket", "nowhere"], "python -m cs_jax ticket: error: nowhere: "),
+        (["verify", "nowhere", "digits"], "python -m cs_jax verify: error: nowhere: "),
+        (["report", "nowhere"], "python -m cs_jax report: error: "),
+        (["train", "--epoch", "3"], "python -m cs_jax train: error: Unrecognized options: --epoch"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert commands.main(words) == 2
+    assert one_line(capsys).startswith(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ticket_prints_what_is_in_a_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.main(["ticket", str(run / TICKET_FILE)]) == 0
+    shown = capsys.readouterr().out
+    density = json.loads((run / "summary.json").read_text())["ticket"]["density"]
+    assert "lenet300100" in shown and "hidden1/kernel" in shown and f"{density:.2%}" in shown
+
+
+def test_verify_measures_the_accuracy_that_was_recorded(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.main(["verify", str(run / TICKET_FILE), "digits", "--batch-size", "100"]) == 0
+    accuracy = json.loads((run / "summary.json").read_text())["ticket"]["test_accuracy"]
+    line = capsys.readouterr().out
+    assert f"accuracy on the test set of digits {accuracy:.2%}, recorded {accuracy:.2%}" in line
+
+
+def saved_again(run: Path, path: Path, **changes: Any) -> Path:
+    """The run's ticket with other metadata."""
+    ticket = cs_jax.load_ticket(run / TICKET_FILE)
+    cs_jax.save_ticket(path, **ticket.variables, metadata=ticket.metadata | changes)
+    return path
+
+
+def test_verify_tells_an_accuracy_that_is_not_the_recorded_one(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = saved_again(run, tmp_path / "other.safetensors", accuracy={"val_accuracy": 0.1, "test_accuracy": 0.25})
+    assert commands.main(["verify", str(other), "digits"]) == 1
+    shown = capsys.readouterr()
+    assert "recorded 25.00%" in shown.out
+    assert shown.err.startswith("python -m cs_jax verify: error: ") and "is not the recorded one, 25.00%" in shown.err
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model": None}, "is of a model of its maker's own, wanted a ticket that train.py wrote"),
+        ({"normalization": None}, "wanted a ticket that train.py wrote"),
+        (
+            {"model": {"name": "lenet300100", "num_classes": 10, "image_shape": [4, 16, 1]}, "classes": None},
+            "is for images of shape (4, 16, 1), but digits has images of shape (8, 8, 1)",
+        ),
+    ],
+)
+def test_verify_refuses_a_ticket_for_something_else(
+    changes: dict[str, Any], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = {name: value for name, value in changes.items() if value is not None}
+    ticket = cs_jax.load_ticket(run / TICKET_FILE)
+    metadata = {name: value for name, value in ticket.metadata.items() if name not in changes} | kept
+    path = tmp_path / "other.safetensors"
+    cs_jax.save_ticket(path, **ticket.variables, metadata=metadata)
+    assert commands.main(["verify", str(path), "digits"]) == 2
+    assert message in one_line(capsys)
+
+
+def test_the_ticket_of_a_run_holds_what_its_files_say(run: Path) -> None:
+    ticket = cs_jax.load_ticket(run / TICKET_FILE)
+    summary = json.loads((run / "summary.json").read_text())
+    assert ticket.density == summary["ticket"]["density"] == cs_jax.density(ticket.variables["masks"])
+    assert ticket.rewound is not None and ticket.model == cs_jax.models.LeNet300100(num_classes=10)
+    stored = json.loads((run / "config.json").read_text())
+    assert ticket.metadata["config"].items() <= stored.items()
+    text = (run / TICKET_FILE).read_bytes()
+    assert str(run).encode() not in text and b"data_dir" not in text and b'"out"' not in text
+
+
+def test_predictions_are_those_of_the_ticket_in_the_file(run: Path) -> None:
+    predictions = safetensors.numpy.load_file(run / PREDICTIONS_FILE)
+    summary = json.loads((run / "summary.json").read_text())
+    wrong = predictions["predicted"] != predictions["labels"]
+    assert 1 - wrong.mean() == pytest.approx(summary["ticket"]["test_accuracy"], abs=1e-12)
+    mistakes = predictions["mistakes"]
+    assert wrong[mistakes].all() and len(mistakes) == min(wrong.sum(), 24) == len(predictions["images"])
+    assert (np.diff(predictions["confidence"][mistakes]) <= 0).all()
+
+
+def test_histograms_of_scores_count_what_is_kept(run: Path) -> None:
+    stored = json.loads((run / SCORES_FILE).read_text())
+    metrics = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
+    assert stored["edges"] == SCORE_EDGES.tolist() and [entry["round"] for entry in stored["rounds"]] == [0, 1]
+    above = np.array(stored["edges"][:-1]) >= 0
+    for entry, last in zip(stored["rounds"], (metrics[1], metrics[3]), strict=True):
+        for name, counts in entry["end"].items():
+            size = {"hidden0/kernel": 64 * 300, "hidden1/kernel": 300 * 100}[name]
+            assert sum(counts) == size == sum(entry["start"][name])
+            assert sum(np.array(counts)[above]) / size == last["layer_density"][name]
+
+
+@pytest.mark.parametrize("score, bin", [(0.0, 64), (1e-9, 65), (-1e-9, 64), (1e9, 129), (-1e9, 0), (-1e-3, 55)])
+def test_a_score_of_zero_counts_as_removed_and_none_is_lost(score: float, bin: int) -> None:
+    counts = run_directory.score_counts(jax.numpy.full((3,), score))
+    assert counts.sum() == 3 == counts[bin]
+    lower, upper = SCORE_EDGES[bin], SCORE_EDGES[bin + 1]
+    assert lower < np.clip(np.float32(score), -9999, 9999) <= upper
+
+
+class Listed(Tracker):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def log(self, step: int, scalars: Any, histograms: Any) -> None:
+        assert step == len(self.losses)
+        self.losses += [value for tag, value in scalars.items() if tag.endswith("/loss")]
+
+
+def test_a_run_from_python_tells_its_trackers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = Listed()
+    summary = commands.run(config.parse([*QUICK, "--out", str(tmp_path / "run")]), trackers=[tracker])
+    metrics = [json.loads(line) for line in (tmp_path / "run" / METRICS_FILE).read_text().splitlines()]
+    assert tracker.losses == [line["loss"] for line in metrics]
+    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+
+
+@contextlib.contextmanager
+def started(folder: Path, *words: str) -> Any:
+    """A long run in a process of its own, in its first epochs."""
+    command = [sys.executable, "-m", "cs_jax", "train", *LONG, *words, "--out", "run"]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        while not process.stdout.readline().startswith("search 0"):
+            assert process.poll() is None, process.communicate()
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_sigterm_saves_and_exits_with_143_and_the_run_goes_on(tmp_path: Path) -> None:
+    with started(tmp_path) as process:
+        asked = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    assert time.monotonic() - asked < 10
+    assert process.returncode == 143
+    assert error == "python -m cs_jax train: interrupted by SIGTERM; saved: go on with --resume run\n"
+    epochs = (tmp_path / "run" / METRICS_FILE).read_text().count("\n")
+    command = [sys.executable, "-m", "cs_jax", "train", "--resume", "run"]
+    again = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert again.stdout is not None
+    first = again.stdout.readline()
+    again.kill()
+    again.communicate()
+    assert re.fullmatch(rf"goes on from search 0, epoch {epochs}, step \d+\n", first)
+
+
+def test_a_second_process_is_refused_with_the_first_ones_id(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with started(tmp_path) as process:
+        before = set((tmp_path / "run").iterdir()) - {tmp_path / "run" / METRICS_FILE}
+        assert commands.main(["train", "--resume", "run"]) == 2
+        assert f"which process {process.pid} on host" in one_line(capsys)
+        assert before <= set((tmp_path / "run").iterdir())
+        assert process.poll() is None
+
+
+def test_a_second_sigint_ends_the_process_at_once_even_while_it_computes(tmp_path: Path) -> None:
+    script = (
+        "import time, signal, os, ctypes\n"
+        "from cs_jax.interrupts import Interrupts\n"
+        "with Interrupts() as watch, watch.held():\n"
+        "    print('ready', flush=True)\n"
+        "    ctypes.CDLL(None).usleep.argtypes = [ctypes.c_uint]\n"
+        "    deadline = time.monotonic() + 30\n"
+        "    while time.monotonic() < deadline: ctypes.CDLL(None).usleep(20_000_000)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=5)
+    assert (process.returncode, error) == (130, "ended at once; the same command goes on from the last checkpoint\n")
+
+
+def test_metrics_that_lack_epochs_are_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / "summary.json").unlink()
+    (folder / METRICS_FILE).write_text("")
+    assert commands.main(["train", "--resume", str(folder)]) == 2
+    assert "whose metrics.jsonl is damaged: it lacks some of the 6 epochs done" in one_line(capsys)
+
+
+def test_a_half_written_line_of_metrics_is_written_again(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    before = (folder / METRICS_FILE).read_bytes()
+    for name in ("summary.json", TICKET_FILE):
+        (folder / name).unlink()
+    with open(folder / METRICS_FILE, "ab") as file:
+        file.write(b'{"phase": "tick')
+    assert commands.main(["train", "--resume", str(folder)]) == 0
+    assert (folder / METRICS_FILE).read_bytes() == before
+    assert (folder / TICKET_FILE).read_bytes() == (run / TICKET_FILE).read_bytes()
+
+
+@pytest.mark.slow
+def test_runs_that_are_killed_at_any_moment_end_with_the_same_bytes(capfd: pytest.CaptureFixture[str]) -> None:
+    """SIGKILL on a real run: anywhere, in the search, at the reset, at the rewind, in the retraining, while saving."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    words = "digits --epochs 4 --lr-schedule 3 --lr-drops 0.1 --no-dense --no-report --checkpoint-seconds 0.3".split()
+    assert kill_resume.main(6, signal.SIGKILL, seed=0, words=words) == 0
+    assert capfd.readouterr().out.splitlines()[-1] == "6 of 6 ended with the same bytes"

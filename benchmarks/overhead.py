@@ -63,6 +63,7 @@ def measure(kind: str, settings: Config, problem: Problem, data: Data) -> tuple[
     with tempfile.TemporaryDirectory() as folder:
         settings = dataclasses.replace(settings, out=Path(folder) / "run")
         with run_directory.opened(settings, new=True) as directory:
+            directory.begin("")
             started = time.perf_counter()
             waited = run(kind, settings, problem, data, directory)
             return time.perf_counter() - started, waited

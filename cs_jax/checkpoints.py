@@ -104,7 +104,8 @@ class Checkpoints(Observer):
 
     def on_steps(self, progress: Progress, total: int) -> None:
         self._latest = progress
-        if self._due() and progress.step % self._config.checkpoint_steps == 0 and progress.step < total:
+        steps, before = self._config.checkpoint_steps, progress.step - progress.figures[-1].loss.size
+        if progress.step // steps > before // steps and progress.step < total and self._due():
             search.check_finite(progress)
             self._save(progress)
 

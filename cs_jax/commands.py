@@ -15,7 +15,7 @@ from cs_jax import config, console, experiment, run_directory
 from cs_jax import ticket as tickets
 from cs_jax.checkpoints import Checkpoints
 from cs_jax.config import Config, ConfigError
-from cs_jax.data import Data
+from cs_jax.data import Data, fingerprint
 from cs_jax.health import Health
 from cs_jax.interrupts import Interrupts, Stopped
 from cs_jax.run_directory import RunDirectory
@@ -56,15 +56,20 @@ def run(settings: Config, *, trackers: Sequence[Tracker] = (), terminal: Console
             run_directory.check_free(settings)
             problem, data = experiment.prepare(settings)  # before anything is written
             directory = stack.enter_context(run_directory.opened(settings, new=True))
+            directory.begin(fingerprint(data))
         else:
             run_directory.check_same(settings)
             summary = run_directory.read_summary(path)
             if summary is not None:
                 console.print_result(terminal, summary)
+                if settings.report and not (path / run_directory.REPORT_FILE).exists():
+                    write_report(path)
                 say(terminal, f"{path}: finished before, nothing was trained")
                 return summary
             directory = stack.enter_context(run_directory.opened(settings, new=False))
             problem, data = experiment.prepare(settings)
+            for name, (began, now) in directory.check_same(fingerprint(data)).items():
+                say(terminal, f"goes on with {name} {now}, began with {began}: figures may differ in the last digits")
         summary = go_on(settings, problem, data, directory, trackers, watch, terminal)
         directory.write_summary(summary)
         console.print_result(terminal, summary)

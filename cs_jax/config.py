@@ -141,7 +141,7 @@ class Config:
     """Checkpoints to keep, the newest; the weights to rewind to are kept besides."""
 
     checkpoint_steps: int = 100
-    """Steps between checkpoints inside an epoch; each epoch's end may have one too."""
+    """Steps between checkpoints inside an epoch, on an accelerator a hundred at least; its end may have one too."""
 
     report: bool = True
     """Write report.html and its plots at the end."""

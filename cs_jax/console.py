@@ -86,7 +86,8 @@ class ProgressDisplay(Observer):
         self._bar.stop()
 
     def on_phase_start(self, progress: Progress) -> None:
-        self._bar.update(self._task, completed=progress.epochs_done(self._config))
+        if not self._bar.tasks[0].completed:  # what an earlier process did says nothing of the time left
+            self._bar.reset(self._task, completed=progress.epochs_done(self._config))
 
     def on_steps(self, progress: Progress, total: int) -> None:
         if self._bar.disable or time.monotonic() < self._next_refresh:

@@ -15,7 +15,7 @@ import safetensors.numpy
 
 import cs_jax
 from cs_jax import config as config_module
-from cs_jax import trees
+from cs_jax import files, trees
 from cs_jax.config import FREE, Config, ConfigError, flag
 from cs_jax.lock import Lock
 from cs_jax.search import SEARCH, EpochRecord, Observer, Progress
@@ -53,8 +53,8 @@ def _stored(path: Path, given_by: str) -> dict[str, Any]:
     """Settings out of config.json, which is of this version."""
     try:
         stored = json.loads((path / CONFIG_FILE).read_text())
-        made_with = stored.pop("versions")
-        version = made_with["cs_jax"]
+        version = stored.pop("versions")["cs_jax"]
+        stored.pop("data")
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{given_by}: got {path}, which holds no run, wanted a folder with {CONFIG_FILE}") from None
     except OSError as error:
@@ -120,7 +120,7 @@ def check_free(config: Config) -> None:
 
 @contextlib.contextmanager
 def opened(config: Config, *, new: bool) -> Iterator["RunDirectory"]:
-    """A run's directory, locked for this process: a new one with its first files, or that of a run to go on with.
+    """A run's directory, locked for this process: an empty one to begin in, or that of a run to go on with.
 
     Raises:
         ConfigError: the directory or a file in it cannot be made, or another process writes to it.
@@ -133,10 +133,7 @@ def opened(config: Config, *, new: bool) -> Iterator["RunDirectory"]:
     with Lock(path / LOCK_FILE):
         if new and holds_run(path):
             raise ConfigError(f"--out: got {path}, where another process has just begun a run")
-        directory = RunDirectory(config)
-        if new:
-            directory.begin()
-        yield directory
+        yield RunDirectory(config)
 
 
 class RunDirectory(Observer):
@@ -150,19 +147,40 @@ class RunDirectory(Observer):
         self._config = config
         self.path = config.run_directory
 
-    def begin(self) -> None:
+    def begin(self, fingerprint: str) -> None:
         """Writes what is known before the first step.
+
+        Args:
+            fingerprint: of the data.
 
         Raises:
             ConfigError: it cannot be written.
         """
-        asked = {**config_module.to_json(self._config), "versions": versions()}
+        asked = {**config_module.to_json(self._config), "data": fingerprint, "versions": versions()}
         try:
             (self.path / METRICS_FILE).touch()
             self._write_json(SCORES_FILE, {"edges": SCORE_EDGES.tolist(), "rounds": []})
             self._write_json(CONFIG_FILE, asked)
         except OSError as error:
             raise ConfigError(f"--out: got {self.path}, which cannot be written: {error.strerror}") from error
+
+    def check_same(self, fingerprint: str) -> dict[str, tuple[str, str]]:
+        """Versions that differ from those that the run began with, as (what it began with, what this is).
+
+        Raises:
+            ConfigError: these are not the data that it began with.
+        """
+        began = json.loads((self.path / CONFIG_FILE).read_text())
+        if began["data"] != fingerprint:
+            raise ConfigError(
+                f"--data-dir: got other examples of {self._config.dataset} than {self.path} began with, wanted the same"
+            )
+        now = versions()
+        return {
+            name: (began["versions"].get(name, "none"), now[name])
+            for name in now
+            if began["versions"].get(name) != now[name]
+        }
 
     def go_on_from(self, progress: Progress | None) -> None:
         """Takes back what was written after a checkpoint: those epochs come again.
@@ -210,26 +228,16 @@ class RunDirectory(Observer):
 
     def files(self) -> list[str]:
         """Names of what is there."""
-        return sorted(path.name for path in self.path.iterdir() if path.name != LOCK_FILE)
+        return sorted(path.name for path in self.path.glob("[!.]*") if path.name != LOCK_FILE)
 
     def write_predictions(self, arrays: Mapping[str, np.ndarray]) -> None:
-        self._write(PREDICTIONS_FILE, safetensors.numpy.save(dict(arrays)))
+        files.write_whole(self.path / PREDICTIONS_FILE, safetensors.numpy.save(dict(arrays)))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         self._write_json(SUMMARY_FILE, summary)
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        self._write(name, (json.dumps(content, indent=2) + "\n").encode())
-
-    def _write(self, name: str, content: bytes) -> None:
-        """Writes a file whole or not at all."""
-        partial = self.path / f"{name}.partial"
-        try:
-            partial.write_bytes(content)
-            os.replace(partial, self.path / name)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+        files.write_whole(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def score_counts(scores: jax.Array) -> np.ndarray:

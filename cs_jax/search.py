@@ -213,8 +213,8 @@ def search_ticket(
     if chosen.budgets:
         budget.warn_if_soft(chosen, scores, config.final_temp)
     assert progress.snapshot is not None
-    masks = budget.ticket_masks(chosen, scores, init_value=config.mask_initial_value)
-    return Ticket(progress.snapshot, masks), progress.round_ends
+    hard_masks = budget.ticket_masks(chosen, scores, init_value=config.mask_initial_value)
+    return Ticket(progress.snapshot, hard_masks), progress.round_ends
 
 
 def next_round(config: Config, progress: Progress) -> Progress:
@@ -289,59 +289,35 @@ def _phase(config: Config, problem: Problem, progress: Progress, observer: Obser
 
 def _epoch(config: Config, problem: Problem, progress: Progress, observer: Observer) -> Progress:
     """What is left of an epoch, and its evaluation."""
-    started = time.perf_counter() - progress.seconds
-    epoch, hyper = progress.epoch, hyperparams(config, progress.phase, progress.epoch)
-    order = np.asarray(problem.epoch_order(min(progress.number(config), config.rounds), epoch))
-    if progress.round == 0 and epoch == config.rewind_epoch and progress.snapshot is None:
+    if progress.round == 0 and progress.epoch == config.rewind_epoch and progress.snapshot is None:
         progress = progress._replace(snapshot=take_snapshot(progress.state))
-    progress = _steps(config, problem, progress, observer, order, hyper, started)
-    state, training_seconds = progress.state, time.perf_counter() - started
+    progress = _steps(config, problem, progress, observer)
+    state = progress.state
     if config.target_density is not None and state.scores:
         held = budget.hold_density(selection(config, state.scores), state.scores, progress.round, config.rounds)
         state = state.replace(scores=held)
-    metrics = step_figures(progress)
-    sizes = np.full(metrics.loss.shape, config.batch_size)
-    sizes[-1] = len(order) - sizes[:-1].sum()
-    soft, hard, densities = _evaluate(config, problem, state, hyper, observer)
-    searching = progress.phase == SEARCH
-    record = EpochRecord(
-        phase=progress.phase,
-        round=progress.round,
-        epoch=epoch,
-        temperature=schedules.temperature(epoch, config.epochs, config.final_temp) if searching else None,
-        learning_rate=_learning_rate(config, epoch, config.lr),
-        loss=float(np.average(metrics.loss, weights=sizes)),
-        penalty=float(np.average(metrics.penalty, weights=sizes)),
-        **densities,
-        soft_accuracy=soft,
-        hard_accuracy=hard,
-        images_per_second=len(order) / training_seconds,
-        seconds=time.perf_counter() - started,
-    )
-    ends = (*progress.round_ends, record) if searching and epoch == config.epochs - 1 else progress.round_ends
-    progress = progress._replace(epoch=epoch + 1, step=0, state=state, round_ends=ends, figures=(), seconds=0.0)
+    record = _record(config, problem, progress, state, observer)
+    epoch, ends = progress.epoch + 1, progress.round_ends
+    if progress.phase == SEARCH and epoch == config.epochs:
+        ends = (*ends, record)
+    progress = progress._replace(epoch=epoch, step=0, state=state, round_ends=ends, figures=(), seconds=0.0)
     observer.on_epoch_end(record, progress)
     return progress
 
 
-def _steps(
-    config: Config,
-    problem: Problem,
-    progress: Progress,
-    observer: Observer,
-    order: np.ndarray,
-    hyper: Hyperparams,
-    started: float,
-) -> Progress:
+def _steps(config: Config, problem: Problem, progress: Progress, observer: Observer) -> Progress:
     """What is left of an epoch's steps."""
+    started = time.perf_counter() - progress.seconds
+    number = min(progress.number(config), config.rounds)  # the dense network sees the ticket's batches
+    order = problem.epoch_order(number, progress.epoch)
     num_steps = -(-len(order) // config.batch_size)
     calls = training.train_epoch(
         problem.recipe,
         progress.state,
         problem.train,
         order,
-        _key(problem.key, "augment", min(progress.number(config), config.rounds)),
-        hyper,
+        _key(problem.key, "augment", number),
+        hyperparams(config, progress.phase, progress.epoch),
         batch_size=config.batch_size,
         first_step=progress.step,
     )
@@ -353,7 +329,31 @@ def _steps(
         progress = progress._replace(step=done, state=state, figures=figures, seconds=seconds)
         observer.on_steps(progress, num_steps)
     check_finite(progress)
-    return progress
+    return progress._replace(seconds=time.perf_counter() - started)
+
+
+def _record(config: Config, problem: Problem, progress: Progress, state: TrainState, observer: Observer) -> EpochRecord:
+    """What is reported of an epoch whose steps are done; evaluates `state`."""
+    started, epoch = time.perf_counter(), progress.epoch
+    metrics = step_figures(progress)
+    sizes = np.full(metrics.loss.shape, config.batch_size)
+    sizes[-1] = len(problem.train) - sizes[:-1].sum()
+    soft, hard, densities = _evaluate(config, problem, state, hyperparams(config, progress.phase, epoch), observer)
+    searching = progress.phase == SEARCH
+    return EpochRecord(
+        phase=progress.phase,
+        round=progress.round,
+        epoch=epoch,
+        temperature=schedules.temperature(epoch, config.epochs, config.final_temp) if searching else None,
+        learning_rate=_learning_rate(config, epoch, config.lr),
+        loss=float(np.average(metrics.loss, weights=sizes)),
+        penalty=float(np.average(metrics.penalty, weights=sizes)),
+        **densities,
+        soft_accuracy=soft,
+        hard_accuracy=hard,
+        images_per_second=len(problem.train) / progress.seconds,
+        seconds=progress.seconds + time.perf_counter() - started,
+    )
 
 
 def step_figures(progress: Progress) -> StepMetrics:

@@ -26,6 +26,7 @@ import numpy as np
 
 from cs_jax import ticket
 from cs_jax.models import MODELS
+from cs_jax.ticket_checks import COMPACT, FULL
 
 MAX_SECONDS, MAX_MEGABYTES = 1.0, 200.0
 
@@ -47,9 +48,9 @@ def write_tickets(folder: Path) -> list[Path]:
     """A network of the library's and one of somebody's own, whose masks end inside a byte, in both forms."""
     paths = []
     for name, content in (("resnet6", resnet6()), ("own", own_network())):
-        for form in (ticket.FULL, ticket.COMPACT):
+        for form in (FULL, COMPACT):
             paths.append(folder / f"{name}-{form}.safetensors")
-            ticket.save_ticket(paths[-1], **content, compact=form == ticket.COMPACT)
+            ticket.save_ticket(paths[-1], **content, compact=form == COMPACT)
     return paths
 
 
@@ -281,7 +282,7 @@ def with_an_axis_more(content: bytes, rng: Rng) -> bytes:
 def _is_free(name: str, parts: Parts) -> bool:
     """Whether nothing fixes an array's shape: in a compact file of a network that is not named."""
     masked = any(name.endswith("/" + layer) for layer in parts.about["layers"])
-    return "model" not in parts.about and parts.about["form"] == ticket.COMPACT and not masked
+    return "model" not in parts.about and parts.about["form"] == COMPACT and not masked
 
 
 def with_other_offsets(content: bytes, rng: Rng) -> bytes:
@@ -340,7 +341,7 @@ def with_other_kept_weights(content: bytes, rng: Rng) -> bytes:
     name = "params/" + layer
     array = parts.arrays[name]
     size = len(array.data) // math.prod(array.shape)
-    if parts.about["form"] == ticket.COMPACT:
+    if parts.about["form"] == COMPACT:
         data = array.data + array.data[:size] if rng.random() < 0.5 else array.data[size:]
         parts.arrays[name] = array._replace(shape=[len(data) // size], data=data)
     else:

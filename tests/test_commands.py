@@ -262,11 +262,8 @@ def test_metrics_that_lack_epochs_are_told(run: Path, tmp_path: Path, capsys: py
 
 
 def test_a_half_written_line_of_metrics_is_written_again(run: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(run, folder)
+    folder = unfinished(run, tmp_path)
     before = (folder / METRICS_FILE).read_bytes()
-    for name in ("summary.json", TICKET_FILE):
-        (folder / name).unlink()
     with open(folder / METRICS_FILE, "ab") as file:
         file.write(b'{"phase": "tick')
     assert commands.main(["train", "--resume", str(folder)]) == 0
@@ -281,3 +278,40 @@ def test_runs_that_are_killed_at_any_moment_end_with_the_same_bytes(capfd: pytes
     words = "digits --epochs 4 --lr-schedule 3 --lr-drops 0.1 --no-dense --no-report --checkpoint-seconds 0.3".split()
     assert kill_resume.main(6, signal.SIGKILL, seed=0, words=words) == 0
     assert capfd.readouterr().out.splitlines()[-1] == "6 of 6 ended with the same bytes"
+
+
+def unfinished(run: Path, tmp_path: Path) -> Path:
+    """A copy of a run that has everything but its end."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    for name in ("summary.json", TICKET_FILE):
+        (folder / name).unlink()
+    return folder
+
+
+def test_a_run_goes_on_with_other_versions_and_says_so(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = unfinished(run, tmp_path)
+    stored = json.loads((folder / "config.json").read_text())
+    stored["versions"]["optax"] = "0.0.1"
+    (folder / "config.json").write_text(json.dumps(stored))
+    assert commands.main(["train", "--resume", str(folder)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("goes on with")]
+    assert len(lines) == 1 and re.fullmatch(r"goes on with optax [\d.]+, began with 0.0.1: figures may .*", lines[0])
+
+
+def test_a_run_does_not_go_on_with_other_data(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = unfinished(run, tmp_path)
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**stored, "data": "0" * 64}))
+    assert commands.main(["train", "--resume", str(folder)]) == 2
+    assert f"--data-dir: got other examples of digits than {folder} began with, wanted the same" in one_line(capsys)
+
+
+def test_a_finished_run_without_its_report_gets_one(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    assert not (folder / "report.html").exists()
+    assert commands.main(["train", "--resume", str(folder), "--report"]) == 0
+    assert "<title>" in (folder / "report.html").read_text()

@@ -2,7 +2,10 @@
 
 import dataclasses
 import io
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,11 +36,12 @@ def test_every_flag_overrides_its_field() -> None:
         "cifar10 --batch-size 7 --epochs 9 --rounds 3 --lr 0.2 --lr-schedule 1 3 5 --lr-drops 0.5 0.4 0.3 --decay 0 "
         "--rewind-epoch 4 --lmbda 1e-3 --final-temp 1 --mask-initial-value -0.3 --val-set-size 0 --seed 5 "
         "--reset released --model resnet8 --dataset fashion_mnist --data-dir d --max-train-examples 11 --dense "
-        "--score-lr 2 --augment none --out o --target-density 0.3 --allow-empty-layers"
+        "--score-lr 2 --augment none --out o --target-density 0.3 --allow-empty-layers --keep 4 --checkpoint-steps 5 "
+        "--checkpoint-seconds 0 --no-report"
     )
     parsed = parse(words.split())
     changed = [f.name for f in dataclasses.fields(Config) if getattr(parsed, f.name) != getattr(Config(), f.name)]
-    assert changed == [f.name for f in dataclasses.fields(Config) if f.name != "preset"]
+    assert changed == [f.name for f in dataclasses.fields(Config) if f.name not in ("preset", "resume")]
     assert parsed.lr_schedule == (1, 3, 5)
     assert parsed.mask_initial_value == -0.3
 
@@ -140,3 +144,33 @@ def test_a_config_made_in_python_is_checked_too() -> None:
         Config(lr=math.nan)
     with pytest.raises(ConfigError, match="--reset: got 'both', wanted one of paper, released"):
         Config(reset="both")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *config.PRESETS.values(),
+        Config(out=Path("a b"), data_dir=Path("/c"), lr_schedule=(), lr_drops=(), lr=0.1 + 0.2, target_density=1 / 3),
+        Config(max_train_examples=7, score_lr=1, reset="released", dense=True, report=False),
+    ],
+)
+def test_a_stored_config_is_the_same_when_it_is_read(settings: Config) -> None:
+    assert config.from_json(json.loads(json.dumps(config.to_json(settings)))) == settings
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("epochs", 2.5), ("epochs", True), ("dense", 1), ("lr", "0.1"), ("lr_schedule", [1.5]), ("model", 3), ("out", 1)],
+)
+def test_a_stored_config_of_another_type_is_told(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"stored settings have {name} "):
+        config.from_json({**config.to_json(Config()), name: value})
+
+
+@pytest.mark.parametrize("words", ["--resume runs/a --keep 5", "--keep=5 --resume=runs/a"])
+def test_resume_takes_the_settings_of_the_run_and_flags_override_them(words: str) -> None:
+    asked = []
+    stored = Config(epochs=3, seed=8)
+    found = parse(words.split(), stored=lambda path: asked.append(path) or stored)
+    assert asked == [Path("runs/a")]
+    assert found == dataclasses.replace(stored, out=Path("runs/a"), keep=5)

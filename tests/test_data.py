@@ -25,6 +25,19 @@ def split(labels: list[int], size: int, seed: int = 0) -> tuple[np.ndarray, np.n
     return data.split_validation(settings, np.array(labels), np.random.default_rng(seed))
 
 
+def test_the_fingerprint_tells_data_apart() -> None:
+    loaded = data.load(config.parse([]))
+    same, other = data.load(config.parse([])), data.load(config.parse(["--seed", "1"]))
+    assert data.fingerprint(loaded) == data.fingerprint(same) != data.fingerprint(other)
+    changed = dataclasses.replace(loaded, test=loaded.test.replace(labels=loaded.test.labels.at[-1].add(1)))
+    assert data.fingerprint(changed) != data.fingerprint(loaded)
+
+
+def test_the_test_set_is_read_alone() -> None:
+    split, classes = data.load_test(config.parse([]))
+    assert (split.images.shape, classes) == ((360, 8, 8, 1), tuple("0123456789"))
+
+
 def test_validation_is_drawn_evenly_over_classes() -> None:
     labels = [0] * 50 + [1] * 30 + [2] * 20
     validation, train = split(labels, 30)

@@ -176,7 +176,10 @@ def test_a_repeated_run_is_identical_and_another_seed_is_not(problem: Problem) -
     other = run(CONFIG, dataclasses.replace(problem, key=jax.random.key(4)))
     assert_equal(first[0], second[0])
     assert_equal(copy(first[1]), copy(second[1]))
-    without_time = [[record._replace(seconds=0.0, images_per_second=0.0) for record in result[2].records] for result in (first, second, other)]
+    without_time = [
+        [record._replace(seconds=0.0, images_per_second=0.0) for record in history.records]
+        for _, _, history in (first, second, other)
+    ]
     assert without_time[0] == without_time[1] != without_time[2]
 
 

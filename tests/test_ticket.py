@@ -23,7 +23,7 @@ from flax import linen as nn
 from rich.console import Console
 
 from cs_jax import masks as masks_module
-from cs_jax import ticket
+from cs_jax import ticket, trees
 from cs_jax.config import ConfigError
 from cs_jax.layers import MaskedDense
 from cs_jax.models import MODELS
@@ -574,6 +574,6 @@ def test_the_guide_runs_and_its_ten_lines_load_what_load_ticket_loads(
         exec(loader.replace("ticket.safetensors", path), found)
         loaded = load_ticket(path)
         expected = bits_of(loaded.variables) + bits_of({"rewound": loaded.rewound})
-        nested = ticket.trees.nest({tuple(name.split("/")): array for name, array in found["arrays"].items()})
+        nested = trees.nest({tuple(name.split("/")): array for name, array in found["arrays"].items()})
         rewound = nested.pop("rewound", None)
         assert bits_of(nested) + bits_of({"rewound": rewound}) == expected and found["about"] == loaded.metadata

@@ -20,6 +20,7 @@ from rich.console import Console
 
 import train
 from cs_jax import apply_masks, config, console, experiment, search
+from cs_jax.data import fingerprint
 from cs_jax.interrupts import Interrupts, Stopped
 from cs_jax.run_directory import TICKET_FILE, opened
 
@@ -88,6 +89,7 @@ def test_test_accuracy_is_that_of_the_retrained_ticket_on_the_test_set(
     retrain = search.retrain
     monkeypatch.setattr(search, "retrain", lambda *args, **kwargs: states.append(retrain(*args, **kwargs)) or states[0])
     with opened(settings, new=True) as directory:
+        directory.begin(fingerprint(data))
         summary = experiment.run(settings, problem, data, directory, search.Observer())
     weights = jax.tree.map(np.asarray, apply_masks(states[0].params, states[0].masks))
     x = (np.asarray(data.test.images, np.float32) - np.asarray(data.test.mean)) / np.asarray(data.test.std)
@@ -105,6 +107,7 @@ def test_a_terminal_shows_the_bar_with_step_and_loss(tmp_path: Path) -> None:
     settings = config.parse([*QUICK, "--no-dense", "--out", str(tmp_path / "run")])
     problem, data = experiment.prepare(settings)
     with opened(settings, new=True) as directory, console.ProgressDisplay(settings, terminal) as display:
+        directory.begin(fingerprint(data))
         experiment.run(settings, problem, data, directory, display)
     text = shown.getvalue()
     assert re.search(r"search 0 epoch 0 step \d+/20 loss \d\.\d{4}", text)

@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 import cs_jax
+from cs_jax import files
 from cs_jax.config import ConfigError
 from cs_jax.report import plots
 from cs_jax.report.plots import Line
@@ -88,20 +88,12 @@ def write(folder: Path, page: Page) -> list[Path]:
     """Writes the page and its plots: all of them, or none."""
     made = [part for section in page.sections for part in section.parts if isinstance(part, Plot)]
     contents = {folder / REPORT_FILE: _html(page), **{folder / f"{plot.name}.png": plot.png for plot in made}}
-    staged = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in contents}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in contents:
             if path.is_dir():
                 raise ConfigError(f"{path}: is a folder, wanted none, or a file that can be replaced")
-        try:
-            for path, content in contents.items():
-                staged[path].write_bytes(content)
-            for path in contents:
-                os.replace(staged[path], path)
-        finally:
-            for path in staged.values():
-                path.unlink(missing_ok=True)
+        files.write_all(contents)
     except OSError as error:
         raise ConfigError(f"{folder}: the report cannot be written there: {error.strerror}") from error
     return list(contents)

@@ -1,0 +1,44 @@
+"""Files that are there whole or not at all."""
+
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Puts a file with this content in place of what is at `path`; whoever reads meanwhile gets the old or the new.
+
+    Raises:
+        OSError: it cannot be written; what was there before is left, and nothing else.
+    """
+    write_all({path: content})
+
+
+def write_all(contents: Mapping[Path, bytes]) -> None:
+    """Puts files in place together: none of them before the content of all is on the disk.
+
+    Args:
+        contents: what to write by path; folders must exist.
+
+    Raises:
+        OSError: one cannot be written. A full disk changes no file; a path that is a folder, none after it.
+    """
+    staged = {path: path.with_name(f".{secrets.token_hex(8)}.tmp") for path in contents}  # short: names have limits
+    try:
+        for path, content in contents.items():
+            _write(staged[path], content)
+        for path in contents:
+            os.replace(staged[path], path)
+    except BaseException:
+        for temporary in staged.values():
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes a new file as far as the disk, which renaming alone does not wait for."""
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

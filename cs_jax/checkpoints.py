@@ -30,7 +30,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from cs_jax import search
-from cs_jax.config import Config, ConfigError
+from cs_jax.config import Config
+from cs_jax.errors import ConfigError
 from cs_jax.search import EpochRecord, Observer, Problem, Progress, Snapshot
 from cs_jax.training import StepMetrics, TrainState
 

@@ -14,8 +14,9 @@ from rich.console import Console
 from cs_jax import config, console, experiment, run_directory
 from cs_jax import ticket as tickets
 from cs_jax.checkpoints import Checkpoints
-from cs_jax.config import Config, ConfigError
+from cs_jax.config import Config
 from cs_jax.data import Data, fingerprint
+from cs_jax.errors import ConfigError, one_of
 from cs_jax.health import Health
 from cs_jax.interrupts import Interrupts, Stopped
 from cs_jax.run_directory import RunDirectory
@@ -200,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{MODULE} COMMAND --help tells more.")
         return 0
     if words[0] not in COMMANDS:
-        return _complain(MODULE, f"error: got {words[0]!r}, wanted {config.one_of(words[0], COMMANDS)}", 2)
+        return _complain(MODULE, f"error: got {words[0]!r}, wanted {one_of(words[0], COMMANDS)}", 2)
     return answer(f"{MODULE} {words[0]}", COMMANDS[words[0]], words[1:])
 
 

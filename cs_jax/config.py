@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import itertools
 import re
@@ -15,29 +14,15 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import tyro
 
+from cs_jax.errors import ConfigError, one_of
 from cs_jax.images import AUGMENTATIONS
 from cs_jax.masks import MIN_INIT_VALUE
 from cs_jax.models import MODELS
 
 
-class ConfigError(ValueError):
-    """A flag cannot be used as it was given; says which, what came and what was wanted, in one line."""
-
-
 def flag(name: str) -> str:
     """A field's flag: `--batch-size` of `batch_size`."""
     return "--" + name.replace("_", "-")
-
-
-def one_of(value: str, choices: Any) -> str:
-    """ "one of a, b, c", with the closest match where there is one."""
-    return f"one of {', '.join(choices)}{closest(value, choices)}"
-
-
-def closest(value: str, choices: Any) -> str:
-    """ " (did you mean a?)", or nothing where no choice is alike."""
-    close = difflib.get_close_matches(value, list(choices), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _is_finite(value: float) -> bool:

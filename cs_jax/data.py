@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cs_jax.config import Config, ConfigError, closest
+from cs_jax.config import Config
+from cs_jax.errors import ConfigError, closest
 from cs_jax.images import ImageSet
 
 CONNECT_SECONDS = 6

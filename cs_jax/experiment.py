@@ -10,8 +10,9 @@ from jaxtyping import Array
 from cs_jax import config as config_module
 from cs_jax import data as data_module
 from cs_jax import masks, run_directory, search, training
-from cs_jax.config import FREE, Config, ConfigError
+from cs_jax.config import FREE, Config
 from cs_jax.data import Data
+from cs_jax.errors import ConfigError
 from cs_jax.images import ImageSet
 from cs_jax.models import MODELS
 from cs_jax.run_directory import RunDirectory

@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 from types import TracebackType
 
-from cs_jax.config import ConfigError
+from cs_jax.errors import ConfigError
 
 
 class Lock:

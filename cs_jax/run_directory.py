@@ -16,7 +16,8 @@ import safetensors.numpy
 import cs_jax
 from cs_jax import config as config_module
 from cs_jax import files, trees
-from cs_jax.config import FREE, Config, ConfigError, flag
+from cs_jax.config import FREE, Config, flag
+from cs_jax.errors import ConfigError
 from cs_jax.lock import Lock
 from cs_jax.search import SEARCH, EpochRecord, Observer, Progress
 

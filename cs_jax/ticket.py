@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cs_jax import files, ticket_checks, ticket_file, trees
-from cs_jax.config import ConfigError, one_of
+from cs_jax.errors import ConfigError, one_of
 from cs_jax.models import MODELS
 from cs_jax.ticket_checks import COLLECTIONS, REWOUND, Arrays
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from cs_jax.config import ConfigError
+from cs_jax.errors import ConfigError
 
 Arrays = dict[str, np.ndarray]
 """Arrays by name, "params/conv0/kernel"."""

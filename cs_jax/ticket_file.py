@@ -22,7 +22,7 @@ import safetensors
 import safetensors.numpy
 
 from cs_jax import ticket_checks as checks
-from cs_jax.config import ConfigError
+from cs_jax.errors import ConfigError
 from cs_jax.ticket_checks import DTYPES, Arrays, check, quoted
 
 PyTree = Any

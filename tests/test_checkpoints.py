@@ -16,7 +16,8 @@ import pytest
 
 from cs_jax import checkpoints, search
 from cs_jax.checkpoints import CheckpointError, Checkpoints, DamagedCheckpointWarning
-from cs_jax.config import Config, ConfigError
+from cs_jax.config import Config
+from cs_jax.errors import ConfigError
 from cs_jax.images import ImageSet
 from cs_jax.search import EpochRecord, NonFiniteLossError, Observer, Observers, Problem, Progress
 from cs_jax.training import Recipe

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from cs_jax import config
-from cs_jax.config import Config, ConfigError, parse
+from cs_jax.config import Config, parse
+from cs_jax.errors import ConfigError
 
 
 def test_digits_is_the_preset_when_none_is_named() -> None:

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from cs_jax import config, data
-from cs_jax.config import Config, ConfigError
+from cs_jax.config import Config
+from cs_jax.errors import ConfigError
 
 DIGITS = config.PRESETS["digits"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cs_jax.config import ConfigError
+from cs_jax.errors import ConfigError
 from cs_jax.lock import Lock
 
 

@@ -18,7 +18,7 @@ import pytest
 import safetensors.numpy
 
 from cs_jax import config, report, run_directory
-from cs_jax.config import ConfigError
+from cs_jax.errors import ConfigError
 
 EDGES = run_directory.SCORE_EDGES
 

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from cs_jax import masks as masks_module
 from cs_jax import ticket, trees
-from cs_jax.config import ConfigError
+from cs_jax.errors import ConfigError
 from cs_jax.layers import MaskedDense
 from cs_jax.models import MODELS
 from cs_jax.ticket import TicketError, load_ticket, save_ticket

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from cs_jax.config import ConfigError
+from cs_jax.errors import ConfigError
 from cs_jax.report import comparison, plots, single
 from cs_jax.report.pages import write
 from cs_jax.report.recorded import read

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 import cs_jax
 from cs_jax import files
-from cs_jax.config import ConfigError
+from cs_jax.errors import ConfigError
 from cs_jax.report import plots
 from cs_jax.report.plots import Line
 from cs_jax.run_directory import (

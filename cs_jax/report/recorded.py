@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from cs_jax.config import ConfigError
+from cs_jax.errors import ConfigError
 from cs_jax.run_directory import (
     CONFIG_FILE,
     METRICS_FILE,

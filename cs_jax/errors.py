@@ -1,0 +1,19 @@
+"""What a user gave and cannot be used, told in one line."""
+
+import difflib
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A flag or file cannot be used as it was given; says which, what came and what was wanted, in one line."""
+
+
+def one_of(value: str, choices: Any) -> str:
+    """ "one of a, b, c", with the closest match where there is one."""
+    return f"one of {', '.join(choices)}{closest(value, choices)}"
+
+
+def closest(value: str, choices: Any) -> str:
+    """ " (did you mean a?)", or nothing where no choice is alike."""
+    close = difflib.get_close_matches(value, list(choices), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -25,8 +25,9 @@ from cs_jax.checkpoints import Checkpoints
 from cs_jax.config import Config
 from cs_jax.data import Data
 from cs_jax.interrupts import Interrupts
-from cs_jax.run_directory import CHECKPOINTS_FOLDER, RunDirectory
+from cs_jax.run_directory import CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER, RunDirectory
 from cs_jax.search import Observer, Problem
+from cs_jax.tracking import TensorBoard, Tracking
 
 BARE, CHECKPOINTS, EVERYTHING = "bare", "checkpoints", "everything"
 
@@ -77,9 +78,10 @@ def run(kind: str, settings: Config, problem: Problem, data: Data, directory: Ru
             experiment.run(settings, problem, data, directory, checkpoints)
         return checkpoints.waited
     else:
-        with open(os.devnull, "w") as nowhere, Interrupts() as watch:
+        figures = TensorBoard(directory.path / TENSORBOARD_FOLDER)
+        with open(os.devnull, "w") as nowhere, Interrupts() as watch, Tracking(settings, [figures]) as tracking:
             terminal = Console(file=nowhere, force_terminal=True)
-            commands.go_on(settings, problem, data, directory, (), watch, terminal)
+            commands.go_on(settings, problem, data, directory, tracking, watch, terminal)
     return 0.0
 
 

@@ -10,7 +10,6 @@ A checkpoint is written under another name and renamed when it is whole. It is r
 was written.
 """
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -29,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from cs_jax import search
+from cs_jax import files, search
 from cs_jax.config import Config
 from cs_jax.errors import ConfigError
 from cs_jax.search import EpochRecord, Observer, Problem, Progress, Snapshot
@@ -91,14 +90,14 @@ class Checkpoints(Observer):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # After an error, which tells enough, closing may fail by the same cause, and loggers tell more once garbage is
-        # collected.
-        with contextlib.suppress(*([] if error is None else [OSError])):
-            try:
-                self._finish()
-            finally:
-                self._worker.shutdown()
-                self._orbax.close()
+        # After an error, which tells enough, closing may fail by the same cause, and loggers tell more later.
+        try:
+            self._finish()
+            self._worker.shutdown()
+            self._orbax.close()
+        except OSError:
+            if error is None:
+                raise
         if error is None:
             for logger, level in zip(_LOGGERS, self._levels, strict=True):
                 logger.setLevel(level)
@@ -156,13 +155,13 @@ class Checkpoints(Observer):
             message = f"checkpoint {path.name} is damaged ({reason}): going on from {self._saved}"
             warnings.warn(message, DamagedCheckpointWarning, stacklevel=2)
             shutil.rmtree(path)
-        if progress is None or progress.snapshot is None:  # it is taken again
+        if progress is None or (progress.phase == search.SEARCH and progress.snapshot is None):  # it is taken again
             shutil.rmtree(self._folder / SNAPSHOT, ignore_errors=True)
         return progress
 
     def _newest(self, damages: dict[Path, str]) -> Progress | None:
         """The newest progress that is whole; what is wrong with those that are newer goes into `damages`."""
-        for path in sorted(self._all(), reverse=True):
+        for path in reversed(self._all()):
             damage = find_damage(path) or self._snapshot_damage(path)
             if damage is None:
                 self._saved = path.name
@@ -171,7 +170,9 @@ class Checkpoints(Observer):
         return None
 
     def _all(self) -> list[Path]:
-        return [path for path in self._folder.glob("[0-9]*-[0-9]*") if path.is_dir() and path.suffix != PARTIAL]
+        """All that have their name, the newest last."""
+        found = [path for path in self._folder.glob("[0-9]*-[0-9]*") if path.suffix != PARTIAL]
+        return sorted(found, key=lambda path: [int(number) for number in path.name.split("-")])
 
     def _due(self) -> bool:
         if self._pending is not None and self._pending.done():
@@ -224,9 +225,11 @@ class Checkpoints(Observer):
             if about:
                 (partial / PROGRESS).write_text(about)
             (partial / SUMS).write_text(sums(partial))
+            files.sync_below(partial)
             shutil.rmtree(path, ignore_errors=True)
             os.replace(partial, path)
-            for old in sorted(self._all())[: -self._config.keep]:
+            files.sync(self._folder)
+            for old in self._all()[: -self._config.keep]:
                 shutil.rmtree(old)
         except Exception as error:
             raise _failed(partial, error) from error
@@ -279,7 +282,7 @@ class Checkpoints(Observer):
         placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
         try:
             return self._orbax.restore((path / ARRAYS).absolute(), args=ocp.args.StandardRestore(placed))  # pyright: ignore
-        except Exception as error:
+        except (KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             where = f"--out: got {self._folder.parent}, whose checkpoint {path.name}"
             raise ConfigError(f"{where} is of another network: {reason}") from error
@@ -307,8 +310,9 @@ def find_damage(folder: Path) -> str | None:
     """What is wrong with a saved folder, in a few words; None if it is as it was written."""
     try:
         stored, found = (folder / SUMS).read_bytes(), sums(folder).encode()
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        name = Path(error.filename or folder).name
+        return f"{name} {'is missing' if error.errno == errno.ENOENT else f'cannot be read: {error.strerror}'}"
     if stored == found:
         return None
     wrong = next((line for line in found.splitlines() if line not in stored.splitlines()), None)

@@ -20,7 +20,7 @@ from cs_jax.errors import ConfigError, one_of
 from cs_jax.health import Health
 from cs_jax.interrupts import Interrupts, Stopped
 from cs_jax.run_directory import RunDirectory
-from cs_jax.search import NonFiniteLossError, Observers, Problem
+from cs_jax.search import NonFiniteLossError, Observer, Observers, Problem
 from cs_jax.tracking import TensorBoard, Tracker, Tracking
 
 MODULE = "python -m cs_jax"
@@ -52,6 +52,8 @@ def run(settings: Config, *, trackers: Sequence[Tracker] = (), terminal: Console
     """
     started, terminal, path = time.perf_counter(), terminal or Console(), settings.run_directory
     with Interrupts() as watch, console.warnings_as_lines(terminal), contextlib.ExitStack() as stack:
+        figures = TensorBoard(path / run_directory.TENSORBOARD_FOLDER)
+        tracking = stack.enter_context(Tracking(settings, [figures, *trackers]))
         new = not run_directory.holds_run(path)
         if new:
             run_directory.check_free(settings)
@@ -71,7 +73,7 @@ def run(settings: Config, *, trackers: Sequence[Tracker] = (), terminal: Console
             problem, data = experiment.prepare(settings)
             for name, (began, now) in directory.check_same(fingerprint(data)).items():
                 say(terminal, f"goes on with {name} {now}, began with {began}: figures may differ in the last digits")
-        summary = go_on(settings, problem, data, directory, trackers, watch, terminal)
+        summary = go_on(settings, problem, data, directory, tracking, watch, terminal)
         directory.write_summary(summary)
         console.print_result(terminal, summary)
         if settings.report:
@@ -85,16 +87,15 @@ def go_on(
     problem: Problem,
     data: Data,
     directory: RunDirectory,
-    trackers: Sequence[Tracker],
+    tracking: Observer,
     watch: Interrupts,
     terminal: Console,
 ) -> dict[str, Any]:
-    """What is left of the experiment. However it ends, all that can be saved is."""
-    figures = TensorBoard(directory.path / run_directory.TENSORBOARD_FOLDER)
+    """What is left of the experiment; saved where a signal ends it."""
     health = Health(settings, 0 if data.validation is None else len(data.validation))
     with (
         Checkpoints(settings, problem, directory.path / run_directory.CHECKPOINTS_FOLDER) as checkpoints,
-        Tracking(settings, [figures, *trackers]) as tracking,
+        watch.held(),
     ):
         progress = checkpoints.restore()
         directory.go_on_from(progress)
@@ -102,7 +103,7 @@ def go_on(
             where = f"{progress.phase_name()}, epoch {progress.epoch}, step {progress.step}"
             say(terminal, f"goes on from {where}")
         try:
-            with watch.held(), console.ProgressDisplay(settings, terminal) as display:
+            with console.ProgressDisplay(settings, terminal) as display:
                 observers = Observers(directory, tracking, display, health, checkpoints, watch)
                 return experiment.run(settings, problem, data, directory, observers, progress)
         except Stopped as stop:
@@ -123,7 +124,7 @@ def write_report(path: Path) -> list[Path]:
 
 def train(arguments: Sequence[str], *, prog: str) -> None:
     """search a ticket, rewind it, retrain it, and report; or go on with a run that stopped"""
-    run(config.parse(arguments, prog=prog, stored=run_directory.stored_config))
+    run(config.parse(arguments, prog=prog))
 
 
 def ticket(arguments: Sequence[str], *, prog: str) -> None:

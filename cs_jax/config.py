@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -14,10 +15,14 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import tyro
 
+import cs_jax
 from cs_jax.errors import ConfigError, one_of
 from cs_jax.images import AUGMENTATIONS
 from cs_jax.masks import MIN_INIT_VALUE
 from cs_jax.models import MODELS
+
+CONFIG_FILE = "config.json"
+"""In a run directory: what was asked. The other names are in `run_directory`."""
 
 
 def flag(name: str) -> str:
@@ -119,9 +124,6 @@ class Config:
     out: Path | None = None
     """Run directory; None is runs/PRESET-seedSEED. One that holds this very run goes on where it stopped."""
 
-    resume: Path | None = None
-    """Go on with the run in this directory, without any other flag."""
-
     keep: int = 3
     """Checkpoints to keep, the newest; the weights to rewind to are kept besides."""
 
@@ -185,7 +187,7 @@ class Config:
         return (self.out or Path("runs") / f"{self.preset}-seed{self.seed}").expanduser()
 
 
-FREE = ("preset", "data_dir", "out", "resume", "keep", "checkpoint_steps", "checkpoint_seconds", "report")
+FREE = ("preset", "data_dir", "out", "keep", "checkpoint_steps", "checkpoint_seconds", "report")
 """Fields that do not change a run's result, and may differ where it goes on."""
 
 PRESETS: dict[str, Config] = {
@@ -218,26 +220,24 @@ PRESETS: dict[str, Config] = {
 DEFAULT_PRESET = "digits"
 
 
-def parse(
-    arguments: Sequence[str] | None = None, *, prog: str = "train.py", stored: Callable[[Path], Config] | None = None
-) -> Config:
-    """Config for the command line `[PRESET] [flags]`; prints the help and exits where that is asked for.
+def parse(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> Config:
+    """Config for the command line `[PRESET] [flags]` or `--resume DIRECTORY`; prints the help where that is asked for.
 
     Args:
         arguments: words after the program's name; by default those of this process.
         prog: the program's name, for its help.
-        stored: gives the config of the run in a directory, for `--resume`.
 
     Raises:
-        ConfigError: an unknown preset or flag, or a value that cannot be used.
+        ConfigError: an unknown preset or flag, a value that cannot be used, or no run in the directory.
+        SystemExit: after the help.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     arguments = [_dashed(word) for word in arguments]
-    directory = _pop_resume(arguments) if stored else None
-    if stored and directory is not None:
+    directory = _pop_resume(arguments)
+    if directory is not None:
         if arguments and not arguments[0].startswith("-"):
             raise ConfigError(f"--resume: got the preset {arguments[0]!r} too, wanted none: the run has its settings")
-        prog, default = f"{prog} --resume {directory}", dataclasses.replace(stored(directory), out=directory)
+        prog, default = f"{prog} --resume {directory}", dataclasses.replace(_stored_config(directory), out=directory)
         description = f"Goes on with {directory}. Shown here are its settings."
     else:
         preset = arguments.pop(0) if arguments and not arguments[0].startswith("-") else DEFAULT_PRESET
@@ -247,24 +247,30 @@ def parse(
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(Config, prog=prog, description=description, args=arguments, default=default)
+            parsed = tyro.cli(Config, prog=prog, description=description, args=arguments, default=default)
     except SystemExit as stop:
         if stop.code in (None, 0):
             raise
         raise ConfigError(_complaint(complaint.getvalue(), arguments)) from None
+    if directory is not None and parsed.out != directory:
+        raise ConfigError(f"--out: got {parsed.out} beside --resume {directory}, wanted one of them")
+    return parsed
 
 
 def _pop_resume(arguments: list[str]) -> Path | None:
     """The folder that `--resume` names, taken out of the words; None without."""
-    for index, word in enumerate(arguments):
-        name, equals, value = word.partition("=")
-        if name == "--resume":
-            value = value if equals else next(iter(arguments[index + 1 : index + 2]), "")
-            if not value or (value.startswith("-") and not equals):
-                raise ConfigError("--resume: got nothing, wanted a run directory")
-            del arguments[index : index + 1 + (not equals)]
-            return Path(value)
-    return None
+    places = [index for index, word in enumerate(arguments) if word.partition("=")[0] == "--resume"]
+    if not places:
+        return None
+    if len(places) > 1:
+        raise ConfigError(f"--resume: got {len(places)} of them, wanted one")
+    index = places[0]
+    _, equals, value = arguments.pop(index).partition("=")
+    if not equals and index < len(arguments) and not arguments[index].startswith("-"):
+        value = arguments.pop(index)
+    if not value:
+        raise ConfigError("--resume: got nothing, wanted a run directory")
+    return Path(value).expanduser()
 
 
 def _dashed(word: str) -> str:
@@ -276,8 +282,8 @@ def _dashed(word: str) -> str:
 def _description(preset: str, prog: str) -> str:
     return (
         f"{(Config.__doc__ or '').splitlines()[0]}\n\n"
-        f"Usage: {prog} [PRESET] [flags], PRESET one of {', '.join(PRESETS)} ({DEFAULT_PRESET} if none is named). "
-        f"Shown here are the defaults of {preset}."
+        f"Usage: {prog} [PRESET] [flags], PRESET one of {', '.join(PRESETS)} ({DEFAULT_PRESET} if none is named); or "
+        f"{prog} --resume DIRECTORY, to go on with the run there. Shown here are the defaults of {preset}."
     )
 
 
@@ -318,9 +324,8 @@ def _given(name: str, arguments: Sequence[str]) -> str:
 
 
 def to_json(config: Config) -> dict[str, Any]:
-    """The config's fields as JSON values, all but `resume`."""
+    """The config's fields as JSON values."""
     fields = dataclasses.asdict(config)
-    del fields["resume"]
     return {name: _json_value(value) for name, value in fields.items()}
 
 
@@ -337,7 +342,6 @@ def from_json(fields: Mapping[str, Any]) -> Config:
         ConfigError: a field is missing, unknown, or has a value of another type or out of range.
     """
     kinds = get_type_hints(Config)
-    del kinds["resume"]
     for wrong, names in (("lack", kinds.keys() - fields.keys()), ("have the unknown", fields.keys() - kinds.keys())):
         if names:
             raise ConfigError(f"stored settings {wrong} {min(names)!r}: made by another version")
@@ -366,3 +370,38 @@ def _fits(value: Any, kind: Any) -> bool:
     if isinstance(value, bool) or kind is bool:
         return kind is bool and isinstance(value, bool)
     return isinstance(value, (int, float) if kind is float else kind)
+
+
+def read_stored(path: Path, given_by: str) -> dict[str, Any]:
+    """The settings in the config.json of a run directory, of this version, as `to_json` gave them.
+
+    Args:
+        path: the directory.
+        given_by: the flag that names it, for messages.
+
+    Raises:
+        ConfigError: it holds no run, one of another version, or one that cannot be read.
+    """
+    try:
+        stored = json.loads((path / CONFIG_FILE).read_text())
+        version = stored.pop("versions")["cs_jax"]
+        stored.pop("data")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{given_by}: got {path}, which holds no run, wanted a folder with {CONFIG_FILE}") from None
+    except OSError as error:
+        raise ConfigError(f"{given_by}: got {path}, which cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(f"{given_by}: got {path}, whose {CONFIG_FILE} is damaged") from None
+    if version != cs_jax.__version__:
+        raise ConfigError(
+            f"{given_by}: got {path}, a run of cs_jax {version}, wanted one of {cs_jax.__version__}, which this is"
+        )
+    return stored
+
+
+def _stored_config(path: Path) -> Config:
+    stored = read_stored(path, "--resume")
+    try:
+        return from_json(stored)
+    except ConfigError as error:
+        raise ConfigError(f"--resume: got {path}, whose {CONFIG_FILE} cannot be used: {error}") from error

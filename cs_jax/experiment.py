@@ -92,6 +92,8 @@ def run(
     """
     progress = progress or search.begin_search(search.init_state(config, problem))
     round_ends = progress.round_ends
+    if progress.phase == search.DENSE:
+        _summarize_ticket(directory)  # which must be there
     if progress.phase == search.SEARCH:
         ticket, round_ends = search.search_ticket(config, problem, progress, observer)
         progress = search.begin_retraining(problem, ticket, round_ends=round_ends)

@@ -5,6 +5,28 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
+_TEMPORARY = ".tmp"
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether this is a file that was being written when its process was killed."""
+    return path.name.startswith(".") and path.suffix == _TEMPORARY
+
+
+def sync_below(folder: Path) -> None:
+    """Waits until all that is below a folder, and the names in it, are on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
 
 def write_whole(path: Path, content: bytes) -> None:
     """Puts a file with this content in place of what is at `path`; whoever reads meanwhile gets the old or the new.
@@ -24,7 +46,9 @@ def write_all(contents: Mapping[Path, bytes]) -> None:
     Raises:
         OSError: one cannot be written. A full disk changes no file; a path that is a folder, none after it.
     """
-    staged = {path: path.with_name(f".{secrets.token_hex(8)}.tmp") for path in contents}  # short: names have limits
+    staged = {
+        path: path.with_name(f".{secrets.token_hex(8)}{_TEMPORARY}") for path in contents
+    }  # short: names have limits
     try:
         for path, content in contents.items():
             _write(staged[path], content)

@@ -39,9 +39,13 @@ class Health(Observer):
     def __init__(self, config: Config, validation_examples: int) -> None:
         self._config = config
         self._validation_examples = validation_examples
+        self._told_before = False
+
+    def on_phase_start(self, progress: Progress) -> None:
+        self._told_before = progress.epoch == self._config.epochs  # by the process that saved the round's end
 
     def on_phase_end(self, progress: Progress) -> None:
-        if progress.phase != SEARCH:
+        if progress.phase != SEARCH or self._told_before:
             return
         is_last = len(progress.round_ends) == self._config.rounds
         if is_last and self._config.target_density is not None:

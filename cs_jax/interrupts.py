@@ -41,11 +41,13 @@ class Interrupts(Observer):
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
             self._installed = True
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as with nohup
+            self._before = {number: signal.signal(number, self._handle) for number in heard}
             self._ears, mouth = os.pipe()
             os.set_blocking(mouth, False)
             self._wakeup_before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
             self._mouth = mouth
+            os.register_at_fork(after_in_child=lambda: _forget(mouth))
             threading.Thread(target=_exit_at_the_second, args=(self._ears,), daemon=True).start()
         return self
 
@@ -90,6 +92,13 @@ class Interrupts(Observer):
             raise Stopped(self._asked)
 
 
+def _forget(mouth: int) -> None:
+    """In a forked child, which a terminal's Ctrl-C reaches too: it is not to be heard twice."""
+    current = signal.set_wakeup_fd(-1)
+    if current not in (mouth, -1):
+        signal.set_wakeup_fd(current)
+
+
 def _exit_at_the_second(ears: int) -> None:
     """Ends the process at a SIGINT that follows another signal, even while the main thread waits for a computation.
 
@@ -99,6 +108,7 @@ def _exit_at_the_second(ears: int) -> None:
     while part := os.read(ears, 16):
         heard += bytes(number for number in part if number in SIGNALS)
         if signal.SIGINT in heard[1:]:
-            os.write(2, b"ended at once; the same command goes on from the last checkpoint\n")
+            with contextlib.suppress(OSError):
+                os.write(2, b"ended at once; the same command goes on from the last checkpoint\n")
             os._exit(128 + signal.SIGINT)
     os.close(ears)

@@ -46,7 +46,7 @@ class Lock:
             file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 _lock(file)
-                if os.path.exists(self._path) and os.path.samestat(os.fstat(file), os.stat(self._path)):
+                if _is_at(file, self._path):
                     os.ftruncate(file, 0)
                     os.write(file, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode())
                     return file
@@ -63,10 +63,21 @@ class Lock:
             return "another process"
 
 
+def _is_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def _lock(file: int) -> None:
     """Takes the operating system's lock on a file, or raises BlockingIOError."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks has to do without
+        if error.errno not in (
+            errno.ENOLCK,
+            errno.ENOSYS,
+            errno.ENOTSUP,
+        ):  # a file system without locks has to do without
             raise

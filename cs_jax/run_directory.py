@@ -16,12 +16,11 @@ import safetensors.numpy
 import cs_jax
 from cs_jax import config as config_module
 from cs_jax import files, trees
-from cs_jax.config import FREE, Config, flag
+from cs_jax.config import CONFIG_FILE, FREE, Config, flag
 from cs_jax.errors import ConfigError
 from cs_jax.lock import Lock
 from cs_jax.search import SEARCH, EpochRecord, Observer, Progress
 
-CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 SCORES_FILE = "scores.json"
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -37,38 +36,6 @@ SCORE_EDGES = np.concatenate([-_MAGNITUDES[::-1], [0.0], _MAGNITUDES])
 """Edges of the histograms of scores: eight a decade on either side of 0, so that runs can be compared."""
 
 
-def stored_config(path: Path) -> Config:
-    """The config of the run in a directory.
-
-    Raises:
-        ConfigError: it holds no run, one of another version, or one that cannot be read.
-    """
-    stored = _stored(path, "--resume")
-    try:
-        return config_module.from_json(stored)
-    except ConfigError as error:
-        raise ConfigError(f"--resume: got {path}, whose {error}") from error
-
-
-def _stored(path: Path, given_by: str) -> dict[str, Any]:
-    """Settings out of config.json, which is of this version."""
-    try:
-        stored = json.loads((path / CONFIG_FILE).read_text())
-        version = stored.pop("versions")["cs_jax"]
-        stored.pop("data")
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{given_by}: got {path}, which holds no run, wanted a folder with {CONFIG_FILE}") from None
-    except OSError as error:
-        raise ConfigError(f"{given_by}: got {path}, which cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{given_by}: got {path}, whose {CONFIG_FILE} is damaged") from None
-    if version != cs_jax.__version__:
-        raise ConfigError(
-            f"{given_by}: got {path}, a run of cs_jax {version}, wanted one of {cs_jax.__version__}, which this is"
-        )
-    return stored
-
-
 def holds_run(path: Path) -> bool:
     """Whether a run has begun in a directory."""
     return os.path.exists(path / CONFIG_FILE)  # pathlib's raises on names that are too long
@@ -81,7 +48,7 @@ def check_same(config: Config) -> None:
         ConfigError: which flags differ, or what is wrong with the directory.
     """
     path = config.run_directory
-    stored, asked = _stored(path, "--out"), config_module.to_json(config)
+    stored, asked = config_module.read_stored(path, "--out"), config_module.to_json(config)
     if stored.keys() != asked.keys():
         raise ConfigError(f"--out: got {path}, whose {CONFIG_FILE} has other settings: made by another version")
     changed = [name for name in asked if name not in FREE and asked[name] != stored[name]]
@@ -107,7 +74,7 @@ def check_free(config: Config) -> None:
     try:
         if path.exists() and not path.is_dir():
             raise ConfigError(f"--out: got {path}, which is a file, wanted a folder")
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and not all(_is_left_over(entry) for entry in path.iterdir()):
             raise ConfigError(
                 f"--out: got {path}, which is not empty and holds no run, wanted an empty or new folder: "
                 "give another --out, or remove it"
@@ -117,6 +84,11 @@ def check_free(config: Config) -> None:
         raise ConfigError(f"--out: got {path}, which cannot be used: {error.strerror}") from error
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
         raise ConfigError(f"--out: got {path}, which cannot be made: {nearest} is no folder that can be written")
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether a process that was killed before its run had begun can have made this."""
+    return path.name in (LOCK_FILE, METRICS_FILE, SCORES_FILE) or files.is_temporary(path)
 
 
 @contextlib.contextmanager
@@ -134,6 +106,8 @@ def opened(config: Config, *, new: bool) -> Iterator["RunDirectory"]:
     with Lock(path / LOCK_FILE):
         if new and holds_run(path):
             raise ConfigError(f"--out: got {path}, where another process has just begun a run")
+        for entry in filter(files.is_temporary, path.iterdir()):
+            entry.unlink()
         yield RunDirectory(config)
 
 
@@ -159,7 +133,7 @@ class RunDirectory(Observer):
         """
         asked = {**config_module.to_json(self._config), "data": fingerprint, "versions": versions()}
         try:
-            (self.path / METRICS_FILE).touch()
+            (self.path / METRICS_FILE).write_bytes(b"")
             self._write_json(SCORES_FILE, {"edges": SCORE_EDGES.tolist(), "rounds": []})
             self._write_json(CONFIG_FILE, asked)
         except OSError as error:
@@ -193,7 +167,7 @@ class RunDirectory(Observer):
         path = self.path / METRICS_FILE
         text = path.read_bytes() if path.exists() else b""
         lines = text.splitlines(keepends=True)[:wanted]
-        if len(lines) < wanted or not all(line.endswith(b"\n") for line in lines):
+        if len(lines) < wanted or not all(map(_is_record, lines)):
             raise ConfigError(
                 f"--out: got {self.path}, whose {METRICS_FILE} is damaged: it lacks some of the {wanted} epochs done"
             )
@@ -207,6 +181,8 @@ class RunDirectory(Observer):
     def on_epoch_end(self, record: EpochRecord, progress: Progress) -> None:
         with open(self.path / METRICS_FILE, "a") as file:
             file.write(json.dumps(record._asdict()) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint that says the epoch is done may come next
 
     def on_phase_end(self, progress: Progress) -> None:
         if progress.phase == SEARCH:
@@ -239,6 +215,13 @@ class RunDirectory(Observer):
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         files.write_whole(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line).keys() == set(EpochRecord._fields)
+    except (ValueError, AttributeError):
+        return False
 
 
 def score_counts(scores: jax.Array) -> np.ndarray:

@@ -109,7 +109,7 @@ class Observer:
         """After an epoch and its evaluation."""
 
     def on_phase_end(self, progress: Progress) -> None:
-        """After the last epoch, before any reset."""
+        """After the last epoch, before any reset; again where a run goes on from just there."""
 
 
 class Observers(Observer):
@@ -432,7 +432,7 @@ def check_finite(progress: Progress) -> None:
 
 def _check_loss(progress: Progress, metrics: StepMetrics, done: int) -> None:
     """Refuses the figures of a call that ended with `done` steps of the epoch."""
-    losses = np.atleast_1d(jax.device_get(metrics.loss))
+    losses = np.atleast_1d(StepMetrics(*jax.device_get(tuple(metrics))).loss)  # added up on the host: no dispatch
     bad = np.flatnonzero(~np.isfinite(losses))
     if bad.size:
         step = done - len(losses) + bad[0]

@@ -112,6 +112,8 @@ def main(kills: int, number: int, seed: int, words: list[str]) -> int:
             while not (took := kill_at(folder, words, kinds[kind], number, rng)):  # it ended before: once more
                 shutil.rmtree(folder)
             epochs = count(folder)
+            if rng.random() < 0.5:  # what goes on is killed too
+                kill_at(folder, words, kinds["anywhere"], number, rng)
             went_on = [line for line in finish(folder, words).splitlines() if line.startswith("goes on from")]
             parts = [a == b for a, b in zip(outcome(folder), expected, strict=True)]
             wrong += not all(parts)

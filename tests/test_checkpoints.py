@@ -2,11 +2,16 @@
 
 import contextlib
 import dataclasses
+import errno
+import gc
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -152,15 +157,77 @@ def test_between_two_checkpoints_is_the_time_that_was_asked_for_but_a_phase_ends
     assert names(tmp_path) == ["00002-000000", "00004-000000", "00006-000000", "snapshot"]
 
 
-def test_checkpoint_steps_are_the_steps_inside_an_epoch(problem: Problem, tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, keep=99, checkpoint_steps=2, rounds=1, target_density=None)
-    seen = []
-    with Checkpoints(config, problem, tmp_path) as saved:
-        watch = Observer()
-        watch.on_steps = lambda progress, total: seen.append(saved.save_latest() and names(tmp_path)[-1])
-        run(config, problem, None, Observers(saved, watch))
-    inside = {name for name in names(tmp_path) if not name.endswith("-000000")}
-    assert {"00000-000002", "00003-000002"} <= inside
+class Unhurried(Checkpoints):
+    """Ends every save before the run goes on, so that none is left out for being too soon."""
+
+    def _start(self, *arguments: Any) -> None:
+        super()._start(*arguments)
+        assert self._pending is not None
+        self._pending.result()
+
+
+@pytest.mark.parametrize(
+    "steps, inside", [(1, ["000001", "000002"]), (2, ["000002"]), (3, []), (99, [])], ids=["1", "2", "3", "99"]
+)
+def test_checkpoint_steps_are_the_steps_inside_an_epoch(
+    problem: Problem, tmp_path: Path, steps: int, inside: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "MAX_WAIT", math.inf)
+    config = dataclasses.replace(CONFIG, keep=99, checkpoint_steps=steps, rounds=1, target_density=None)
+    with Unhurried(config, problem, tmp_path) as saved:
+        run(config, problem, None, saved)
+    ends = [f"{epoch:05d}-000000" for epoch in range(1, 5)]
+    assert names(tmp_path) == sorted(ends + [f"{epoch:05d}-{step}" for epoch in range(4) for step in inside]) + [
+        "snapshot"
+    ]
+
+
+class Slow(Checkpoints):
+    def _start(self, *arguments: Any) -> None:
+        time.sleep(0.5)
+        super()._start(*arguments)
+
+
+def test_saves_that_take_long_come_less_often(problem: Problem, tmp_path: Path) -> None:
+    """Half a second may be waited for once in 25: after the first save only ends have one."""
+    config = dataclasses.replace(CONFIG, keep=99, target_density=None)
+    with Slow(config, problem, tmp_path) as saved:
+        run(config, problem, None, saved)
+    assert names(tmp_path) == ["00000-000001", "00002-000000", "00004-000000", "00006-000000", "snapshot"]
+    assert saved.waited >= 2.0
+
+
+def test_checkpoints_are_ordered_by_number(problem: Problem, tmp_path: Path) -> None:
+    for name in ("00002-1000000", "00002-999900", "100000-000001", "99999-000001", "00002-999901.partial"):
+        (tmp_path / name).mkdir()
+    with Checkpoints(CONFIG, problem, tmp_path) as saved:
+        found = [path.name for path in saved._all()]
+    assert found == ["00002-999900", "00002-1000000", "99999-000001", "100000-000001"]
+
+
+def test_the_dense_network_goes_on_too_and_the_tickets_checkpoints_stay_whole(problem: Problem, tmp_path: Path) -> None:
+    with Checkpoints(CONFIG, problem, tmp_path) as saved, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(CONFIG, problem, None, saved)
+    dense = search.dense_ticket(search.init_variables(problem))
+    start = search.begin_retraining(problem, dense, phase=search.DENSE)
+    whole = search.retrain(CONFIG, problem, start, Observer())
+    with Checkpoints(CONFIG, problem, tmp_path) as saved:
+        saved.restore()
+        with pytest.raises(Stop):
+            start = search.begin_retraining(problem, dense, phase=search.DENSE)
+            search.retrain(CONFIG, problem, start, Observers(saved, StopAt(2)))
+        saved.save_latest()
+    with Checkpoints(CONFIG, problem, tmp_path) as saved:
+        progress = saved.restore()
+        assert progress is not None and (progress.phase, progress.snapshot) == (search.DENSE, None)
+        resumed = search.retrain(CONFIG, problem, progress, Observer())
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), resumed, whole))
+    for newest in ("00006-000001", "00006-000002"):
+        (tmp_path / newest / "SHA256SUMS").unlink()
+    with Checkpoints(CONFIG, problem, tmp_path) as saved, pytest.warns(DamagedCheckpointWarning, match="00006-000000$"):
+        progress = saved.restore()
+    assert progress is not None and progress.phase == search.TICKET and progress.snapshot is not None
 
 
 @pytest.fixture
@@ -235,10 +302,12 @@ def test_a_snapshot_of_another_run_is_refused(problem: Problem, folder: Path, tm
         saved.restore()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # reads that break off with the first
 def test_a_checkpoint_of_another_network_is_refused(problem: Problem, folder: Path, lenet: Recipe) -> None:
     wider = dataclasses.replace(problem, recipe=dataclasses.replace(lenet, model=lenet.model.clone(num_classes=5)))
     with Checkpoints(CONFIG, wider, folder) as saved, pytest.raises(ConfigError, match="is of another network"):
         saved.restore()
+    gc.collect()
 
 
 def test_nothing_that_is_not_finite_is_saved(problem: Problem, tmp_path: Path) -> None:
@@ -288,6 +357,21 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(
     filler.unlink()
     with Checkpoints(config, problem, folder) as saved:
         assert same(run(config, problem, saved.restore(), saved), whole)
+
+
+def test_a_file_that_cannot_be_read_is_damage_too(
+    problem: Problem, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(file: Path) -> str:
+        if file.name == "progress.json" and file.parent.name == "00001-000002":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+        return read(file)
+
+    read = checkpoints._hash
+    monkeypatch.setattr(checkpoints, "_hash", broken)
+    told = r"00001-000002 is damaged \(progress.json cannot be read: Input/output error\): going on from 00001-000001"
+    with Checkpoints(CONFIG, problem, folder) as saved, pytest.warns(DamagedCheckpointWarning, match=told):
+        saved.restore()
 
 
 def test_progress_json_says_where_the_run_stands(folder: Path) -> None:

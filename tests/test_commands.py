@@ -218,16 +218,28 @@ def test_sigterm_saves_and_exits_with_143_and_the_run_goes_on(tmp_path: Path) ->
     assert re.fullmatch(rf"goes on from search 0, epoch {epochs}, step \d+\n", first)
 
 
+@pytest.mark.parametrize("gap", [0.02, 0.1])
+def test_a_second_sigterm_does_not_lose_the_save(gap: float, tmp_path: Path) -> None:
+    with started(tmp_path, "--checkpoint-seconds", "1000") as process:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(gap)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    assert error.endswith("interrupted by SIGTERM; saved: go on with --resume run\n") and process.returncode == 143
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("0*") if path.suffix == ""] != []
+
+
 def test_a_second_process_is_refused_with_the_first_ones_id(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with started(tmp_path) as process:
-        before = set((tmp_path / "run").iterdir()) - {tmp_path / "run" / METRICS_FILE}
+        before = (tmp_path / "run" / "config.json").read_bytes()
         assert commands.main(["train", "--resume", "run"]) == 2
         assert f"which process {process.pid} on host" in one_line(capsys)
-        assert before <= set((tmp_path / "run").iterdir())
+        assert (tmp_path / "run" / "config.json").read_bytes() == before
         assert process.poll() is None
+        assert json.loads((tmp_path / "run" / "run.lock").read_text())["process"] == process.pid
 
 
 def test_a_second_sigint_ends_the_process_at_once_even_while_it_computes(tmp_path: Path) -> None:
@@ -252,6 +264,38 @@ def test_a_second_sigint_ends_the_process_at_once_even_while_it_computes(tmp_pat
     assert (process.returncode, error) == (130, "ended at once; the same command goes on from the last checkpoint\n")
 
 
+def test_a_ctrl_c_that_a_forked_child_hears_too_counts_once() -> None:
+    script = (
+        "import os, time\n"
+        "from cs_jax.interrupts import Interrupts, Stopped\n"
+        "with Interrupts() as watch, watch.held():\n"
+        "    if os.fork() == 0:\n"
+        "        time.sleep(3)\n"
+        "        os._exit(0)\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(1)\n"
+        "    try: watch.check()\n"
+        "    except Stopped: print('stopped', flush=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, process_group=0)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.stdout.readline() == "stopped\n"
+    assert process.wait(timeout=10) == 0
+
+
+@pytest.mark.parametrize("line", ["{}", "no json", "[1]"])
+def test_a_line_of_metrics_that_is_none_is_told_before_anything_is_trained(
+    line: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = unfinished(run, tmp_path)
+    lines = (folder / METRICS_FILE).read_text().splitlines()
+    (folder / METRICS_FILE).write_text("\n".join([lines[0], line, *lines[2:], ""]))
+    assert commands.main(["train", "--resume", str(folder)]) == 2
+    assert "whose metrics.jsonl is damaged" in one_line(capsys)
+
+
 def test_metrics_that_lack_epochs_are_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
@@ -272,12 +316,15 @@ def test_a_half_written_line_of_metrics_is_written_again(run: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_runs_that_are_killed_at_any_moment_end_with_the_same_bytes(capfd: pytest.CaptureFixture[str]) -> None:
-    """SIGKILL on a real run: anywhere, in the search, at the reset, at the rewind, in the retraining, while saving."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    words = "digits --epochs 4 --lr-schedule 3 --lr-drops 0.1 --no-dense --no-report --checkpoint-seconds 0.3".split()
-    assert kill_resume.main(6, signal.SIGKILL, seed=0, words=words) == 0
-    assert capfd.readouterr().out.splitlines()[-1] == "6 of 6 ended with the same bytes"
+@pytest.mark.parametrize("number, kills", [(signal.SIGKILL, 6), (signal.SIGTERM, 2)])
+def test_runs_that_are_killed_at_any_moment_end_with_the_same_bytes(
+    number: signal.Signals, kills: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real run: anywhere, in the search, at the reset, at the rewind, in the retraining, while saving."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    words = "digits --epochs 3 --lr-schedule 2 --lr-drops 0.1 --no-report --checkpoint-seconds 0.3".split()
+    assert kill_resume.main(kills, number, seed=0, words=words) == 0
+    assert capfd.readouterr().out.splitlines()[-1] == f"{kills} of {kills} ended with the same bytes"
 
 
 def unfinished(run: Path, tmp_path: Path) -> Path:

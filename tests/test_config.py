@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import cs_jax
 from cs_jax import config
 from cs_jax.config import Config, parse
 from cs_jax.errors import ConfigError
@@ -42,7 +43,7 @@ def test_every_flag_overrides_its_field() -> None:
     )
     parsed = parse(words.split())
     changed = [f.name for f in dataclasses.fields(Config) if getattr(parsed, f.name) != getattr(Config(), f.name)]
-    assert changed == [f.name for f in dataclasses.fields(Config) if f.name not in ("preset", "resume")]
+    assert changed == [f.name for f in dataclasses.fields(Config) if f.name != "preset"]
     assert parsed.lr_schedule == (1, 3, 5)
     assert parsed.mask_initial_value == -0.3
 
@@ -168,10 +169,33 @@ def test_a_stored_config_of_another_type_is_told(name: str, value: Any) -> None:
         config.from_json({**config.to_json(Config()), name: value})
 
 
-@pytest.mark.parametrize("words", ["--resume runs/a --keep 5", "--keep=5 --resume=runs/a"])
-def test_resume_takes_the_settings_of_the_run_and_flags_override_them(words: str) -> None:
-    asked = []
+def begun(folder: Path) -> Config:
     stored = Config(epochs=3, seed=8)
-    found = parse(words.split(), stored=lambda path: asked.append(path) or stored)
-    assert asked == [Path("runs/a")]
-    assert found == dataclasses.replace(stored, out=Path("runs/a"), keep=5)
+    folder.mkdir()
+    content = {**config.to_json(stored), "versions": {"cs_jax": cs_jax.__version__}, "data": ""}
+    (folder / config.CONFIG_FILE).write_text(json.dumps(content))
+    return stored
+
+
+@pytest.mark.parametrize("words", ["--resume {} --keep 5", "--keep=5 --resume={}"])
+def test_resume_takes_the_settings_of_the_run_and_flags_override_them(words: str, tmp_path: Path) -> None:
+    stored = begun(tmp_path / "run")
+    found = parse(words.format(tmp_path / "run").split())
+    assert found == dataclasses.replace(stored, out=tmp_path / "run", keep=5)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--resume", "--resume: got nothing, wanted a run directory"),
+        ("--resume --keep 5", "--resume: got nothing, wanted a run directory"),
+        ("--resume a --resume=b", "--resume: got 2 of them, wanted one"),
+        ("--resume {} --out b", "--out: got b beside --resume {}, wanted one of them"),
+        ("digits --resume {}", "--resume: got the preset 'digits' too, wanted none"),
+    ],
+)
+def test_what_resume_cannot_mean_is_told(words: str, message: str, tmp_path: Path) -> None:
+    begun(tmp_path / "run")
+    with pytest.raises(ConfigError) as error:
+        parse(words.format(tmp_path / "run").split())
+    assert str(error.value).startswith(message.format(tmp_path / "run"))

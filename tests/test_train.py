@@ -274,15 +274,15 @@ def _damaged(run: Path, change: Any) -> None:
         ),
         (
             lambda run: _damaged(run, lambda stored: stored.pop("epochs")),
-            "whose stored settings lack 'epochs': made by another version",
+            "whose config.json cannot be used: stored settings lack 'epochs': made by another version",
         ),
         (
             lambda run: _damaged(run, lambda stored: stored.update(magic=1)),
-            "whose stored settings have the unknown 'magic': made by another version",
+            "whose config.json cannot be used: stored settings have the unknown 'magic': made by another version",
         ),
         (
             lambda run: _damaged(run, lambda stored: stored.update(epochs="2")),
-            "whose stored settings have epochs '2', wanted a whole number",
+            "whose config.json cannot be used: stored settings have epochs '2', wanted a whole number",
         ),
         (lambda run: (run / "summary.json").write_text("{"), "whose summary.json is damaged"),
     ],
@@ -300,11 +300,13 @@ def test_what_is_no_run_or_a_damaged_one_cannot_be_resumed(
     assert contents(tmp_path) == before
 
 
-def test_a_preset_beside_resume_is_refused(quick_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train.main(["digits", "--resume", str(quick_run)]) == 2
-    assert "--resume: got the preset 'digits' too, wanted none" in capsys.readouterr().err
-    assert train.main(["--resume"]) == 2
-    assert "--resume: got nothing, wanted a run directory" in capsys.readouterr().err
+@pytest.mark.parametrize("done", range(4))
+def test_a_run_that_was_killed_as_it_began_begins_again(done: int, tmp_path: Path) -> None:
+    names = ["run.lock", "metrics.jsonl", "scores.json", ".0123.tmp"]
+    for name in names[: done + 1]:
+        (tmp_path / name).write_text("{")
+    assert train.main([*QUICK, "--no-dense", "--no-report", "--epochs", "2", "--out", str(tmp_path)]) == 0
+    assert len(read_metrics(tmp_path)) == 6 and not (tmp_path / ".0123.tmp").exists()
 
 
 def test_a_folder_that_is_not_empty_and_holds_no_run_is_refused(

@@ -6,7 +6,10 @@ The same as `python -m cs_jax train`, for those who have the source.
 import sys
 from collections.abc import Sequence
 
-from cs_jax import commands
+try:
+    from cs_jax import commands
+except KeyboardInterrupt:  # it takes seconds
+    raise SystemExit(130) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

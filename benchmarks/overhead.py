@@ -81,7 +81,7 @@ def run(kind: str, settings: Config, problem: Problem, data: Data, directory: Ru
         figures = TensorBoard(directory.path / TENSORBOARD_FOLDER)
         with open(os.devnull, "w") as nowhere, Interrupts() as watch, Tracking(settings, [figures]) as tracking:
             terminal = Console(file=nowhere, force_terminal=True)
-            commands.go_on(settings, problem, data, directory, tracking, watch, terminal)
+            commands.go_on(settings, problem, data, directory, tracking, watch, terminal, new=True)
     return 0.0
 
 

@@ -148,7 +148,7 @@ class Checkpoints(Observer):
         if progress is None and damages:
             path, reason = next(iter(damages.items()))
             raise ConfigError(
-                f"--out: got {self._folder.parent}, which has no checkpoint that can be used ({path.name}: {reason}): "
+                f"{self._folder.parent}: has no checkpoint that can be used ({path.name}: {reason}): "
                 f"remove {self._folder} to start anew"
             )
         for path, reason in damages.items():
@@ -284,7 +284,7 @@ class Checkpoints(Observer):
             return self._orbax.restore((path / ARRAYS).absolute(), args=ocp.args.StandardRestore(placed))  # pyright: ignore
         except (KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            where = f"--out: got {self._folder.parent}, whose checkpoint {path.name}"
+            where = f"{self._folder.parent}: its checkpoint {path.name}"
             raise ConfigError(f"{where} is of another network: {reason}") from error
 
 

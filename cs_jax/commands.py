@@ -73,7 +73,7 @@ def run(settings: Config, *, trackers: Sequence[Tracker] = (), terminal: Console
             problem, data = experiment.prepare(settings)
             for name, (began, now) in directory.check_same(fingerprint(data)).items():
                 say(terminal, f"goes on with {name} {now}, began with {began}: figures may differ in the last digits")
-        summary = go_on(settings, problem, data, directory, tracking, watch, terminal)
+        summary = go_on(settings, problem, data, directory, tracking, watch, terminal, new=new)
         directory.write_summary(summary)
         console.print_result(terminal, summary)
         if settings.report:
@@ -90,6 +90,8 @@ def go_on(
     tracking: Observer,
     watch: Interrupts,
     terminal: Console,
+    *,
+    new: bool,
 ) -> dict[str, Any]:
     """What is left of the experiment; saved where a signal ends it."""
     health = Health(settings, 0 if data.validation is None else len(data.validation))
@@ -100,8 +102,11 @@ def go_on(
         progress = checkpoints.restore()
         directory.go_on_from(progress)
         if progress is not None:
-            where = f"{progress.phase_name()}, epoch {progress.epoch}, step {progress.step}"
-            say(terminal, f"goes on from {where}")
+            at_end = progress.epoch == settings.epochs
+            where = "its end" if at_end else f"epoch {progress.epoch}, step {progress.step}"
+            say(terminal, f"goes on from {progress.phase_name()}, {where}")
+        elif not new:
+            say(terminal, "there is no checkpoint yet: begins from the start")
         try:
             with console.ProgressDisplay(settings, terminal) as display:
                 observers = Observers(directory, tracking, display, health, checkpoints, watch)
@@ -110,7 +115,8 @@ def go_on(
             saved = checkpoints.save_latest()
             stop.hint = f"; saved: go on with --resume {directory.path}" if saved else "; nothing to save yet"
             raise
-        except BrokenPipeError:
+        except BrokenPipeError:  # nobody reads what is printed
+            checkpoints.save_latest()
             raise
         except OSError as error:
             raise OSError(f"{error}; the same command goes on from the last checkpoint") from error
@@ -229,7 +235,8 @@ def answer(prog: str, command: Callable[..., None], arguments: Sequence[str]) ->
 
 
 def _complain(prog: str, message: str, code: int) -> int:
-    print(f"{prog}: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"{prog}: {message}", file=sys.stderr)
     return code
 
 

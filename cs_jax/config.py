@@ -391,10 +391,11 @@ def read_stored(path: Path, given_by: str) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{given_by}: got {path}, which cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{given_by}: got {path}, whose {CONFIG_FILE} is damaged") from None
+        raise ConfigError(f"{given_by}: got {path}, whose {CONFIG_FILE} is damaged: give another --out") from None
     if version != cs_jax.__version__:
         raise ConfigError(
-            f"{given_by}: got {path}, a run of cs_jax {version}, wanted one of {cs_jax.__version__}, which this is"
+            f"{given_by}: got {path}, a run of cs_jax {version}, wanted one of {cs_jax.__version__}: go on with "
+            f"that version, or give another --out"
         )
     return stored
 

@@ -125,8 +125,8 @@ def print_result(console: Console, summary: dict[str, Any]) -> None:
     for table in (rounds, networks):
         console.print(table, width=max(60, console.width), crop=False)
     if ticket["density"] == 0:
-        dials = "--target-density or, without it, --mask-initial-value"
-        console.print(f"The ticket is empty: no maskable weight is left. Raise {dials}.")
+        dials = "--target-density or, without it, --mask-initial-value or --score-lr"
+        console.print(f"The ticket is empty: no maskable weight is left. Raise {dials}.", soft_wrap=True)
 
 
 def _table(title: str, first: str, *others: str) -> Table:

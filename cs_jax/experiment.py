@@ -146,7 +146,7 @@ def _write_ticket(
         "normalization": {"mean": data.train.mean.tolist(), "std": data.train.std.tolist()},
         "mask_scale": float(masks.hard_mask(jnp.ones(()), init_value=config.mask_initial_value)),
         "accuracy": _accuracies(config, problem, data, state, logits, observer),
-        "config": {name: value for name, value in fields.items() if name not in FREE},
+        "config": {name: value for name, value in fields.items() if name not in (*FREE, "dense")},  # what made it
         "versions": run_directory.versions(),
     }
     directory.write_predictions(_predictions(np.asarray(logits), data.test))

@@ -17,7 +17,11 @@ preset, over seeds 0 to 5, and 0.88 or more after round 0 where the final temper
 
 
 class StuckDensityWarning(UserWarning):
-    """A round ended without a weight, or pruned none."""
+    """A round ended without a weight, or pruned next to none; `layers` are those without."""
+
+    def __init__(self, message: str, layers: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.layers = layers
 
 
 class Health(Observer):
@@ -60,7 +64,8 @@ class Health(Observer):
         pairs = zip((None, *ends), ends, strict=False)
         *before, sign = (_stuck_density(previous, end, held=held) for previous, end in pairs)
         if sign is not None and sign not in before:
-            _warn(f"round {len(ends) - 1} {sign}", StuckDensityWarning)
+            layers = tuple(ends[-1].layer_density) if ends[-1].density == 0 else ()
+            warnings.warn(StuckDensityWarning(f"round {len(ends) - 1} {sign}", layers), stacklevel=3)
 
     def _tell_gap(self, ends: Sequence[EpochRecord]) -> None:
         *before, is_open = map(self._has_gap, ends)
@@ -105,12 +110,13 @@ def _stuck_density(previous: EpochRecord | None, end: EpochRecord, *, held: bool
         )
     if held:
         return None
-    if end.density == 1:
+    if end.density > 0.99:
+        nothing = "nothing, every score" if end.density == 1 else "next to nothing, most scores"
         return (
-            "pruned nothing, every score being above 0: wanted a lower --mask-initial-value, "
+            f"pruned {nothing} being above 0: wanted a lower --mask-initial-value, "
             "a higher --score-lr or --lmbda, or a --target-density"
         )
-    if previous is not None and end.density == previous.density:
+    if previous is not None and abs(end.density - previous.density) < 0.01 * previous.density:
         return "pruned nothing more: wanted fewer --rounds, or a higher --score-lr or --lmbda"
     return None
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,7 +10,10 @@ from types import FrameType, TracebackType
 
 from cs_jax.search import EpochRecord, Observer, Progress
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+PATIENCE = 1.0
+"""Seconds after which a person is told that the signal was heard."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -27,8 +31,9 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupts(Observer):
-    """Raises `Stopped` on SIGINT and SIGTERM; while a run is `held`, at its next step instead. A second SIGINT exits.
+    """Raises `Stopped` on SIGINT, SIGTERM and SIGHUP; while a run is `held`, at its next step instead.
 
+    A second signal, if it is SIGINT, ends the process at once.
     Elsewhere Python raises the exception wherever it is, which may be inside a callback of a library that lets none
     through; then it comes again at the next step.
     """
@@ -104,11 +109,21 @@ def _exit_at_the_second(ears: int) -> None:
 
     Python's own handlers run only once that is done; the wakeup pipe has a byte, the signal's number, at once.
     """
-    heard = b""
-    while part := os.read(ears, 16):
+    heard, told = b"", False
+    while True:
+        if heard and not told and not select.select([ears], [], [], PATIENCE)[0]:
+            told = True
+            _tell(b"stopping as soon as this step or compilation is done; Ctrl-C again ends at once, unsaved\n")
+        part = os.read(ears, 16)
+        if not part:
+            break
         heard += bytes(number for number in part if number in SIGNALS)
         if signal.SIGINT in heard[1:]:
-            with contextlib.suppress(OSError):
-                os.write(2, b"ended at once; the same command goes on from the last checkpoint\n")
+            _tell(b"ended at once; the same command goes on from the last checkpoint\n")
             os._exit(128 + signal.SIGINT)
     os.close(ears)
+
+
+def _tell(line: bytes) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, line)

@@ -29,9 +29,9 @@ class Lock:
         try:
             self._file = self._take()
         except BlockingIOError:
-            raise ConfigError(f"--out: got {self._path.parent}, which {self._holder()} is writing to") from None
+            raise ConfigError(f"{self._path.parent}: {self._holder()} is writing to it") from None
         except OSError as error:
-            raise ConfigError(f"--out: got {self._path.parent}, which cannot be written: {error.strerror}") from error
+            raise ConfigError(f"{self._path.parent}: cannot be written: {error.strerror}") from error
         return self
 
     def __exit__(

@@ -20,6 +20,7 @@ from cs_jax.config import CONFIG_FILE, FREE, Config, flag
 from cs_jax.errors import ConfigError
 from cs_jax.lock import Lock
 from cs_jax.search import SEARCH, EpochRecord, Observer, Progress
+from cs_jax.ticket import TicketError, load_ticket
 
 METRICS_FILE = "metrics.jsonl"
 SCORES_FILE = "scores.json"
@@ -50,12 +51,12 @@ def check_same(config: Config) -> None:
     path = config.run_directory
     stored, asked = config_module.read_stored(path, "--out"), config_module.to_json(config)
     if stored.keys() != asked.keys():
-        raise ConfigError(f"--out: got {path}, whose {CONFIG_FILE} has other settings: made by another version")
+        raise ConfigError(f"{path}: its {CONFIG_FILE} has other settings: made by another version; give another --out")
     changed = [name for name in asked if name not in FREE and asked[name] != stored[name]]
     if changed:
         differences = ", ".join(f"{flag(name)} {_shown(asked[name])} (was {_shown(stored[name])})" for name in changed)
         raise ConfigError(
-            f"--out: got {path}, which holds a run with other settings: {differences}; give another --out, or "
+            f"{path}: holds a run with other settings: {differences}; give another --out, or "
             f"--resume {path} alone to go on with it"
         )
 
@@ -77,7 +78,7 @@ def check_free(config: Config) -> None:
         if path.is_dir() and not all(_is_left_over(entry) for entry in path.iterdir()):
             raise ConfigError(
                 f"--out: got {path}, which is not empty and holds no run, wanted an empty or new folder: "
-                "give another --out, or remove it"
+                "give another --out"
             )
         nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     except OSError as error:
@@ -134,10 +135,10 @@ class RunDirectory(Observer):
         asked = {**config_module.to_json(self._config), "data": fingerprint, "versions": versions()}
         try:
             (self.path / METRICS_FILE).write_bytes(b"")
-            self._write_json(SCORES_FILE, {"edges": SCORE_EDGES.tolist(), "rounds": []})
+            self._write_rounds([])
             self._write_json(CONFIG_FILE, asked)
         except OSError as error:
-            raise ConfigError(f"--out: got {self.path}, which cannot be written: {error.strerror}") from error
+            raise ConfigError(f"{self.path}: cannot be written: {error.strerror}") from error
 
     def check_same(self, fingerprint: str) -> dict[str, tuple[str, str]]:
         """Versions that differ from those that the run began with, as (what it began with, what this is).
@@ -169,10 +170,18 @@ class RunDirectory(Observer):
         lines = text.splitlines(keepends=True)[:wanted]
         if len(lines) < wanted or not all(map(_is_record, lines)):
             raise ConfigError(
-                f"--out: got {self.path}, whose {METRICS_FILE} is damaged: it lacks some of the {wanted} epochs done"
+                f"{self.path}: its {METRICS_FILE} is damaged: it lacks some of the {wanted} epochs done; "
+                f"remove {CHECKPOINTS_FOLDER} there to start anew"
             )
         with open(path, "ab") as file:
             file.truncate(sum(map(len, lines)))
+        if progress is None:
+            self._write_rounds([])
+        elif len(self._rounds()) <= (progress.round or 0):
+            raise ConfigError(
+                f"{self.path}: its {SCORES_FILE} lacks rounds that are done; remove {CHECKPOINTS_FOLDER} there to "
+                "start anew"
+            )
 
     def on_phase_start(self, progress: Progress) -> None:
         if progress.phase == SEARCH and progress.epoch == progress.step == 0:
@@ -190,14 +199,25 @@ class RunDirectory(Observer):
 
     def _add_scores(self, progress: Progress, when: str) -> None:
         """Adds the histograms of a round's start or end, in place of what a process that ended has left of it."""
-        rounds = json.loads((self.path / SCORES_FILE).read_text())["rounds"]
+        rounds = self._rounds()
         number = progress.number(self._config)
         entry: dict[str, Any] = {"round": number} if when == "start" else rounds[number]
         entry[when] = {
             trees.name(path): score_counts(scores).tolist()
             for path, scores in trees.leaves_by_path(progress.state.scores).items()
         }
-        self._write_json(SCORES_FILE, {"edges": SCORE_EDGES.tolist(), "rounds": [*rounds[:number], entry]})
+        self._write_rounds([*rounds[:number], entry])
+
+    def _rounds(self) -> list[dict[str, Any]]:
+        """What scores.json has of each round; nothing where it cannot be read."""
+        try:
+            rounds = json.loads((self.path / SCORES_FILE).read_text())["rounds"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+        return rounds if isinstance(rounds, list) and all(isinstance(entry, dict) for entry in rounds) else []
+
+    def _write_rounds(self, rounds: list[dict[str, Any]]) -> None:
+        self._write_json(SCORES_FILE, {"edges": SCORE_EDGES.tolist(), "rounds": rounds})
 
     def seconds(self) -> float:
         """Training and validation, over all epochs in metrics.jsonl."""
@@ -238,14 +258,20 @@ def read_summary(path: Path) -> dict[str, Any] | None:
     """The result of the finished run in a directory; None while it is not finished.
 
     Raises:
-        ConfigError: it is damaged.
+        ConfigError: it, or the ticket, is damaged; says how to make it again.
     """
     try:
-        return json.loads((path / SUMMARY_FILE).read_text())
+        summary = json.loads((path / SUMMARY_FILE).read_text())
+        if not {"search", "ticket", "dense"} <= summary.keys():
+            raise ValueError("it lacks results")
+        load_ticket(path / TICKET_FILE)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise ConfigError(f"--out: got {path}, whose {SUMMARY_FILE} is damaged: {error}") from error
+    except (TicketError, ValueError, AttributeError) as error:
+        made_again = f"remove {path / SUMMARY_FILE}, and the same command makes the end again from its last checkpoint"
+        what = error if isinstance(error, TicketError) else f"{path}: its {SUMMARY_FILE} is damaged"
+        raise ConfigError(f"{what}; {made_again}") from error
+    return summary
 
 
 def versions() -> dict[str, str]:

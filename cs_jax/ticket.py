@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.errors import FlaxError
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -23,6 +23,7 @@ from rich.text import Text
 
 from cs_jax import files, ticket_checks, ticket_file, trees
 from cs_jax.errors import ConfigError, one_of
+from cs_jax.images import normalize
 from cs_jax.models import MODELS
 from cs_jax.ticket_checks import COLLECTIONS, REWOUND, Arrays
 
@@ -49,6 +50,20 @@ class LoadedTicket:
     def density(self) -> float:
         """Share of masked weights that are kept, in [0, 1]."""
         return self.metadata["density"]
+
+    def normalize(self, images: ArrayLike) -> jax.Array:
+        """Images as the model takes them: less the mean and divided by the deviation that it was trained with.
+
+        Args:
+            images: (n, height, width, channels), in units of a pixel, 0 to 255.
+
+        Raises:
+            ConfigError: the ticket does not say how its images were normalised.
+        """
+        constants = self.metadata.get("normalization")
+        if constants is None:
+            raise ConfigError("the ticket has no normalization: wanted one in the metadata that it was saved with")
+        return normalize(jnp.asarray(images), *(jnp.asarray(constants[name], float) for name in ("mean", "std")))
 
 
 def save_ticket(

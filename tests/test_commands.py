@@ -19,7 +19,7 @@ import pytest
 import safetensors.numpy
 
 import cs_jax
-from cs_jax import commands, config, run_directory
+from cs_jax import commands, config, experiment, run_directory
 from cs_jax.run_directory import METRICS_FILE, PREDICTIONS_FILE, SCORE_EDGES, SCORES_FILE, TICKET_FILE
 from cs_jax.tracking import Tracker
 
@@ -225,7 +225,8 @@ def test_a_second_sigterm_does_not_lose_the_save(gap: float, tmp_path: Path) -> 
         time.sleep(gap)
         process.send_signal(signal.SIGTERM)
         _, error = process.communicate(timeout=60)
-    assert error.endswith("interrupted by SIGTERM; saved: go on with --resume run\n") and process.returncode == 143
+    assert error.endswith("interrupted by SIGTERM; saved: go on with --resume run\n")
+    assert process.returncode == 143
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("0*") if path.suffix == ""] != []
 
 
@@ -236,7 +237,7 @@ def test_a_second_process_is_refused_with_the_first_ones_id(
     with started(tmp_path) as process:
         before = (tmp_path / "run" / "config.json").read_bytes()
         assert commands.main(["train", "--resume", "run"]) == 2
-        assert f"which process {process.pid} on host" in one_line(capsys)
+        assert f"run: process {process.pid} on host" in one_line(capsys)
         assert (tmp_path / "run" / "config.json").read_bytes() == before
         assert process.poll() is None
         assert json.loads((tmp_path / "run" / "run.lock").read_text())["process"] == process.pid
@@ -261,7 +262,25 @@ def test_a_second_sigint_ends_the_process_at_once_even_while_it_computes(tmp_pat
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=5)
-    assert (process.returncode, error) == (130, "ended at once; the same command goes on from the last checkpoint\n")
+    assert process.returncode == 130
+    assert error == "ended at once; the same command goes on from the last checkpoint\n"
+
+
+def test_a_signal_that_has_to_wait_is_told_to_be_heard() -> None:
+    script = (
+        "import time\n"
+        "from cs_jax.interrupts import Interrupts, Stopped\n"
+        "with Interrupts() as watch, watch.held():\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(3)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=20)
+    assert error == "stopping as soon as this step or compilation is done; Ctrl-C again ends at once, unsaved\n"
 
 
 def test_a_ctrl_c_that_a_forked_child_hears_too_counts_once() -> None:
@@ -281,8 +300,8 @@ def test_a_ctrl_c_that_a_forked_child_hears_too_counts_once() -> None:
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.stdout.readline() == "stopped\n"
-    assert process.wait(timeout=10) == 0
+    shown, _ = process.communicate(timeout=20)
+    assert (shown, process.returncode) == ("stopped\n", 0)
 
 
 @pytest.mark.parametrize("line", ["{}", "no json", "[1]"])
@@ -293,7 +312,7 @@ def test_a_line_of_metrics_that_is_none_is_told_before_anything_is_trained(
     lines = (folder / METRICS_FILE).read_text().splitlines()
     (folder / METRICS_FILE).write_text("\n".join([lines[0], line, *lines[2:], ""]))
     assert commands.main(["train", "--resume", str(folder)]) == 2
-    assert "whose metrics.jsonl is damaged" in one_line(capsys)
+    assert "its metrics.jsonl is damaged" in one_line(capsys)
 
 
 def test_metrics_that_lack_epochs_are_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -302,7 +321,52 @@ def test_metrics_that_lack_epochs_are_told(run: Path, tmp_path: Path, capsys: py
     (folder / "summary.json").unlink()
     (folder / METRICS_FILE).write_text("")
     assert commands.main(["train", "--resume", str(folder)]) == 2
-    assert "whose metrics.jsonl is damaged: it lacks some of the 6 epochs done" in one_line(capsys)
+    told = "its metrics.jsonl is damaged: it lacks some of the 6 epochs done; remove checkpoints there to start anew"
+    assert f"{folder}: {told}" in one_line(capsys)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"edges": [], "rounds": []}'])
+def test_scores_that_lack_rounds_are_told_before_anything_is_trained(
+    content: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = unfinished(run, tmp_path)
+    (folder / SCORES_FILE).write_text(content)
+    assert commands.main(["train", "--resume", str(folder)]) == 2
+    assert f"{folder}: its scores.json lacks rounds that are done; remove checkpoints" in one_line(capsys)
+
+
+def test_without_a_checkpoint_a_run_begins_again_and_says_so(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = unfinished(run, tmp_path)
+    shutil.rmtree(folder / "checkpoints")
+    assert commands.main(["train", "--resume", str(folder)]) == 0
+    assert "there is no checkpoint yet: begins from the start\n" in capsys.readouterr().out
+    assert (folder / TICKET_FILE).read_bytes() == (run / TICKET_FILE).read_bytes()
+    assert (folder / SCORES_FILE).read_bytes() == (run / SCORES_FILE).read_bytes()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])])
+def test_a_finished_run_without_its_ticket_says_how_to_make_it_again(
+    damage: Any, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    damage(folder / TICKET_FILE)
+    assert commands.main(["train", "--resume", str(folder)]) == 2
+    line = one_line(capsys)
+    assert f"{folder / TICKET_FILE}: " in line and f"remove {folder / 'summary.json'}, and the same command" in line
+    (folder / "summary.json").unlink()
+    assert commands.main(["train", "--resume", str(folder)]) == 0
+    assert (folder / TICKET_FILE).read_bytes() == (run / TICKET_FILE).read_bytes()
+
+
+def test_a_loaded_ticket_normalises_images_as_in_training(run: Path) -> None:
+    ticket = cs_jax.load_ticket(run / TICKET_FILE)
+    _, data = experiment.prepare(config.parse(QUICK))
+    logits = ticket.model.apply(ticket.variables, ticket.normalize(data.test.images), train=False)
+    right = float((jax.numpy.argmax(logits, axis=-1) == data.test.labels).mean())
+    assert right == pytest.approx(json.loads((run / "summary.json").read_text())["ticket"]["test_accuracy"], abs=1e-6)
 
 
 def test_a_half_written_line_of_metrics_is_written_again(run: Path, tmp_path: Path) -> None:

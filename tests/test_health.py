@@ -137,6 +137,13 @@ def test_a_round_that_leaves_or_prunes_nothing_is_told_once(density: float, text
     assert told(*falling(density, density)) == [[(StuckDensityWarning, text)], []]
 
 
+def test_what_is_next_to_nothing_is_told_too() -> None:
+    ((category, text),) = told(*falling(0.9984))[0]
+    assert category is StuckDensityWarning and text.startswith("round 0 pruned next to nothing, most scores being")
+    assert [kind for kind, _ in told(*falling(0.5, 0.4999))[1]] == [StuckDensityWarning]
+    assert told(*falling(0.98, 0.96)) == [[], []]
+
+
 def test_a_further_round_that_prunes_nothing_is_told_once() -> None:
     text = "round 1 pruned nothing more: wanted fewer --rounds, or a higher --score-lr or --lmbda"
     assert told(*falling(0.5, 0.5, 0.5, 0.1)) == [[], [(StuckDensityWarning, text)], [], []]

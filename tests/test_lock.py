@@ -17,7 +17,7 @@ from cs_jax.lock import Lock
 def test_a_second_holder_is_refused_with_the_first_ones_process_and_host(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     with Lock(path):
-        told = f"got {tmp_path}, which process {os.getpid()} on host {socket.gethostname()} is writing to$"
+        told = f"^{tmp_path}: process {os.getpid()} on host {socket.gethostname()} is writing to it$"
         with pytest.raises(ConfigError, match=told), Lock(path):
             pass
         assert json.loads(path.read_text()) == {"process": os.getpid(), "host": socket.gethostname()}
@@ -49,5 +49,5 @@ def test_the_lock_of_a_process_that_was_killed_is_taken_over(tmp_path: Path) -> 
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nowhere, which cannot be written: No such file or directory"):
+    with pytest.raises(ConfigError, match="nowhere: cannot be written: No such file or directory"):
         Lock(tmp_path / "nowhere" / "run.lock").__enter__()

@@ -23,7 +23,7 @@ def test_the_examples_of_the_readme_run_and_find_the_density(
     images = jnp.ones((2, 8, 8, 1))
     variables = {"batch_stats": {}, **cs_jax.models.LeNet300100().init(jax.random.key(0), images)}
     model = {"name": "lenet300100", "num_classes": 10, "image_shape": [8, 8, 1]}
-    cs_jax.save_ticket(ticket, **variables, metadata={"model": model})
+    cs_jax.save_ticket(ticket, **variables, metadata={"model": model, "normalization": {"mean": [78], "std": [96]}})
     namespace: dict = {"images": images}
     for example in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(example, namespace)

@@ -284,7 +284,8 @@ def _damaged(run: Path, change: Any) -> None:
             lambda run: _damaged(run, lambda stored: stored.update(epochs="2")),
             "whose config.json cannot be used: stored settings have epochs '2', wanted a whole number",
         ),
-        (lambda run: (run / "summary.json").write_text("{"), "whose summary.json is damaged"),
+        (lambda run: (run / "summary.json").write_text("{"), "its summary.json is damaged; remove "),
+        (lambda run: (run / "summary.json").write_text("{}"), "its summary.json is damaged; remove "),
     ],
 )
 def test_what_is_no_run_or_a_damaged_one_cannot_be_resumed(

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from cs_jax.config import FREE
 from cs_jax.report import plots
 from cs_jax.report.pages import Page, Plot, Section, Table, numbers, percent, plot, points, shown, told
 from cs_jax.report.plots import Line, Point
@@ -142,7 +143,7 @@ def _different(runs: Mapping[str, Run]) -> Section:
     """Settings and versions that are not the same in all runs."""
     section = Section("What differs")
     settings = [
-        {name: shown(value) for name, value in run.settings.items() if name not in ("versions", "out")}
+        {name: shown(value) for name, value in run.settings.items() if name not in ("versions", "data", *FREE)}
         for run in runs.values()
     ]
     versions = [run.settings.get("versions", {}) for run in runs.values()]

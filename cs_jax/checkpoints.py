@@ -63,6 +63,7 @@ class Checkpoints(Observer):
         config: how many are kept, and when they are saved.
         problem: model and data.
         folder: where they are; made with the first.
+        metrics: the file with a line for every epoch that is done, which has to be on the disk before a checkpoint is.
 
     Attributes:
         waited: seconds that training has waited for them.
@@ -71,8 +72,8 @@ class Checkpoints(Observer):
         CheckpointError: from any method, where a save failed: the disk is full, for instance.
     """
 
-    def __init__(self, config: Config, problem: Problem, folder: Path) -> None:
-        self._config, self._problem, self._folder = config, problem, folder
+    def __init__(self, config: Config, problem: Problem, folder: Path, metrics: Path | None = None) -> None:
+        self._config, self._problem, self._folder, self._metrics = config, problem, folder, metrics
         self._latest: Progress | None = None
         self._saved = ""
         self.waited = 0.0
@@ -226,6 +227,8 @@ class Checkpoints(Observer):
                 (partial / PROGRESS).write_text(about)
             (partial / SUMS).write_text(sums(partial))
             files.sync_below(partial)
+            if self._metrics is not None:
+                files.sync(self._metrics)
             shutil.rmtree(path, ignore_errors=True)
             os.replace(partial, path)
             files.sync(self._folder)

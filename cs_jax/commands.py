@@ -94,9 +94,10 @@ def go_on(
     new: bool,
 ) -> dict[str, Any]:
     """What is left of the experiment; saved where a signal ends it."""
+    folder = directory.path / run_directory.CHECKPOINTS_FOLDER
     health = Health(settings, 0 if data.validation is None else len(data.validation))
     with (
-        Checkpoints(settings, problem, directory.path / run_directory.CHECKPOINTS_FOLDER) as checkpoints,
+        Checkpoints(settings, problem, folder, directory.path / run_directory.METRICS_FILE) as checkpoints,
         watch.held(),
     ):
         progress = checkpoints.restore()

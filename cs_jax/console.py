@@ -20,7 +20,7 @@ from cs_jax.health import StuckDensityWarning
 from cs_jax.search import EpochRecord, Observer, Progress
 from cs_jax.tracking import TrackerWarning
 
-REFRESH_SECONDS = 0.2
+REFRESH_SECONDS = 0.5
 
 _WARNINGS = (
     CollapsedLayerWarning,
@@ -70,6 +70,7 @@ class ProgressDisplay(Observer):
             bars.TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
+            refresh_per_second=1 / REFRESH_SECONDS,
             transient=True,
         )
         phases = config.rounds + 1 + config.dense
@@ -92,7 +93,7 @@ class ProgressDisplay(Observer):
     def on_steps(self, progress: Progress, total: int) -> None:
         if self._bar.disable or time.monotonic() < self._next_refresh:
             return
-        loss = np.asarray(progress.figures[-1].loss).flat[-1]  # waits for the step: not more often than it is drawn
+        loss = np.asarray(progress.figures[-2:][0].loss).flat[-1]  # of the call before, which has been computed
         self._next_refresh = time.monotonic() + REFRESH_SECONDS
         description = f"{progress.phase_name()} epoch {progress.epoch} step {progress.step}/{total} loss {loss:.4f}"
         completed = progress.epochs_done(self._config) + progress.step / total

@@ -190,8 +190,6 @@ class RunDirectory(Observer):
     def on_epoch_end(self, record: EpochRecord, progress: Progress) -> None:
         with open(self.path / METRICS_FILE, "a") as file:
             file.write(json.dumps(record._asdict()) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # a checkpoint that says the epoch is done may come next
 
     def on_phase_end(self, progress: Progress) -> None:
         if progress.phase == SEARCH:

@@ -1,5 +1,6 @@
 """Settings and fixtures that several test modules share."""
 
+import signal
 from collections.abc import Iterator
 
 import jax
@@ -12,6 +13,8 @@ from cs_jax.models import LeNet300100
 from cs_jax.training import Recipe
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_platforms", "cpu")  # the tests count one call a step, and float64 parity
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from cs_jax.images import ImageSet
 from cs_jax.models import LeNet300100
+from cs_jax.search import Problem
 from cs_jax.training import Recipe
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -43,3 +44,8 @@ def synthetic() -> ImageSet:
 @pytest.fixture
 def lenet() -> Recipe:
     return Recipe(LeNet300100(num_classes=4), augment="flip-crop", decay=1e-3)
+
+
+@pytest.fixture
+def problem(lenet: Recipe, synthetic: ImageSet) -> Problem:
+    return Problem(lenet, synthetic, validation=synthetic, key=jax.random.key(3))

@@ -18,38 +18,25 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import small
 
 from cs_jax import checkpoints, search
 from cs_jax.checkpoints import CheckpointError, Checkpoints, DamagedCheckpointWarning
 from cs_jax.config import Config
 from cs_jax.errors import ConfigError
-from cs_jax.images import ImageSet
 from cs_jax.search import EpochRecord, NonFiniteLossError, Observer, Observers, Problem, Progress
 from cs_jax.training import Recipe
 
-CONFIG = Config(
-    epochs=2,
-    rounds=2,
-    rewind_epoch=1,
-    batch_size=16,
-    lr=0.05,
-    score_lr=5.0,
+CONFIG = dataclasses.replace(
+    small.SEARCH,
     lr_schedule=(1,),
     lr_drops=(0.1,),
-    lmbda=1e-4,
-    mask_initial_value=0.02,
-    final_temp=50.0,
     target_density=0.3,
     checkpoint_steps=1,
     checkpoint_seconds=0.0,
 )
 STEPS = 3
 """In an epoch of 37 images."""
-
-
-@pytest.fixture
-def problem(lenet: Recipe, synthetic: ImageSet) -> Problem:
-    return Problem(lenet, synthetic, validation=synthetic, key=jax.random.key(3))
 
 
 class Stop(Exception):

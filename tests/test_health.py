@@ -4,28 +4,15 @@ import dataclasses
 import warnings
 from typing import Any
 
-import jax
 import pytest
+import small
 
 from cs_jax import CollapsedLayerWarning, UnfinishedSearchWarning, search
 from cs_jax.config import Config
 from cs_jax.health import Health, StuckDensityWarning
-from cs_jax.images import ImageSet
 from cs_jax.search import EpochRecord, Problem, Progress
-from cs_jax.training import Recipe
 
-CONFIG = Config(
-    epochs=3,
-    rounds=4,
-    rewind_epoch=1,
-    batch_size=16,
-    lr=0.05,
-    score_lr=5.0,
-    lr_schedule=(),
-    lr_drops=(),
-    mask_initial_value=0.02,
-    final_temp=50.0,
-)
+CONFIG = dataclasses.replace(small.SEARCH, epochs=3, rounds=4, lmbda=1e-8)
 
 
 def end(number: int, layers: dict[str, float], soft: float | None = 0.9, hard: float | None = 0.9) -> EpochRecord:
@@ -174,11 +161,6 @@ def test_a_resumed_run_is_not_told_again() -> None:
     bad = [end(number, {"a": 1.0, "b": 1.0}, 0.9, 0.1) for number in range(2)]
     assert [len(warned) for warned in told(*bad)] == [2, 0]
     assert told(*bad, first=1) == [[]]
-
-
-@pytest.fixture
-def problem(lenet: Recipe, synthetic: ImageSet) -> Problem:
-    return Problem(lenet, synthetic, validation=synthetic, key=jax.random.key(3))
 
 
 def run(config: Config, problem: Problem) -> None:

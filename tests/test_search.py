@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
 from cs_jax import CollapsedLayerWarning, UnfinishedSearchWarning, masks, search, training
 from cs_jax.config import Config
@@ -15,19 +16,7 @@ from cs_jax.images import ImageSet
 from cs_jax.search import Observer, Problem, Progress
 from cs_jax.training import Recipe, TrainState
 
-CONFIG = Config(
-    epochs=3,
-    rounds=2,
-    rewind_epoch=1,
-    batch_size=16,
-    lr=0.05,
-    score_lr=5.0,
-    lr_schedule=(2,),
-    lr_drops=(0.1,),
-    lmbda=1e-4,
-    mask_initial_value=0.02,
-    final_temp=50.0,
-)
+CONFIG = dataclasses.replace(small.SEARCH, epochs=3, lr_schedule=(2,), lr_drops=(0.1,))
 
 
 def copy(tree: Any) -> Any:
@@ -62,11 +51,6 @@ class History(Observer):
     @property
     def records(self) -> list[search.EpochRecord]:
         return [record for record, _ in self.epochs]
-
-
-@pytest.fixture
-def problem(lenet: Recipe, synthetic: ImageSet) -> Problem:
-    return Problem(lenet, synthetic, validation=synthetic, key=jax.random.key(3))
 
 
 def begin(config: Config, problem: Problem) -> Progress:

@@ -12,30 +12,16 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import small
 
 from cs_jax import search, tracking
-from cs_jax.config import Config
-from cs_jax.images import ImageSet
 from cs_jax.search import EpochRecord, Observer, Observers, Problem, Progress
 from cs_jax.tracking import TensorBoard, Tracker, TrackerWarning, Tracking, TrackingError
-from cs_jax.training import Recipe
 
 event_pb2: Any = pytest.importorskip("tensorboardX.proto.event_pb2")
 crc: Any = pytest.importorskip("tensorboardX.record_writer")
 
-CONFIG = Config(
-    epochs=2,
-    rounds=2,
-    rewind_epoch=1,
-    batch_size=16,
-    lr=0.05,
-    score_lr=5.0,
-    lr_schedule=(),
-    lr_drops=(),
-    lmbda=1e-4,
-    mask_initial_value=0.02,
-    final_temp=50.0,
-)
+CONFIG = small.SEARCH
 LAYERS = ["hidden0/kernel", "hidden1/kernel"]
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -66,11 +52,6 @@ class History(Observer):
     def on_epoch_end(self, record: EpochRecord, progress: Progress) -> None:
         self.records.append(record)
         self.scores.append(jax.tree.map(np.array, progress.state.scores))
-
-
-@pytest.fixture
-def problem(lenet: Recipe, synthetic: ImageSet) -> Problem:
-    return Problem(lenet, synthetic, validation=synthetic, key=jax.random.key(3))
 
 
 def run(problem: Problem, *trackers: Tracker) -> History:

@@ -1,4 +1,8 @@
-"""A search that trains in no time; the data and network for it are fixtures of conftest.py."""
+"""A search that trains in no time, whose data and network are fixtures of conftest.py, and a disk that is full."""
+
+import contextlib
+import resource
+from collections.abc import Iterator
 
 from cs_jax.config import Config
 
@@ -15,3 +19,14 @@ SEARCH = Config(
     mask_initial_value=0.02,
     final_temp=50.0,
 )
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file can grow beyond `size` bytes meanwhile, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -243,6 +243,15 @@ def test_a_second_process_is_refused_with_the_first_ones_id(
         assert json.loads((tmp_path / "run" / "run.lock").read_text())["process"] == process.pid
 
 
+def listening(script: str) -> subprocess.Popen[str]:
+    """A process that runs a script, once that has printed "ready"."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
 def test_a_second_sigint_ends_the_process_at_once_even_while_it_computes(tmp_path: Path) -> None:
     script = (
         "import time, signal, os, ctypes\n"
@@ -253,10 +262,7 @@ def test_a_second_sigint_ends_the_process_at_once_even_while_it_computes(tmp_pat
         "    deadline = time.monotonic() + 30\n"
         "    while time.monotonic() < deadline: ctypes.CDLL(None).usleep(20_000_000)\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process = listening(script)
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     assert process.poll() is None
@@ -274,10 +280,7 @@ def test_a_signal_that_has_to_wait_is_told_to_be_heard() -> None:
         "    print('ready', flush=True)\n"
         "    time.sleep(3)\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process = listening(script)
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=20)
     assert error == "stopping as soon as this step or compilation is done; Ctrl-C again ends at once, unsaved\n"
@@ -296,8 +299,7 @@ def test_a_ctrl_c_that_a_forked_child_hears_too_counts_once() -> None:
         "    try: watch.check()\n"
         "    except Stopped: print('stopped', flush=True)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, process_group=0)
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process = listening(script)
     time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
     shown, _ = process.communicate(timeout=20)

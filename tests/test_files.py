@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_ticket import largest_file
+import small
 
 from cs_jax.files import write_all, write_whole
 
@@ -43,7 +43,7 @@ def test_a_relative_path_is_one_from_here(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_full_disk_changes_no_file_and_leaves_none(tmp_path: Path, before: dict[str, bytes]) -> None:
     for name, content in before.items():
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(OSError, match="File too large"), largest_file(100):
+    with pytest.raises(OSError, match="File too large"), small.largest_file(100):
         write_all({tmp_path / "a": b"new", tmp_path / "b": bytes(101)})
     assert contents(tmp_path) == before
 

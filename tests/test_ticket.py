@@ -1,12 +1,10 @@
 """Ticket files: bits that come back, equal bytes, a size, and every kind of file that is refused."""
 
-import contextlib
 import functools
 import io
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +17,7 @@ import mutate_ticket
 import numpy as np
 import pytest
 import safetensors.numpy
+import small
 from flax import linen as nn
 from rich.console import Console
 
@@ -238,22 +237,11 @@ def test_equal_content_gives_equal_bytes_in_every_process(tmp_path: Path) -> Non
         assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes()
 
 
-@contextlib.contextmanager
-def largest_file(size: int) -> Any:
-    """No file can grow beyond `size` bytes meanwhile, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_file_that_cannot_be_written_leaves_the_earlier_one_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "t"
     save_ticket(path, **network())
     before = path.read_bytes()
-    with pytest.raises(OSError), largest_file(100):
+    with pytest.raises(OSError), small.largest_file(100):
         save_ticket(path, **network(np.float64))
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 

@@ -1,9 +1,8 @@
 """Figures as trackers get them, and event files read back byte for byte."""
 
-import contextlib
 import re
-import resource
 import struct
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -212,23 +211,12 @@ def test_nothing_is_written_before_the_first_figure(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@contextlib.contextmanager
-def files_limited_to(size: int) -> Iterator[None]:
-    """Writing beyond `size` bytes of a file fails, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_file_that_cannot_be_written_ends_the_run_and_closes_the_other_trackers(
     problem: Problem, tmp_path: Path
 ) -> None:
     log = Log()
     with (
-        files_limited_to(4000),  # more than an epoch, less than two
+        small.largest_file(4000),  # more than an epoch, less than two
         pytest.raises(TrackingError, match="File too large: figures for TensorBoard cannot be written: '.*board'$"),
     ):
         run(problem, TensorBoard(tmp_path / "tensorboard"), log)
@@ -296,4 +284,7 @@ def test_a_tracker_may_leave_out_what_it_does_not_want(problem: Problem) -> None
     class Nothing(Tracker):
         pass
 
-    run(problem, Nothing())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", TrackerWarning)
+        run(problem, Nothing())
+    assert [str(warning.message) for warning in caught] == []

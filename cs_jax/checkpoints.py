@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from cs_jax import files, search
+from cs_jax import files, search, trees
 from cs_jax.config import Config
 from cs_jax.errors import ConfigError
 from cs_jax.search import EpochRecord, Observer, Problem, Progress, Snapshot
@@ -82,16 +82,18 @@ class Checkpoints(Observer):
         self._worker = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
         self._levels = [logger.level for logger in _LOGGERS]
+        self._unraisable_before = sys.unraisablehook
 
     def __enter__(self) -> "Checkpoints":
         for logger in _LOGGERS:  # a save that fails is told once, by its error
             logger.setLevel(logging.CRITICAL)
+        sys.unraisablehook = self._unraisable
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # After an error, which tells enough, closing may fail by the same cause, and loggers tell more later.
+        # After an error, which tells enough, closing may fail by the same cause, and loggers and hook hear more later.
         try:
             self._finish()
             self._worker.shutdown()
@@ -102,6 +104,12 @@ class Checkpoints(Observer):
         if error is None:
             for logger, level in zip(_LOGGERS, self._levels, strict=True):
                 logger.setLevel(level)
+            sys.unraisablehook = self._unraisable_before
+
+    def _unraisable(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        """Passes over what writes that go on after a failed save say when they end: the event loop is gone by then."""
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._unraisable_before(unraisable)
 
     def on_steps(self, progress: Progress, total: int) -> None:
         self._latest = progress
@@ -281,14 +289,25 @@ class Checkpoints(Observer):
         )
 
     def _read_arrays(self, path: Path, like: PyTree) -> PyTree:
+        reason = self._find_mismatch(path, like)
+        if reason:  # before Orbax reads: what it has begun to read goes on when it fails, and says so later
+            raise ConfigError(f"{self._folder.parent}: its checkpoint {path.name} is of another network: {reason}")
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
-        try:
-            return self._orbax.restore((path / ARRAYS).absolute(), args=ocp.args.StandardRestore(placed))  # pyright: ignore
-        except (KeyError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            where = f"{self._folder.parent}: its checkpoint {path.name}"
-            raise ConfigError(f"{where} is of another network: {reason}") from error
+        return self._orbax.restore((path / ARRAYS).absolute(), args=ocp.args.StandardRestore(placed))  # pyright: ignore
+
+    def _find_mismatch(self, path: Path, like: PyTree) -> str | None:
+        """The first array that was saved with another shape or dtype than in `like`, or in one of the two alone."""
+        stored = self._orbax.metadata((path / ARRAYS).absolute()).item_metadata.tree  # pyright: ignore
+        found, wanted = _arrays(stored), _arrays(like)
+        wrong = next((name for name in found | wanted if found.get(name) != wanted.get(name)), None)
+        return wrong and f"{wrong} is {found.get(wrong, 'missing')}, not {wanted.get(wrong, 'expected')}"
+
+
+def _arrays(tree: PyTree) -> dict[str, str]:
+    """Dtype and shape of every array of a tree, by its name."""
+    leaves = trees.leaves_by_path(tree)
+    return {trees.name(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves.items()}
 
 
 def abstract_state(config: Config, problem: Problem, phase: str) -> TrainState:
@@ -342,7 +361,6 @@ def _check_room(folder: Path, tree: PyTree) -> None:
 
 def _failed(partial: Path, error: Exception) -> CheckpointError:
     """Takes away what a failed save has written, and explains its error in one line."""
-    sys.unraisablehook = lambda _: None  # Orbax's event loop is gone, and what is still under way would say so
     shutil.rmtree(partial, ignore_errors=True)
     reason = " ".join(str(error).split())
     if "No space left" in reason:

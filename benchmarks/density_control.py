@@ -25,7 +25,8 @@ from rich.table import Table
 from cs_jax import budget, experiment, masks, search, training
 from cs_jax.config import PRESETS, Config
 from cs_jax.images import ImageSet
-from cs_jax.search import Observer, Problem, Ticket
+from cs_jax.progress import SEARCH, Observer, Ticket
+from cs_jax.search import Problem
 from cs_jax.training import TrainState
 
 
@@ -92,7 +93,7 @@ def search_by_dual_ascent(config: Config, problem: Problem, target: float, rate:
         for epoch in range(config.epochs):
             if (round, epoch) == (0, config.rewind_epoch):
                 snapshot = search.take_snapshot(state)
-            hyper = search.hyperparams(config, search.SEARCH, epoch)
+            hyper = search.hyperparams(config, SEARCH, epoch)
             order = np.asarray(problem.epoch_order(round, epoch))
             for start in range(0, len(order), config.batch_size):
                 hyper = hyper._replace(penalty_weight=jnp.asarray(weight, float))

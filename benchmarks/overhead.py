@@ -20,20 +20,21 @@ from rich.console import Console
 from rich.table import Table
 from timing import median_ratio
 
-from cs_jax import commands, config, experiment, run_directory
+from cs_jax import commands, experiment, flags, run_directory
 from cs_jax.checkpoints import Checkpoints
 from cs_jax.config import Config
 from cs_jax.data import Data
 from cs_jax.interrupts import Interrupts
+from cs_jax.progress import Observer
 from cs_jax.run_directory import CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER, RunDirectory
-from cs_jax.search import Observer, Problem
+from cs_jax.search import Problem
 from cs_jax.tracking import TensorBoard, Tracking
 
 BARE, CHECKPOINTS, EVERYTHING = "bare", "checkpoints", "everything"
 
 
 def main(repeats: int, words: list[str]) -> None:
-    settings = config.parse(words)
+    settings = flags.parse(words)
     problem, data = experiment.prepare(settings)
     seconds: dict[str, list[float]] = {BARE: [], CHECKPOINTS: [], EVERYTHING: []}
     waiting = []

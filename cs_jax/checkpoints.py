@@ -31,7 +31,8 @@ import orbax.checkpoint as ocp
 from cs_jax import files, search, trees
 from cs_jax.config import Config
 from cs_jax.errors import ConfigError
-from cs_jax.search import EpochRecord, Observer, Problem, Progress, Snapshot
+from cs_jax.progress import SEARCH, EpochRecord, Observer, Progress, Snapshot
+from cs_jax.search import Problem
 from cs_jax.training import StepMetrics, TrainState
 
 PyTree = Any
@@ -164,7 +165,7 @@ class Checkpoints(Observer):
             message = f"checkpoint {path.name} is damaged ({reason}): going on from {self._saved}"
             warnings.warn(message, DamagedCheckpointWarning, stacklevel=2)
             shutil.rmtree(path)
-        if progress is None or (progress.phase == search.SEARCH and progress.snapshot is None):  # it is taken again
+        if progress is None or (progress.phase == SEARCH and progress.snapshot is None):  # it is taken again
             shutil.rmtree(self._folder / SNAPSHOT, ignore_errors=True)
         return progress
 
@@ -314,7 +315,7 @@ def abstract_state(config: Config, problem: Problem, phase: str) -> TrainState:
     """Shapes and dtypes of the state in a phase."""
 
     def make() -> TrainState:
-        if phase == search.SEARCH:
+        if phase == SEARCH:
             return search.init_state(config, problem)
         ticket = search.dense_ticket(search.init_variables(problem))
         return search.begin_retraining(problem, ticket, phase=phase).state

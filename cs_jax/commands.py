@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from cs_jax import config, console, experiment, run_directory
+from cs_jax import console, experiment, flags, run_directory
 from cs_jax import ticket as tickets
 from cs_jax.checkpoints import Checkpoints
 from cs_jax.config import Config
@@ -19,8 +19,9 @@ from cs_jax.data import Data, fingerprint
 from cs_jax.errors import ConfigError, one_of
 from cs_jax.health import Health
 from cs_jax.interrupts import Interrupts, Stopped
+from cs_jax.progress import Observer, Observers
 from cs_jax.run_directory import RunDirectory
-from cs_jax.search import NonFiniteLossError, Observer, Observers, Problem
+from cs_jax.search import NonFiniteLossError, Problem
 from cs_jax.tracking import TensorBoard, Tracker, Tracking
 
 MODULE = "python -m cs_jax"
@@ -131,7 +132,7 @@ def write_report(path: Path) -> list[Path]:
 
 def train(arguments: Sequence[str], *, prog: str) -> None:
     """search a ticket, rewind it, retrain it, and report; or go on with a run that stopped"""
-    run(config.parse(arguments, prog=prog))
+    run(flags.parse(arguments, prog=prog))
 
 
 def ticket(arguments: Sequence[str], *, prog: str) -> None:

@@ -1,13 +1,8 @@
-"""What a run is asked to do: one frozen dataclass, its presets, and the flags generated from it."""
+"""What a run is asked to do: one frozen dataclass, its presets, and its form on disk."""
 
-import contextlib
 import dataclasses
-import io
-import itertools
 import json
-import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -220,93 +215,7 @@ PRESETS: dict[str, Config] = {
 DEFAULT_PRESET = "digits"
 
 
-def parse(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> Config:
-    """Config for the command line `[PRESET] [flags]` or `--resume DIRECTORY`; prints the help where that is asked for.
-
-    Args:
-        arguments: words after the program's name; by default those of this process.
-        prog: the program's name, for its help.
-
-    Raises:
-        ConfigError: an unknown preset or flag, a value that cannot be used, or no run in the directory.
-        SystemExit: after the help.
-    """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    arguments = [_dashed(word) for word in arguments]
-    directory = _pop_resume(arguments)
-    if directory is not None:
-        if arguments and not arguments[0].startswith("-"):
-            raise ConfigError(f"--resume: got the preset {arguments[0]!r} too, wanted none: the run has its settings")
-        prog, default = f"{prog} --resume {directory}", dataclasses.replace(_stored_config(directory), out=directory)
-        description = f"Goes on with {directory}. Shown here are its settings."
-    else:
-        preset = arguments.pop(0) if arguments and not arguments[0].startswith("-") else DEFAULT_PRESET
-        if preset not in PRESETS:
-            raise ConfigError(f"preset: got {preset!r}, wanted {one_of(preset, PRESETS)}")
-        prog, default, description = f"{prog} {preset}", PRESETS[preset], _description(preset, prog)
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            parsed = tyro.cli(Config, prog=prog, description=description, args=arguments, default=default)
-    except SystemExit as stop:
-        if stop.code in (None, 0):
-            raise
-        raise ConfigError(_complaint(complaint.getvalue(), arguments)) from None
-    if directory is not None and parsed.out != directory:
-        raise ConfigError(f"--out: got {parsed.out} beside --resume {directory}, wanted one of them")
-    return parsed
-
-
-def _pop_resume(arguments: list[str]) -> Path | None:
-    """The folder that `--resume` names, taken out of the words; None without."""
-    places = [index for index, word in enumerate(arguments) if word.partition("=")[0] == "--resume"]
-    if not places:
-        return None
-    if len(places) > 1:
-        raise ConfigError(f"--resume: got {len(places)} of them, wanted one")
-    index = places[0]
-    _, equals, value = arguments.pop(index).partition("=")
-    if not equals and index < len(arguments) and not arguments[index].startswith("-"):
-        value = arguments.pop(index)
-    if not value:
-        raise ConfigError("--resume: got nothing, wanted a run directory")
-    return Path(value).expanduser()
-
-
-def _dashed(word: str) -> str:
-    """`--batch-size` for `--batch_size`: tyro takes both."""
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if word.startswith("--") else word
-
-
-def _description(preset: str, prog: str) -> str:
-    return (
-        f"{(Config.__doc__ or '').splitlines()[0]}\n\n"
-        f"Usage: {prog} [PRESET] [flags], PRESET one of {', '.join(PRESETS)} ({DEFAULT_PRESET} if none is named); or "
-        f"{prog} --resume DIRECTORY, to go on with the run there. Shown here are the defaults of {preset}."
-    )
-
-
-def _complaint(panel: str, arguments: Sequence[str]) -> str:
-    """tyro's boxed panel as one line: the flag, what came, what was wanted."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", panel).strip()
-    rows = [row.strip("│ ") for row in text.splitlines()[1:]]  # the first holds the title
-    words = " ".join(row for row in rows if row.strip("─-╭╮╰╯ "))
-    words = words.split(" For full helptext")[0].removeprefix("Error parsing Config: ")
-    unparsed = re.match(r"Error parsing --([\w-]+): ", words)
-    if unparsed:
-        name = unparsed[1].replace("-", "_")
-        kind = next(field.type for field in dataclasses.fields(Config) if field.name == name)
-        return f"{flag(name)}: got {_given(flag(name), arguments)}, wanted {_KINDS.get(kind, kind)}"
-    lacking = re.search(r"(--[\w-]+)'?[^-]*Expected \d+ values?\.", words)
-    if words.startswith("Missing value") and lacking:
-        return f"{lacking[1]}: got nothing, wanted a value"
-    if words.startswith("Unrecognized") and "Perhaps" not in words:
-        words += f", wanted flags of --help; a preset ({', '.join(PRESETS)}) comes first"
-    return words
-
-
-_KINDS: dict[Any, str] = {
+KINDS: dict[Any, str] = {
     int: "a whole number",
     int | None: "a whole number",
     float: "a number",
@@ -314,13 +223,7 @@ _KINDS: dict[Any, str] = {
     tuple[int, ...]: "whole numbers",
     tuple[float, ...]: "numbers",
 }
-
-
-def _given(name: str, arguments: Sequence[str]) -> str:
-    """What the command line gave for a flag."""
-    words = " ".join(arguments).replace(f"{name}=", f"{name} ").split()
-    values = words[len(words) - words[::-1].index(name) :]  # the last is what counts
-    return " ".join(itertools.takewhile(lambda word: not word.startswith("--"), values)) or "nothing"
+"""What a field of a type wants, in words."""
 
 
 def to_json(config: Config) -> dict[str, Any]:
@@ -348,7 +251,7 @@ def from_json(fields: Mapping[str, Any]) -> Config:
     values = {name: _restored(fields[name], kind) for name, kind in kinds.items()}
     for name, kind in kinds.items():
         if not _fits(values[name], kind):
-            raise ConfigError(f"stored settings have {name} {fields[name]!r}, wanted {_KINDS.get(kind, kind)}")
+            raise ConfigError(f"stored settings have {name} {fields[name]!r}, wanted {KINDS.get(kind, kind)}")
     return Config(**values)
 
 
@@ -398,11 +301,3 @@ def read_stored(path: Path, given_by: str) -> dict[str, Any]:
             f"that version, or give another --out"
         )
     return stored
-
-
-def _stored_config(path: Path) -> Config:
-    stored = read_stored(path, "--resume")
-    try:
-        return from_json(stored)
-    except ConfigError as error:
-        raise ConfigError(f"--resume: got {path}, whose {CONFIG_FILE} cannot be used: {error}") from error

@@ -17,7 +17,7 @@ from cs_jax.budget import CollapsedLayerWarning, DensityWarning, UnfinishedSearc
 from cs_jax.checkpoints import DamagedCheckpointWarning
 from cs_jax.config import Config
 from cs_jax.health import StuckDensityWarning
-from cs_jax.search import EpochRecord, Observer, Progress
+from cs_jax.progress import EpochRecord, Observer, Progress
 from cs_jax.tracking import TrackerWarning
 
 REFRESH_SECONDS = 0.5

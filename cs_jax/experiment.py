@@ -15,8 +15,9 @@ from cs_jax.data import Data
 from cs_jax.errors import ConfigError
 from cs_jax.images import ImageSet
 from cs_jax.models import MODELS
+from cs_jax.progress import DENSE, SEARCH, TICKET, EpochRecord, Observer, Progress, Snapshot, Ticket
 from cs_jax.run_directory import RunDirectory
-from cs_jax.search import EpochRecord, Observer, Problem, Progress, Snapshot, Ticket
+from cs_jax.search import Problem
 from cs_jax.ticket import LoadedTicket, load_ticket, save_ticket
 from cs_jax.training import Recipe, TrainState
 
@@ -61,7 +62,7 @@ def _check_target(config: Config, problem: Problem) -> None:
 def _smallest_step(config: Config, problem: Problem) -> Any:
     """A step on as few examples as the last batch of an epoch has."""
     state = search.init_state(config, problem)
-    hyper = search.hyperparams(config, search.SEARCH, 0)
+    hyper = search.hyperparams(config, SEARCH, 0)
     indices = jnp.arange(len(problem.train) % config.batch_size or config.batch_size)
     return training.step(problem.recipe, state, problem.train, indices, problem.key, hyper)
 
@@ -92,12 +93,12 @@ def run(
     """
     progress = progress or search.begin_search(search.init_state(config, problem))
     round_ends = progress.round_ends
-    if progress.phase == search.DENSE:
+    if progress.phase == DENSE:
         _summarize_ticket(directory)  # which must be there
-    if progress.phase == search.SEARCH:
+    if progress.phase == SEARCH:
         ticket, round_ends = search.search_ticket(config, problem, progress, observer)
         progress = search.begin_retraining(problem, ticket, round_ends=round_ends)
-    if progress.phase == search.TICKET:
+    if progress.phase == TICKET:
         assert progress.snapshot is not None
         snapshot = progress.snapshot
         state = search.retrain(config, problem, progress, observer)
@@ -105,8 +106,8 @@ def run(
     dense = None
     if config.dense:
         whole = search.dense_ticket(search.init_variables(problem))
-        if progress.phase != search.DENSE:
-            progress = search.begin_retraining(problem, whole, phase=search.DENSE, round_ends=round_ends)
+        if progress.phase != DENSE:
+            progress = search.begin_retraining(problem, whole, phase=DENSE, round_ends=round_ends)
         state = search.retrain(config, problem, progress, observer)
         test_logits = search.logits(config, problem, state, state.masks, data.test, observer)
         accuracies = _accuracies(config, problem, data, state, test_logits, observer)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from cs_jax.budget import CollapsedLayerWarning, UnfinishedSearchWarning
 from cs_jax.config import Config
-from cs_jax.search import SEARCH, EpochRecord, Observer, Progress
+from cs_jax.progress import SEARCH, EpochRecord, Observer, Progress
 
 ACCURACY_GAP = 0.02
 """Between soft and hard validation accuracy at a round's end, that is told: on the digits it is at most 0.011 with the

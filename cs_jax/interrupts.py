@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 
-from cs_jax.search import EpochRecord, Observer, Progress
+from cs_jax.progress import EpochRecord, Observer, Progress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -19,7 +19,7 @@ from cs_jax import files, trees
 from cs_jax.config import CONFIG_FILE, FREE, Config, flag
 from cs_jax.errors import ConfigError
 from cs_jax.lock import Lock
-from cs_jax.search import SEARCH, EpochRecord, Observer, Progress
+from cs_jax.progress import SEARCH, EpochRecord, Observer, Progress
 from cs_jax.ticket import TicketError, load_ticket
 
 METRICS_FILE = "metrics.jsonl"

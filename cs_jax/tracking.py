@@ -15,7 +15,7 @@ import numpy as np
 
 from cs_jax import trees
 from cs_jax.config import Config
-from cs_jax.search import EpochRecord, Observer, Progress
+from cs_jax.progress import EpochRecord, Observer, Progress
 
 HISTOGRAM_BUCKETS = 64
 

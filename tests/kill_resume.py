@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cs_jax import config
+from cs_jax import flags
 from cs_jax.checkpoints import PARTIAL
 from cs_jax.run_directory import CHECKPOINTS_FOLDER, METRICS_FILE, SCORES_FILE, TICKET_FILE
 
@@ -51,7 +51,7 @@ def outcome(folder: Path) -> tuple[bytes, list[Any], Any]:
 
 def moments(words: list[str], seconds: float) -> dict[str, Callable[[Path, random.Random], float | None]]:
     """For each kind of moment, whether it has come: the seconds still to wait, or None for not yet."""
-    settings = config.parse(words)
+    settings = flags.parse(words)
     search, ticket = settings.epochs * settings.rounds, settings.epochs * (settings.rounds + 1)
     epoch = seconds / (ticket + settings.dense * settings.epochs)
 

@@ -23,7 +23,8 @@ from cs_jax import checkpoints, search
 from cs_jax.checkpoints import CheckpointError, Checkpoints, DamagedCheckpointWarning
 from cs_jax.config import Config
 from cs_jax.errors import ConfigError
-from cs_jax.search import EpochRecord, NonFiniteLossError, Observer, Observers, Problem, Progress
+from cs_jax.progress import DENSE, SEARCH, TICKET, EpochRecord, Observer, Observers, Progress
+from cs_jax.search import NonFiniteLossError, Problem
 from cs_jax.training import Recipe
 
 CONFIG = dataclasses.replace(
@@ -68,7 +69,7 @@ class Records(Observer):
 def run(config: Config, problem: Problem, progress: Progress | None, observer: Observer) -> Any:
     """What is left of a search and a retraining: the ticket, and the trained state."""
     progress = progress or search.begin_search(search.init_state(config, problem))
-    if progress.phase == search.SEARCH:
+    if progress.phase == SEARCH:
         ticket, round_ends = search.search_ticket(config, problem, progress, observer)
         progress = search.begin_retraining(problem, ticket, round_ends=round_ends)
     snapshot = progress.snapshot
@@ -196,24 +197,24 @@ def test_the_dense_network_goes_on_too_and_the_tickets_checkpoints_stay_whole(pr
         warnings.simplefilter("ignore")
         run(CONFIG, problem, None, saved)
     dense = search.dense_ticket(search.init_variables(problem))
-    start = search.begin_retraining(problem, dense, phase=search.DENSE)
+    start = search.begin_retraining(problem, dense, phase=DENSE)
     whole = search.retrain(CONFIG, problem, start, Observer())
     with Checkpoints(CONFIG, problem, tmp_path) as saved:
         saved.restore()
         with pytest.raises(Stop):
-            start = search.begin_retraining(problem, dense, phase=search.DENSE)
+            start = search.begin_retraining(problem, dense, phase=DENSE)
             search.retrain(CONFIG, problem, start, Observers(saved, StopAt(2)))
         saved.save_latest()
     with Checkpoints(CONFIG, problem, tmp_path) as saved:
         progress = saved.restore()
-        assert progress is not None and (progress.phase, progress.snapshot) == (search.DENSE, None)
+        assert progress is not None and (progress.phase, progress.snapshot) == (DENSE, None)
         resumed = search.retrain(CONFIG, problem, progress, Observer())
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), resumed, whole))
     for newest in ("00006-000001", "00006-000002"):
         (tmp_path / newest / "SHA256SUMS").unlink()
     with Checkpoints(CONFIG, problem, tmp_path) as saved, pytest.warns(DamagedCheckpointWarning, match="00006-000000$"):
         progress = saved.restore()
-    assert progress is not None and progress.phase == search.TICKET and progress.snapshot is not None
+    assert progress is not None and progress.phase == TICKET and progress.snapshot is not None
 
 
 @pytest.fixture

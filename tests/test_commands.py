@@ -19,7 +19,7 @@ import pytest
 import safetensors.numpy
 
 import cs_jax
-from cs_jax import commands, config, experiment, run_directory
+from cs_jax import commands, experiment, flags, run_directory
 from cs_jax.run_directory import METRICS_FILE, PREDICTIONS_FILE, SCORE_EDGES, SCORES_FILE, TICKET_FILE
 from cs_jax.tracking import Tracker
 
@@ -179,7 +179,7 @@ class Listed(Tracker):
 
 def test_a_run_from_python_tells_its_trackers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tracker = Listed()
-    summary = commands.run(config.parse([*QUICK, "--out", str(tmp_path / "run")]), trackers=[tracker])
+    summary = commands.run(flags.parse([*QUICK, "--out", str(tmp_path / "run")]), trackers=[tracker])
     metrics = [json.loads(line) for line in (tmp_path / "run" / METRICS_FILE).read_text().splitlines()]
     assert tracker.losses == [line["loss"] for line in metrics]
     assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -365,7 +365,7 @@ def test_a_finished_run_without_its_ticket_says_how_to_make_it_again(
 
 def test_a_loaded_ticket_normalises_images_as_in_training(run: Path) -> None:
     ticket = cs_jax.load_ticket(run / TICKET_FILE)
-    _, data = experiment.prepare(config.parse(QUICK))
+    _, data = experiment.prepare(flags.parse(QUICK))
     logits = ticket.model.apply(ticket.variables, ticket.normalize(data.test.images), train=False)
     right = float((jax.numpy.argmax(logits, axis=-1) == data.test.labels).mean())
     assert right == pytest.approx(json.loads((run / "summary.json").read_text())["ticket"]["test_accuracy"], abs=1e-6)

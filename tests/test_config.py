@@ -11,8 +11,9 @@ import pytest
 
 import cs_jax
 from cs_jax import config
-from cs_jax.config import Config, parse
+from cs_jax.config import Config
 from cs_jax.errors import ConfigError
+from cs_jax.flags import parse
 
 
 def test_digits_is_the_preset_when_none_is_named() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cs_jax import config, data
+from cs_jax import config, data, flags
 from cs_jax.config import Config
 from cs_jax.errors import ConfigError
 
@@ -27,15 +27,15 @@ def split(labels: list[int], size: int, seed: int = 0) -> tuple[np.ndarray, np.n
 
 
 def test_the_fingerprint_tells_data_apart() -> None:
-    loaded = data.load(config.parse([]))
-    same, other = data.load(config.parse([])), data.load(config.parse(["--seed", "1"]))
+    loaded = data.load(flags.parse([]))
+    same, other = data.load(flags.parse([])), data.load(flags.parse(["--seed", "1"]))
     assert data.fingerprint(loaded) == data.fingerprint(same) != data.fingerprint(other)
     changed = dataclasses.replace(loaded, test=loaded.test.replace(labels=loaded.test.labels.at[-1].add(1)))
     assert data.fingerprint(changed) != data.fingerprint(loaded)
 
 
 def test_the_test_set_is_read_alone() -> None:
-    split, classes = data.load_test(config.parse([]))
+    split, classes = data.load_test(flags.parse([]))
     assert (split.images.shape, classes) == ((360, 8, 8, 1), tuple("0123456789"))
 
 

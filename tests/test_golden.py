@@ -15,7 +15,8 @@ import reference
 
 from cs_jax import layers, masks, search, training
 from cs_jax.config import Config
-from cs_jax.search import Observer, Problem, Progress
+from cs_jax.progress import SEARCH, TICKET, EpochRecord, Observer, Progress, Ticket
+from cs_jax.search import Problem
 from cs_jax.training import Hyperparams, TrainState
 
 LAYER_FILES = reference.files("layer_*.npz")
@@ -146,7 +147,7 @@ class Recorder(Observer):
         self.momenta[name] = reference.momentum_arrays(state)
 
     def on_phase_start(self, progress: Progress) -> None:
-        if progress.phase == search.TICKET:
+        if progress.phase == TICKET:
             self.keep("ticket_start", progress.state)
         elif progress.round:
             self.keep(f"round{progress.round - 1}_pruned", progress.state)
@@ -156,7 +157,7 @@ class Recorder(Observer):
         if len(self.steps) in (1, 2):
             self.keep(f"after_step{len(self.steps)}", progress.state)
 
-    def on_epoch_end(self, record: search.EpochRecord, progress: Progress) -> None:
+    def on_epoch_end(self, record: EpochRecord, progress: Progress) -> None:
         self.logits.append(self._predict(record, progress.state))
         self.densities.append(record.density)
         self.temperatures.append(record.temperature)
@@ -164,7 +165,7 @@ class Recorder(Observer):
         self.losses.append(record.loss)
 
     def on_phase_end(self, progress: Progress) -> None:
-        end = "ticket_end" if progress.phase == search.TICKET else f"round{progress.round}_end"
+        end = "ticket_end" if progress.phase == TICKET else f"round{progress.round}_end"
         self.keep(end, progress.state)
 
 
@@ -219,7 +220,7 @@ def test_golden_search(path: Path) -> None:
     config, problem, state = prepare(arrays, np.float64)
     evaluation = reference.images(reference.load("data.npz"), np.float64, prefix="eval_")
 
-    def predict(record: search.EpochRecord, state: TrainState) -> np.ndarray:
+    def predict(record: EpochRecord, state: TrainState) -> np.ndarray:
         epoch_masks = state.masks or masks.soft_mask(
             state.scores, record.temperature, init_value=config.mask_initial_value
         )
@@ -310,7 +311,7 @@ def _check_states(arrays: dict[str, np.ndarray], recorder: Recorder) -> None:
             reference.assert_summaries(momenta, index, arrays[f"{stage}/momentum_summary"], allowed)
 
 
-def _check_ticket(arrays: dict[str, np.ndarray], ticket: search.Ticket, recorder: Recorder) -> None:
+def _check_ticket(arrays: dict[str, np.ndarray], ticket: Ticket, recorder: Recorder) -> None:
     """Hard masks agree entry for entry, and the ticket starts from the snapshot, bit for bit."""
     kept = {name.removesuffix("/kernel"): mask > 0 for name, mask in reference.names(ticket.masks).items()}
     expected = {
@@ -339,7 +340,7 @@ def test_golden_search_starts_alike_in_float32(path: Path) -> None:
         problem.train,
         arrays["order"][0, 0][: 2 * config.batch_size],
         problem.key,
-        search.hyperparams(config, search.SEARCH, 0),
+        search.hyperparams(config, SEARCH, 0),
         batch_size=config.batch_size,
     )
     entropies = [float(metrics.cross_entropy) for _, _, metrics in calls]

@@ -10,7 +10,8 @@ import small
 from cs_jax import CollapsedLayerWarning, UnfinishedSearchWarning, search
 from cs_jax.config import Config
 from cs_jax.health import Health, StuckDensityWarning
-from cs_jax.search import EpochRecord, Problem, Progress
+from cs_jax.progress import EpochRecord, Progress
+from cs_jax.search import Problem
 
 CONFIG = dataclasses.replace(small.SEARCH, epochs=3, rounds=4, lmbda=1e-8)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import cs_jax
-from cs_jax import config
+from cs_jax import flags
 from cs_jax.run_directory import TICKET_FILE
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -40,7 +40,7 @@ def test_names_that_the_readme_uses_exist() -> None:
 
 def test_flags_that_the_readme_explains_exist(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        config.parse(["--help"])
+        flags.parse(["--help"])
     shown = capsys.readouterr().out
     for flag in set(re.findall(r"`(--[a-z-]+)", README)):
         assert flag in shown, flag

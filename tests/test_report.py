@@ -43,7 +43,7 @@ def make_run(
     flags = ["digits", "--epochs", str(epochs), "--rounds", str(rounds), "--rewind-epoch", "0", "--seed", str(seed)]
     flags += [] if dense else ["--no-dense"]
     flags += [] if validation else ["--val-set-size", "0"]
-    write(folder / "config.json", {**config.to_json(config.parse(flags)), "versions": {"cs_jax": "0.1", "jax": "0.9"}})
+    write(folder / "config.json", {**config.to_json(flags.parse(flags)), "versions": {"cs_jax": "0.1", "jax": "0.9"}})
     sizes = {layer: 200 * (index % 7 + 1) for index, layer in enumerate(layers)}
     shares = 0.0 if empty else rng.uniform(0.05, 0.2, len(layers)) / rounds
     kept = {
@@ -350,14 +350,14 @@ def test_a_run_that_has_only_begun_has_a_report_of_its_settings(tmp_path: Path) 
 def test_the_command_in_the_page_repeats_the_run(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", thin=True)
     flags = "fashion-mnist --lr 0.02 --lr-schedule 3 5 --dense --mask-initial-value -0.1 --target-density 0.05"
-    settings = config.parse([*flags.split(), "--data-dir", "a b'c", "--out", str(run)])
+    settings = flags.parse([*flags.split(), "--data-dir", "a b'c", "--out", str(run)])
     write(run / "config.json", config.to_json(settings))
     report.write_report(run)
     found = re.search(r"<pre><code>(.*?)</code></pre>", page(run))
     assert found
     command = shlex.split(words(found[1]))
     assert command[:2] == ["python", "train.py"]
-    assert config.parse(command[2:]) == dataclasses.replace(settings, out=None)
+    assert flags.parse(command[2:]) == dataclasses.replace(settings, out=None)
 
 
 def test_a_report_is_the_same_when_it_is_made_again(tmp_path: Path) -> None:

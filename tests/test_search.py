@@ -13,7 +13,8 @@ import small
 from cs_jax import CollapsedLayerWarning, UnfinishedSearchWarning, masks, search, training
 from cs_jax.config import Config
 from cs_jax.images import ImageSet
-from cs_jax.search import Observer, Problem, Progress
+from cs_jax.progress import DENSE, SEARCH, TICKET, EpochRecord, Observer, Progress, Ticket
+from cs_jax.search import Problem
 from cs_jax.training import Recipe, TrainState
 
 CONFIG = dataclasses.replace(small.SEARCH, epochs=3, lr_schedule=(2,), lr_drops=(0.1,))
@@ -37,7 +38,7 @@ class History(Observer):
     def __init__(self) -> None:
         self.starts: list[tuple[str, int | None, TrainState]] = []
         self.ends: list[tuple[str, int | None, TrainState]] = []
-        self.epochs: list[tuple[search.EpochRecord, TrainState]] = []
+        self.epochs: list[tuple[EpochRecord, TrainState]] = []
 
     def on_phase_start(self, progress: Progress) -> None:
         self.starts.append((progress.phase, progress.round, copy(progress.state)))
@@ -45,11 +46,11 @@ class History(Observer):
     def on_phase_end(self, progress: Progress) -> None:
         self.ends.append((progress.phase, progress.round, copy(progress.state)))
 
-    def on_epoch_end(self, record: search.EpochRecord, progress: Progress) -> None:
+    def on_epoch_end(self, record: EpochRecord, progress: Progress) -> None:
         self.epochs.append((record, copy(progress.state)))
 
     @property
-    def records(self) -> list[search.EpochRecord]:
+    def records(self) -> list[EpochRecord]:
         return [record for record, _ in self.epochs]
 
 
@@ -57,7 +58,7 @@ def begin(config: Config, problem: Problem) -> Progress:
     return search.begin_search(search.init_state(config, problem))
 
 
-def run(config: Config, problem: Problem) -> tuple[search.Ticket, TrainState, History]:
+def run(config: Config, problem: Problem) -> tuple[Ticket, TrainState, History]:
     history = History()
     ticket, _ = search.search_ticket(config, problem, begin(config, problem), history)
     return ticket, search.retrain(config, problem, search.begin_retraining(problem, ticket), history), history
@@ -176,7 +177,7 @@ def test_an_epoch_has_every_example_once_and_every_epoch_its_own_order(problem: 
 def test_the_dense_network_starts_alike_sees_the_same_batches_and_keeps_everything(problem: Problem) -> None:
     history = History()
     dense = search.dense_ticket(search.init_variables(problem))
-    state = search.retrain(CONFIG, problem, search.begin_retraining(problem, dense, phase=search.DENSE), history)
+    state = search.retrain(CONFIG, problem, search.begin_retraining(problem, dense, phase=DENSE), history)
     assert_equal(history.starts[0][2].params, search.init_variables(problem)["params"])
     assert all((np.asarray(leaf) == 1).all() for leaf in jax.tree.leaves(state.masks))
     assert [(record.phase, record.density, record.penalty) for record in history.records] == [("dense", 1.0, 0.0)] * 3
@@ -191,14 +192,14 @@ def test_the_ticket_can_be_retrained_again(problem: Problem) -> None:
 @pytest.mark.parametrize(
     "phase, message",
     [
-        (search.SEARCH, "in round 0, epoch 0, step [0-2]$"),
-        (search.TICKET, "in the ticket's training, epoch 0, step [0-2]$"),
+        (SEARCH, "in round 0, epoch 0, step [0-2]$"),
+        (TICKET, "in the ticket's training, epoch 0, step [0-2]$"),
     ],
 )
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(problem: Problem, phase: str, message: str) -> None:
     config = dataclasses.replace(CONFIG, lr=1e30)
     with pytest.raises(search.NonFiniteLossError, match="^loss is (nan|inf) " + message):
-        if phase == search.SEARCH:
+        if phase == SEARCH:
             search.search_ticket(config, problem, begin(config, problem), Observer())
         else:
             dense = search.dense_ticket(search.init_variables(problem))
@@ -224,7 +225,7 @@ def test_every_phase_augments_differently(problem: Problem, monkeypatch: pytest.
 
     monkeypatch.setattr(training, "train_epoch", watch)
     ticket, _, _ = run(CONFIG, problem)
-    search.retrain(CONFIG, problem, search.begin_retraining(problem, ticket, phase=search.DENSE), Observer())
+    search.retrain(CONFIG, problem, search.begin_retraining(problem, ticket, phase=DENSE), Observer())
     per_phase = [set(keys[i : i + 3]) for i in range(0, 12, 3)]
     assert [len(phase) for phase in per_phase] == [1, 1, 1, 1]
     assert per_phase[2] == per_phase[3]

@@ -14,7 +14,8 @@ import pytest
 import small
 
 from cs_jax import search, tracking
-from cs_jax.search import EpochRecord, Observer, Observers, Problem, Progress
+from cs_jax.progress import DENSE, EpochRecord, Observer, Observers, Progress
+from cs_jax.search import Problem
 from cs_jax.tracking import TensorBoard, Tracker, TrackerWarning, Tracking, TrackingError
 
 event_pb2: Any = pytest.importorskip("tensorboardX.proto.event_pb2")
@@ -62,7 +63,7 @@ def run(problem: Problem, *trackers: Tracker) -> History:
         ticket, _ = search.search_ticket(CONFIG, problem, start, observer)
         search.retrain(CONFIG, problem, search.begin_retraining(problem, ticket), observer)
         dense = search.dense_ticket(search.init_variables(problem))
-        search.retrain(CONFIG, problem, search.begin_retraining(problem, dense, phase=search.DENSE), observer)
+        search.retrain(CONFIG, problem, search.begin_retraining(problem, dense, phase=DENSE), observer)
     return history
 
 

@@ -19,9 +19,10 @@ import pytest
 from rich.console import Console
 
 import train
-from cs_jax import apply_masks, config, console, experiment, search
+from cs_jax import apply_masks, console, experiment, flags, search
 from cs_jax.data import fingerprint
 from cs_jax.interrupts import Interrupts, Stopped
+from cs_jax.progress import Observer
 from cs_jax.run_directory import TICKET_FILE, opened
 
 ROOT = Path(train.__file__).parent
@@ -83,14 +84,14 @@ def test_the_summary_agrees_with_the_metrics(quick_run: Path) -> None:
 def test_test_accuracy_is_that_of_the_retrained_ticket_on_the_test_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = config.parse([*QUICK, "--no-dense", "--seed", "4", "--out", str(tmp_path / "run")])
+    settings = flags.parse([*QUICK, "--no-dense", "--seed", "4", "--out", str(tmp_path / "run")])
     problem, data = experiment.prepare(settings)
     states = []
     retrain = search.retrain
     monkeypatch.setattr(search, "retrain", lambda *args, **kwargs: states.append(retrain(*args, **kwargs)) or states[0])
     with opened(settings, new=True) as directory:
         directory.begin(fingerprint(data))
-        summary = experiment.run(settings, problem, data, directory, search.Observer())
+        summary = experiment.run(settings, problem, data, directory, Observer())
     weights = jax.tree.map(np.asarray, apply_masks(states[0].params, states[0].masks))
     x = (np.asarray(data.test.images, np.float32) - np.asarray(data.test.mean)) / np.asarray(data.test.std)
     x = x.reshape(360, -1)
@@ -104,7 +105,7 @@ def test_test_accuracy_is_that_of_the_retrained_ticket_on_the_test_set(
 def test_a_terminal_shows_the_bar_with_step_and_loss(tmp_path: Path) -> None:
     shown = io.StringIO()
     terminal = Console(file=shown, force_terminal=True, width=100)
-    settings = config.parse([*QUICK, "--no-dense", "--out", str(tmp_path / "run")])
+    settings = flags.parse([*QUICK, "--no-dense", "--out", str(tmp_path / "run")])
     problem, data = experiment.prepare(settings)
     with opened(settings, new=True) as directory, console.ProgressDisplay(settings, terminal) as display:
         directory.begin(fingerprint(data))

@@ -17,6 +17,7 @@ import safetensors
 import safetensors.numpy
 
 from cs_jax.errors import ConfigError
+from cs_jax.progress import DENSE, SEARCH, TICKET
 from cs_jax.run_directory import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -24,7 +25,6 @@ from cs_jax.run_directory import (
     SCORES_FILE,
     SUMMARY_FILE,
 )
-from cs_jax.search import DENSE, SEARCH, TICKET
 
 Kind = TypeVar("Kind")
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from cs_jax import config as config_module
 from cs_jax.config import PRESETS, Config, flag
+from cs_jax.progress import DENSE, SEARCH, TICKET
 from cs_jax.report import plots
 from cs_jax.report.pages import Example, Page, Plot, Section, Table, Tile, numbers, percent, plot, points, shown, told
 from cs_jax.report.plots import Line, Span
@@ -24,7 +25,6 @@ from cs_jax.run_directory import (
     PREDICTIONS_FILE,
     SCORES_FILE,
 )
-from cs_jax.search import DENSE, SEARCH, TICKET
 
 MATRIX_CLASSES = 40
 """With more classes a confusion matrix cannot be read, and the most confused pairs stand alone."""

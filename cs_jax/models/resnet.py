@@ -1,18 +1,21 @@
-"""Residual networks for small images, as the authors' release builds them."""
+"""Residual networks: for small images as the authors' release builds them, and for large ones."""
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from cs_jax.layers import MaskedConv
 from cs_jax.models.batch_norm import BatchNorm
 
-# Xavier normal as PyTorch draws it: not truncated.
+# As PyTorch draws them: not truncated.
 xavier_normal = nn.initializers.variance_scaling(1.0, "fan_avg", "normal")
+he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class ResNet(nn.Module):
@@ -42,9 +45,9 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv = partial(_conv3x3, self.conv, dtype=self.dtype, param_dtype=self.param_dtype)
+        conv = partial(_conv, self.conv, dtype=self.dtype, param_dtype=self.param_dtype)
         norm = partial(_norm, train=train, dtype=self.dtype, param_dtype=self.param_dtype)
-        x = conv(self.widths[0], name="conv0")(x)
+        x = conv(self.widths[0], 3, name="conv0")(x)
         x = nn.relu(norm(name="bn0")(x))
         for stage, (num_blocks, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True), start=1):
             for block in range(1, num_blocks + 1):
@@ -81,29 +84,26 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv = partial(_conv3x3, self.conv, dtype=self.dtype, param_dtype=self.param_dtype)
+        conv = partial(_conv, self.conv, dtype=self.dtype, param_dtype=self.param_dtype)
         norm = partial(_norm, train=train, dtype=self.dtype, param_dtype=self.param_dtype)
-        y = conv(self.width, strides=self.stride, name="conv_a")(x)
+        y = conv(self.width, 3, strides=self.stride, name="conv_a")(x)
         y = nn.relu(norm(name="bn_a")(y))
-        y = conv(self.width, name="conv_b")(y)
+        y = conv(self.width, 3, name="conv_b")(y)
         y = norm(name="bn_b")(y)
         if self.stride != 1 or x.shape[-1] != self.width:
-            x = nn.Conv(
-                self.width,
-                (1, 1),
-                strides=self.stride,
-                padding=0,
-                use_bias=False,
-                kernel_init=xavier_normal,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                name="downsample",
-            )(x)
+            plain = partial(_conv, nn.Conv, dtype=self.dtype, param_dtype=self.param_dtype)
+            x = plain(self.width, 1, strides=self.stride, name="downsample")(x)
         return nn.relu(x + y)
 
 
 ResNet20 = partial(ResNet, stage_sizes=(3, 3, 3), widths=(16, 32, 64))
 """The CIFAR-10 network of the authors' release, which calls it ResNet-18: 272,282 weights, 267,696 of them masked."""
+
+ResNet32 = partial(ResNet, stage_sizes=(5, 5, 5), widths=(16, 32, 64))
+"""For CIFAR, He et al., 2015, arXiv:1512.03385, with 1x1 shortcuts: 466,714 weights, 461,232 of them masked."""
+
+ResNet56 = partial(ResNet, stage_sizes=(9, 9, 9), widths=(16, 32, 64))
+"""For CIFAR, He et al., 2015, arXiv:1512.03385, with 1x1 shortcuts: 855,578 weights, 848,304 of them masked."""
 
 ResNet8 = partial(ResNet, stage_sizes=(1, 1, 1), widths=(16, 32, 64))
 """Small network for 28x28 images: 77,562 weights for one input channel, 73,872 of them masked."""
@@ -112,22 +112,103 @@ ResNet6 = partial(ResNet, stage_sizes=(1, 1), widths=(32, 64))
 """Small network for 8x8 digits: 77,162 weights for one input channel, 74,016 of them masked."""
 
 
-def _conv3x3(
+class BottleneckResNet(nn.Module):
+    """Residual network for large images: a stem, stages of bottleneck blocks, global average pooling, a classifier.
+
+    The stem is a 7x7 convolution with stride 2 and a max pool with stride 2; a block has its stride in the 3x3
+    convolution, as torchvision has it. Masked is every convolution but the stem's, those in the shortcuts too. Not
+    masked: the stem, BatchNorm, classifier.
+
+    Kernels of convolutions start He normal by their fan-out, the classifier as PyTorch's linear layers (its bias at 0).
+
+    Call: `model.apply(variables, images, train=...)` with float images (batch, height, width, channels) returns
+    logits (batch, num_classes). With `train=True`, BatchNorm normalises by the batch and "batch_stats" must be mutable.
+
+    Attributes:
+        num_classes: width of the classifier.
+        stage_sizes: blocks in each stage; each stage but the first starts with stride 2.
+        widths: channels inside the blocks of each stage; a block returns four times as many. The stem has those of
+            the first.
+        dtype: of the computation; by default that of images and weights.
+        param_dtype: of the weights.
+        conv: class of the masked convolutions; `flax.linen.Conv` makes the plain dense network.
+
+    References:
+        He et al., 2015, arXiv:1512.03385, table 1.
+    """
+
+    num_classes: int = 10
+    stage_sizes: Sequence[int] = (3, 4, 6, 3)
+    widths: Sequence[int] = (64, 128, 256, 512)
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    conv: type[nn.Conv] = MaskedConv
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        dtypes: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = _conv(nn.Conv, self.widths[0], 7, strides=2, kernel_init=he_normal_fan_out, name="conv0", **dtypes)(x)
+        x = nn.relu(_norm(train=train, name="bn0", **dtypes)(x))
+        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
+        for stage, (num_blocks, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True), start=1):
+            for block in range(1, num_blocks + 1):
+                stride = 2 if block == 1 and stage > 1 else 1
+                name = f"stage{stage}_block{block}"
+                x = BottleneckBlock(width, stride, conv=self.conv, name=name, **dtypes)(x, train)
+        x = jnp.mean(x, axis=(1, 2))
+        like_pytorch = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        return nn.Dense(self.num_classes, kernel_init=like_pytorch, name="classifier", **dtypes)(x)
+
+
+class BottleneckBlock(nn.Module):
+    """1x1, 3x3 and 1x1 convolution with BN each, ReLU between, plus the shortcut, ReLU.
+
+    Takes (batch, height, width, channels) and returns 4 * `width` channels; `stride` divides height and width. Where
+    the shape changes the shortcut is a 1x1 convolution and BN.
+    """
+
+    width: int
+    stride: int = 1
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    conv: type[nn.Conv] = MaskedConv
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        dtypes: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        conv = partial(_conv, self.conv, kernel_init=he_normal_fan_out, **dtypes)
+        norm = partial(_norm, train=train, **dtypes)
+        width_out = 4 * self.width
+        y = nn.relu(norm(name="bn_a")(conv(self.width, 1, name="conv_a")(x)))
+        y = nn.relu(norm(name="bn_b")(conv(self.width, 3, strides=self.stride, name="conv_b")(y)))
+        y = norm(name="bn_c")(conv(width_out, 1, name="conv_c")(y))
+        if self.stride != 1 or x.shape[-1] != width_out:
+            x = norm(name="bn_downsample")(conv(width_out, 1, strides=self.stride, name="downsample")(x))
+        return nn.relu(x + y)
+
+
+ResNet50 = partial(BottleneckResNet, stage_sizes=(3, 4, 6, 3), widths=(64, 128, 256, 512))
+"""For ImageNet: 25,557,032 weights for 1000 classes, 23,445,504 of them masked."""
+
+
+def _conv(
     conv: type[nn.Conv],
     features: int,
+    size: int,
     *,
     strides: int = 1,
+    kernel_init: Initializer = xavier_normal,
     name: str,
     dtype: DTypeLike | None,
     param_dtype: DTypeLike,
 ) -> nn.Conv:
     return conv(
         features,
-        (3, 3),
+        (size, size),
         strides=strides,
-        padding=1,
+        padding=size // 2,
         use_bias=False,
-        kernel_init=xavier_normal,
+        kernel_init=kernel_init,
         dtype=dtype,
         param_dtype=param_dtype,
         name=name,

@@ -1,0 +1,75 @@
+"""The small convolutional networks of the first lottery-ticket experiments."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from cs_jax.layers import MaskedConv, MaskedDense
+from cs_jax.models.lenet import xavier_normal
+
+
+class ConvNet(nn.Module):
+    """Pairs of 3x3 convolutions, each pair before a 2x2 max pool, two hidden layers of 256 units, a classifier.
+
+    ReLU and biases throughout, no BatchNorm. Masked are convolutions and hidden layers; biases and the classifier are
+    not. Kernels start Glorot normal, biases at 0.
+
+    Call: `model.apply(variables, images, train=...)` with float images (batch, height, width, channels) returns logits
+    (batch, num_classes). `train` changes nothing.
+
+    Attributes:
+        num_classes: width of the classifier.
+        widths: channels of each pair of convolutions.
+        dtype: of the computation; by default that of images and weights.
+        param_dtype: of the weights.
+        conv, dense: classes of the masked layers; `flax.linen.Conv` and `flax.linen.Dense` make the plain network.
+
+    Raises:
+        ValueError: the images are too small to be halved by every pool.
+
+    References:
+        Frankle and Carbin, 2019, arXiv:1803.03635, figure 2.
+    """
+
+    num_classes: int = 10
+    widths: Sequence[int] = (64, 128, 256)
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    conv: type[nn.Conv] = MaskedConv
+    dense: type[nn.Dense] = MaskedDense
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        check_pools(x, len(self.widths))
+        fields: Any = {"kernel_init": xavier_normal, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        for stage, width in enumerate(self.widths, start=1):
+            for layer in (1, 2):
+                x = nn.relu(self.conv(width, (3, 3), padding=1, name=f"stage{stage}_conv{layer}", **fields)(x))
+            x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        x = x.reshape(x.shape[0], -1)
+        for layer in range(2):
+            x = nn.relu(self.dense(256, name=f"hidden{layer}", **fields)(x))
+        return nn.Dense(self.num_classes, name="classifier", **fields)(x)
+
+
+Conv2 = partial(ConvNet, widths=(64,))
+"""For CIFAR-10: 4,301,642 weights, 4,298,432 of them masked."""
+
+Conv4 = partial(ConvNet, widths=(64, 128))
+"""For CIFAR-10: 2,425,930 weights, 2,422,464 of them masked."""
+
+Conv6 = partial(ConvNet, widths=(64, 128, 256))
+"""For CIFAR-10: 2,262,602 weights, 2,258,624 of them masked."""
+
+
+def check_pools(images: jax.Array, pools: int) -> None:
+    """Raises a ValueError where `pools` max pools of 2x2 would leave no pixel of (batch, height, width, channels)."""
+    height, width = images.shape[1:3]
+    least = 2**pools
+    if min(height, width) < least:
+        raise ValueError(f"images: got {height} by {width} pixels, wanted at least {least} by {least}")

@@ -1,0 +1,67 @@
+"""VGG networks as CIFAR has them: with BatchNorm, and one linear layer in place of three."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from cs_jax.layers import MaskedConv
+from cs_jax.models.batch_norm import BatchNorm
+from cs_jax.models.conv import check_pools
+from cs_jax.models.resnet import he_normal_fan_out
+
+
+class VGG(nn.Module):
+    """Stages of 3x3 convolutions with BN and ReLU, each before a 2x2 max pool; global average pooling, a classifier.
+
+    The convolutions, which have no bias, are masked. Not masked: BatchNorm, classifier. Kernels of convolutions start
+    He normal by their fan-out, the classifier's normal with deviation 0.01, as torchvision draws them.
+
+    Call: `model.apply(variables, images, train=...)` with float images (batch, height, width, channels) returns
+    logits (batch, num_classes). With `train=True`, BatchNorm normalises by the batch and "batch_stats" must be mutable.
+
+    Attributes:
+        num_classes: width of the classifier.
+        stage_sizes: convolutions in each stage.
+        widths: channels in each stage.
+        dtype: of the computation; by default that of images and weights.
+        param_dtype: of the weights.
+        conv: class of the convolutions; `flax.linen.Conv` makes the plain dense network.
+
+    Raises:
+        ValueError: the images are too small to be halved by every pool.
+
+    References:
+        Simonyan and Zisserman, 2014, arXiv:1409.1556, configuration D; Li et al., 2016, arXiv:1608.08710, for CIFAR.
+    """
+
+    num_classes: int = 10
+    stage_sizes: Sequence[int] = (2, 2, 3, 3, 3)
+    widths: Sequence[int] = (64, 128, 256, 512, 512)
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    conv: type[nn.Conv] = MaskedConv
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        check_pools(x, len(self.widths))
+        dtypes: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        conv = partial(
+            self.conv, kernel_size=(3, 3), padding=1, use_bias=False, kernel_init=he_normal_fan_out, **dtypes
+        )
+        norm = partial(BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, **dtypes)
+        for stage, (num_layers, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True), start=1):
+            for layer in range(1, num_layers + 1):
+                x = conv(width, name=f"stage{stage}_conv{layer}")(x)
+                x = nn.relu(norm(name=f"stage{stage}_bn{layer}")(x))
+            x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        x = jnp.mean(x, axis=(1, 2))  # of one pixel, for 32x32 images
+        return nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01), name="classifier", **dtypes)(x)
+
+
+VGG16 = partial(VGG, stage_sizes=(2, 2, 3, 3, 3), widths=(64, 128, 256, 512, 512))
+"""For CIFAR-10: 14,724,042 weights, 14,710,464 of them masked."""

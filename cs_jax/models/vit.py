@@ -1,0 +1,119 @@
+"""Vision transformers."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from cs_jax.layers import MaskedDenseGeneral
+
+# DeiT truncates at 100 deviations, which is not at all.
+narrow_normal = nn.initializers.normal(0.02)
+
+
+class VisionTransformer(nn.Module):
+    """Patches and a class token with learned positions through pre-LayerNorm blocks; a classifier of the class token.
+
+    Masked are the kernels of query, key, value, out and of the MLPs. Not masked: patch embedding, positions, class
+    token, LayerNorms, biases, classifier. As in DeiT, weights start normal with deviation 0.02 and biases at 0; the
+    patch embedding starts LeCun normal. There is no dropout.
+
+    Call: `model.apply(variables, images, train=...)` with float images (batch, height, width, channels) returns
+    logits (batch, num_classes). `train` changes nothing. Positions are learned for one size of images.
+
+    Attributes:
+        num_classes: width of the classifier.
+        depth: number of blocks.
+        width: features of a token; an MLP has four times as many.
+        num_heads: attention heads; divides `width`.
+        patch_size: side of a patch in pixels; None is 16 for images of at least 64 by 64 pixels, else 4.
+        dtype: of the computation; by default that of images and weights.
+        param_dtype: of the weights.
+        dense: class of the masked layers; `flax.linen.DenseGeneral` makes the plain dense network.
+
+    Raises:
+        ValueError: the patch size does not divide both sides of the images, or `num_heads` the width.
+
+    References:
+        Dosovitskiy et al., 2020, arXiv:2010.11929; Touvron et al., 2020, arXiv:2012.12877, for ViT-Ti.
+    """
+
+    num_classes: int = 10
+    depth: int = 12
+    width: int = 192
+    num_heads: int = 3
+    patch_size: int | None = None
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    dense: type[nn.DenseGeneral] = MaskedDenseGeneral
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        dtypes: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = self._tokens(x)
+        for block in range(1, self.depth + 1):
+            x = TransformerBlock(self.num_heads, dense=self.dense, name=f"block{block}", **dtypes)(x)
+        x = nn.LayerNorm(epsilon=1e-6, name="norm", **dtypes)(x[:, 0])
+        return nn.Dense(self.num_classes, kernel_init=narrow_normal, name="classifier", **dtypes)(x)
+
+    def _tokens(self, images: jax.Array) -> jax.Array:
+        """The class token and the patches, (batch, 1 + patches, width), with their positions added."""
+        size = _patch_size(images, self.patch_size)
+        embed = nn.Conv(
+            self.width,
+            (size, size),
+            strides=size,
+            padding="VALID",
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name="patch_embedding",
+        )
+        patches = embed(images)
+        patches = patches.reshape(patches.shape[0], -1, self.width)
+        token = self.param("class_token", narrow_normal, (1, 1, self.width), self.param_dtype)
+        positions = self.param(
+            "position_embedding", narrow_normal, (1, 1 + patches.shape[1], self.width), self.param_dtype
+        )
+        token = jnp.broadcast_to(token.astype(patches.dtype), (patches.shape[0], 1, self.width))
+        return jnp.concatenate([token, patches], axis=1) + positions.astype(patches.dtype)
+
+
+class TransformerBlock(nn.Module):
+    """LayerNorm and self-attention, LayerNorm and MLP with GELU, each added to its input; (batch, tokens, width)."""
+
+    num_heads: int
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    dense: type[nn.DenseGeneral] = MaskedDenseGeneral
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        if width % self.num_heads:
+            raise ValueError(f"num_heads: got {self.num_heads}, wanted a divisor of the width {width}")
+        dtypes: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        norm = partial(nn.LayerNorm, epsilon=1e-6, **dtypes)
+        dense = partial(self.dense, kernel_init=narrow_normal, **dtypes)
+        y = norm(name="norm_attention")(x)
+        heads = (self.num_heads, width // self.num_heads)
+        query, key, value = (dense(heads, name=name)(y) for name in ("query", "key", "value"))
+        y = jax.nn.dot_product_attention(query, key, value)
+        x = x + dense(width, axis=(-2, -1), name="out")(y)
+        y = dense(4 * width, name="mlp_in")(norm(name="norm_mlp")(x))
+        return x + dense(width, name="mlp_out")(nn.gelu(y, approximate=False))
+
+
+ViTTiny = partial(VisionTransformer, depth=12, width=192, num_heads=3)
+"""ViT-Ti/16: 5,717,416 weights for 224x224 images and 1000 classes, 5,308,416 of them masked."""
+
+
+def _patch_size(images: jax.Array, wanted: int | None) -> int:
+    """Side of a patch for images (batch, height, width, channels): `wanted`, or by their size where that is None."""
+    height, width = images.shape[1:3]
+    size = (16 if min(height, width) >= 64 else 4) if wanted is None else wanted
+    if size < 1 or height % size or width % size:
+        raise ValueError(f"images: got {height} by {width} pixels, wanted sides that the patch size {size} divides")
+    return size

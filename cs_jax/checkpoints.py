@@ -1,6 +1,7 @@
 """Checkpoints: what a run saves to go on later, when it does, and how it is trusted again.
 
     checkpoints/snapshot/       the weights to rewind to, once they are taken
+    checkpoints/start/          those that the ticket's retraining begins with, where they are others
     checkpoints/00003-000200/   3 epochs and 200 steps done, over all phases
         arrays/                 Orbax: state, and figures of the epoch's steps so far
         progress.json           where the run stands
@@ -31,13 +32,15 @@ import orbax.checkpoint as ocp
 from cs_jax import files, search, trees
 from cs_jax.config import Config
 from cs_jax.errors import ConfigError
+from cs_jax.methods import REWIND
 from cs_jax.progress import SEARCH, EpochRecord, Observer, Progress, Snapshot
 from cs_jax.search import Problem
 from cs_jax.training import StepMetrics, TrainState
 
 PyTree = Any
 
-ARRAYS, PROGRESS, SUMS, SNAPSHOT = "arrays", "progress.json", "SHA256SUMS", "snapshot"
+ARRAYS, PROGRESS, SUMS = "arrays", "progress.json", "SHA256SUMS"
+SNAPSHOT, START = "snapshot", "start"
 PARTIAL = ".partial"
 """Ending of what is still being written."""
 
@@ -165,8 +168,10 @@ class Checkpoints(Observer):
             message = f"checkpoint {path.name} is damaged ({reason}): going on from {self._saved}"
             warnings.warn(message, DamagedCheckpointWarning, stacklevel=2)
             shutil.rmtree(path)
-        if progress is None or (progress.phase == SEARCH and progress.snapshot is None):  # it is taken again
-            shutil.rmtree(self._folder / SNAPSHOT, ignore_errors=True)
+        if progress is None or progress.phase == SEARCH:  # what comes later is made again
+            shutil.rmtree(self._folder / START, ignore_errors=True)
+            if progress is None or progress.snapshot is None:
+                shutil.rmtree(self._folder / SNAPSHOT, ignore_errors=True)
         return progress
 
     def _newest(self, damages: dict[Path, str]) -> Progress | None:
@@ -195,7 +200,7 @@ class Checkpoints(Observer):
             return
         started = time.monotonic()
         self._finish()
-        snapshot = self._save_snapshot(progress.snapshot)
+        snapshot = self._save_snapshot(progress)
         tree: dict[str, PyTree] = {"state": progress.state}
         if progress.figures:
             tree["figures"] = search.step_figures(progress)
@@ -206,15 +211,20 @@ class Checkpoints(Observer):
         self.waited += took
         self._next = started + max(self._config.checkpoint_seconds, took / MAX_WAIT)
 
-    def _save_snapshot(self, snapshot: Snapshot | None) -> str | None:
+    def _save_snapshot(self, progress: Progress) -> str | None:
         """Hash of the snapshot's checkpoint, which is made where it is not there yet."""
-        path = self._folder / SNAPSHOT
-        if snapshot is None:
+        if progress.snapshot is None:
             return None
+        path = self._snapshot_path(progress.phase)
         if not path.exists():
-            self._start(snapshot._asdict(), path, "")
+            self._start(progress.snapshot._asdict(), path, "")
             self._finish()
         return _hash(path / SUMS)
+
+    def _snapshot_path(self, phase: str) -> Path:
+        """Where the snapshot of a phase is: a search and a ticket rewound have the same."""
+        rewinds = phase == SEARCH or self._config.retraining == REWIND
+        return self._folder / (SNAPSHOT if rewinds else START)
 
     def _start(self, tree: PyTree, path: Path, about: str) -> None:
         """Begins to save in the background; arrays have left the device when this returns."""
@@ -257,14 +267,14 @@ class Checkpoints(Observer):
                 raise
 
     def _snapshot_damage(self, path: Path) -> str | None:
-        wanted = json.loads((path / PROGRESS).read_text())["snapshot"]
+        about = json.loads((path / PROGRESS).read_text())
+        wanted, snapshot = about["snapshot"], self._snapshot_path(about["phase"])
         if wanted is None:
             return None
-        snapshot = self._folder / SNAPSHOT
         damage = find_damage(snapshot)
         if damage is None and _hash(snapshot / SUMS) != wanted:
             damage = "of another run"
-        return damage and f"its {SNAPSHOT}: {damage}"
+        return damage and f"its {snapshot.name}: {damage}"
 
     def _read(self, path: Path) -> Progress:
         about = json.loads((path / PROGRESS).read_text())
@@ -276,7 +286,7 @@ class Checkpoints(Observer):
         snapshot = None
         if about["snapshot"] is not None:
             like = Snapshot(state.params, state.batch_stats)
-            snapshot = Snapshot(**self._read_arrays(self._folder / SNAPSHOT, like._asdict()))
+            snapshot = Snapshot(**self._read_arrays(self._snapshot_path(about["phase"]), like._asdict()))
         return Progress(
             phase=about["phase"],
             round=about["round"],
@@ -317,8 +327,7 @@ def abstract_state(config: Config, problem: Problem, phase: str) -> TrainState:
     def make() -> TrainState:
         if phase == SEARCH:
             return search.init_state(config, problem)
-        ticket = search.dense_ticket(search.init_variables(problem))
-        return search.begin_retraining(problem, ticket, phase=phase).state
+        return search.fixed_state(problem, problem.init_ticket())
 
     return jax.eval_shape(make)
 

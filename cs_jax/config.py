@@ -11,10 +11,13 @@ import numpy as np
 import tyro
 
 import cs_jax
+from cs_jax.controls import CONTROLS, DENSE
 from cs_jax.errors import ConfigError, one_of
 from cs_jax.images import AUGMENTATIONS
 from cs_jax.masks import MIN_INIT_VALUE
+from cs_jax.methods import AFTERS, METHODS, NONE
 from cs_jax.models import MODELS
+from cs_jax.progress import TICKET
 
 CONFIG_FILE = "config.json"
 """In a run directory: what was asked. The other names are in `run_directory`."""
@@ -36,7 +39,7 @@ def _is_positive(value: float) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Search a sparse ticket with Continuous Sparsification, rewind it, retrain it, and report.
+    """Search a sparse ticket, rewind it, retrain it, and report; with Continuous Sparsification or another method.
 
     Defaults of the class are the authors' CIFAR-10 experiment.
 
@@ -46,6 +49,19 @@ class Config:
 
     preset: Annotated[str, tyro.conf.Suppress] = "cifar10"
     """Preset that the other fields started from; names the default run directory."""
+
+    method: str = "cs"
+    """How the ticket is found: cs (Continuous Sparsification), imp and imp-c (iterative magnitude pruning, with and
+    without rewinding between rounds), iss (stochastic masks), gmp (gradual magnitude pruning), magnitude and random
+    (in one shot), snip, supermask and supermask-iss (masks over frozen weights), or dense (no pruning)."""
+
+    after: str | None = None
+    """What follows the search: rewind (train the ticket from early weights), finetune (train on, at the last learning
+    rate), lr-rewind (train on, with the learning rate from its start) or none; None is rewind, for a supermask none."""
+
+    controls: tuple[str, ...] = ()
+    """Networks to train beside the ticket, as long and with the same batches: dense, reinit (the ticket's masks, other
+    initial weights), shuffled (its masks shuffled in each layer), random (drawn with its density over all layers)."""
 
     dataset: str = "cifar10"
     """Data set: digits (comes with scikit-learn), or a TensorFlow Datasets name of images with `image` and `label`."""
@@ -104,14 +120,18 @@ class Config:
     target_density: float | None = None
     """Share of maskable weights that the ticket keeps, exactly, above 0 and at most 1; None leaves it to the dial."""
 
+    scope: Literal["global", "layer"] = "global"
+    """Where weights compete for the density: over all layers (global), or in each, which then all have it (layer)."""
+
+    prune_rate: float | None = None
+    """Share of the weights left that a round of imp or imp-c prunes, above 0 and below 1, where no --target-density
+    says it; None is 0.2."""
+
     allow_empty_layers: bool = False
     """Let --target-density leave a layer without any weight; otherwise each keeps one at least."""
 
     reset: Literal["paper", "released"] = "paper"
     """Between rounds: paper (pruned weights stay pruned) or released (as the authors' script: they can come back)."""
-
-    dense: bool = False
-    """Also train the dense network, from the same start for as many epochs as the ticket, to compare."""
 
     seed: int = 0
     """Seed of all randomness, 0 to 4294967295: initial weights, validation split, shuffling, augmentation."""
@@ -156,6 +176,33 @@ class Config:
         self._check_choice("model", MODELS)
         self._check_choice("augment", AUGMENTATIONS)
         self._check_choice("reset", ("paper", "released"))
+        self._check_choice("scope", ("global", "layer"))
+        self._check_method()
+
+    def _check_method(self) -> None:
+        self._check_choice("method", METHODS)
+        found_by, name = METHODS[self.method], f"of --method {self.method}"
+        if self.after is not None:
+            self._check_choice("after", AFTERS)
+            wanted = f"{' or '.join(found_by.afters)} {name}"
+            self._check("after", self.after in found_by.afters, wanted)
+        wants, target = found_by.wants_target, self.target_density
+        self._check("target_density", target is not None or not wants, f"a share above 0 and at most 1, for {name[3:]}")
+        self._check("target_density", target is None or wants is not False, f"None {name}, which prunes nothing")
+        rate = self.prune_rate
+        self._check("prune_rate", rate is None or 0 < rate < 1, "a share above 0 and below 1")
+        self._check("prune_rate", rate is None or self.method in ("imp", "imp-c"), "None, or --method imp or imp-c")
+        self._check("prune_rate", rate is None or target is None, f"None beside --target-density {target}")
+        for control in self.controls:
+            if control not in CONTROLS:
+                raise ConfigError(f"--controls: got {control!r}, wanted {one_of(control, CONTROLS)}")
+        self._check("controls", len(set(self.controls)) == len(self.controls), "each of them once")
+        others = [control for control in self.controls if control != DENSE]
+        if others and self.retraining == NONE:
+            raise ConfigError(
+                f"--controls: got {' '.join(others)}, wanted dense alone where no retraining follows the search, which "
+                "they would be trained as"
+            )
 
     def _check_schedule(self) -> None:
         boundaries, drops = self.lr_schedule, self.lr_drops
@@ -177,9 +224,25 @@ class Config:
             raise ConfigError(f"{flag(name)}: got {shown}, wanted {wanted}")
 
     @property
+    def retraining(self) -> str:
+        """What follows the search, of `methods.AFTERS`."""
+        return self.after or METHODS[self.method].afters[0]
+
+    @property
+    def search_rounds(self) -> int:
+        """Rounds of the search; 0 where masks are found before any training."""
+        return self.rounds if METHODS[self.method].searches else 0
+
+    @property
+    def retrainings(self) -> tuple[str, ...]:
+        """Phases after the search: the ticket's retraining, where it has one, and the controls."""
+        return (*(() if self.retraining == NONE else (TICKET,)), *self.controls)
+
+    @property
     def run_directory(self) -> Path:
         """Where the run's files go."""
-        return (self.out or Path("runs") / f"{self.preset}-seed{self.seed}").expanduser()
+        name = self.preset if self.method == "cs" else f"{self.preset}-{self.method}"
+        return (self.out or Path("runs") / f"{name}-seed{self.seed}").expanduser()
 
 
 FREE = ("preset", "data_dir", "out", "keep", "checkpoint_steps", "checkpoint_seconds", "report")
@@ -198,7 +261,7 @@ PRESETS: dict[str, Config] = {
         lmbda=1e-5,
         mask_initial_value=-0.03,
         score_lr=1.0,
-        dense=True,
+        controls=(DENSE,),
     ),
     "fashion-mnist": Config(
         preset="fashion-mnist",
@@ -220,6 +283,10 @@ KINDS: dict[Any, str] = {
     int | None: "a whole number",
     float: "a number",
     float | None: "a number",
+    bool: "true or false",
+    str: "a name",
+    str | None: "a name",
+    tuple[str, ...]: "names",
     tuple[int, ...]: "whole numbers",
     tuple[float, ...]: "numbers",
 }
@@ -238,8 +305,12 @@ def _json_value(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def from_json(fields: Mapping[str, Any]) -> Config:
+def from_json(fields: Mapping[str, Any], source: str = "stored settings") -> Config:
     """The config that `to_json` gave.
+
+    Args:
+        fields: every one of them.
+        source: what they are called where they cannot be used.
 
     Raises:
         ConfigError: a field is missing, unknown, or has a value of another type or out of range.
@@ -247,11 +318,11 @@ def from_json(fields: Mapping[str, Any]) -> Config:
     kinds = get_type_hints(Config)
     for wrong, names in (("lack", kinds.keys() - fields.keys()), ("have the unknown", fields.keys() - kinds.keys())):
         if names:
-            raise ConfigError(f"stored settings {wrong} {min(names)!r}: made by another version")
+            raise ConfigError(f"{source} {wrong} {min(names)!r}: made by another version")
     values = {name: _restored(fields[name], kind) for name, kind in kinds.items()}
     for name, kind in kinds.items():
         if not _fits(values[name], kind):
-            raise ConfigError(f"stored settings have {name} {fields[name]!r}, wanted {KINDS.get(kind, kind)}")
+            raise ConfigError(f"{source} have {name} {fields[name]!r}, wanted {KINDS.get(kind, kind)}")
     return Config(**values)
 
 

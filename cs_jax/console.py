@@ -73,7 +73,7 @@ class ProgressDisplay(Observer):
             refresh_per_second=1 / REFRESH_SECONDS,
             transient=True,
         )
-        phases = config.rounds + 1 + config.dense
+        phases = config.search_rounds + len(config.retrainings)
         self._task = self._bar.add_task("starting", total=config.epochs * phases)
 
     def __enter__(self) -> "ProgressDisplay":
@@ -104,8 +104,8 @@ class ProgressDisplay(Observer):
         temperature = "-" if record.temperature is None else f"{record.temperature:.1f}"
         self._print(
             f"{progress.phase_name():<9} {record.epoch:>5} {record.loss:>8.4f} {record.learning_rate:>7g} "
-            f"{temperature:>6} {record.density:>8.2%} {_percent(record.soft_accuracy):>9} "
-            f"{_percent(record.hard_accuracy):>9} {record.seconds:>8.1f}"
+            f"{temperature:>6} {record.density:>8.2%} {percent(record.soft_accuracy):>9} "
+            f"{percent(record.hard_accuracy):>9} {record.seconds:>8.1f}"
         )
 
     def _print(self, line: str) -> None:
@@ -116,14 +116,14 @@ def print_result(console: Console, summary: dict[str, Any]) -> None:
     """What each round did, and the ticket beside the dense network where that was trained."""
     rounds = _table("Search", "round", "density", "val soft", "val hard")
     for record in summary["search"]:
-        accuracies = (_percent(record["soft_accuracy"]), _percent(record["hard_accuracy"]))
+        accuracies = (percent(record["soft_accuracy"]), percent(record["hard_accuracy"]))
         rounds.add_row(str(record["round"]), f"{record['density']:.2%}", *accuracies)
     networks = _table("Result", "network", "weights kept", "density", "val", "test")
     ticket, dense = summary["ticket"], summary["dense"]
-    if dense is not None:
-        networks.add_row("dense", *_network_row(dense["num_weights"], 1.0, dense))
-    networks.add_row("ticket", *_network_row(ticket["num_weights"], ticket["density"], ticket))
-    for table in (rounds, networks):
+    trained = {"dense": dense} if dense is not None else {}
+    for name, network in {**trained, "ticket": ticket, **summary["controls"]}.items():
+        networks.add_row(name, *_network_row(network))
+    for table in (rounds, networks) if summary["search"] else (networks,):
         console.print(table, width=max(60, console.width), crop=False)
     if ticket["density"] == 0:
         dials = "--target-density or, without it, --mask-initial-value or --score-lr"
@@ -137,14 +137,14 @@ def _table(title: str, first: str, *others: str) -> Table:
     return table
 
 
-def _network_row(num_weights: int, density: float, accuracies: dict[str, Any]) -> list[str]:
+def _network_row(network: dict[str, Any]) -> list[str]:
     return [
-        f"{num_weights:,}",
-        f"{density:.2%}",
-        _percent(accuracies["val_accuracy"]),
-        _percent(accuracies["test_accuracy"]),
+        f"{network['num_weights']:,}",
+        f"{network['density']:.2%}",
+        percent(network["val_accuracy"]),
+        percent(network["test_accuracy"]),
     ]
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.2%}"

@@ -9,13 +9,16 @@ from jaxtyping import Array
 
 from cs_jax import config as config_module
 from cs_jax import data as data_module
-from cs_jax import masks, run_directory, search, training
+from cs_jax import masks, methods, run_directory, search, training
 from cs_jax.config import FREE, Config
+from cs_jax.controls import CONTROLS, DENSE
 from cs_jax.data import Data
 from cs_jax.errors import ConfigError
 from cs_jax.images import ImageSet
+from cs_jax.methods.method import selection
 from cs_jax.models import MODELS
-from cs_jax.progress import DENSE, SEARCH, TICKET, EpochRecord, Observer, Progress, Snapshot, Ticket
+from cs_jax.multiply_adds import multiply_adds
+from cs_jax.progress import SEARCH, TICKET, EpochRecord, Observer, Progress, Snapshot, Ticket
 from cs_jax.run_directory import RunDirectory
 from cs_jax.search import Problem
 from cs_jax.ticket import LoadedTicket, load_ticket, save_ticket
@@ -52,17 +55,21 @@ def prepare(config: Config) -> tuple[Problem, Data]:
 
 
 def _check_target(config: Config, problem: Problem) -> None:
+    """Refuses a density that the network cannot have: the least, which is that of the last round."""
+    density = methods.of(config).density(config, config.rounds - 1)
     try:
-        search.selection(config, jax.eval_shape(lambda: search.init_variables(problem)["masks"]))
+        selection(config, jax.eval_shape(lambda: problem.init_variables()["masks"]), density)
     except ValueError as error:
         reason = str(error).removeprefix("target_density: ").replace("allow_empty_layers=True", "--allow-empty-layers")
-        raise ConfigError(f"--target-density: got {config.target_density:g}: {reason}") from error
+        target, rounds = config.target_density, config.rounds
+        got = f"--rounds: got {rounds}" if target is None else f"--target-density: got {target:g}"
+        raise ConfigError(f"{got}: {reason}") from error
 
 
 def _smallest_step(config: Config, problem: Problem) -> Any:
     """A step on as few examples as the last batch of an epoch has."""
-    state = search.init_state(config, problem)
-    hyper = search.hyperparams(config, SEARCH, 0)
+    state = search.fixed_state(problem, problem.init_ticket())
+    hyper = search.hyperparams(config, TICKET, 0)
     indices = jnp.arange(len(problem.train) % config.batch_size or config.batch_size)
     return training.step(problem.recipe, state, problem.train, indices, problem.key, hyper)
 
@@ -75,7 +82,7 @@ def run(
     observer: Observer,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Searches a ticket, retrains it, trains the dense network where asked, and tests both.
+    """Searches a ticket, retrains it, trains its controls, and tests them all.
 
     Args:
         config: what was asked.
@@ -93,34 +100,69 @@ def run(
     """
     progress = progress or search.begin_search(search.init_state(config, problem))
     round_ends = progress.round_ends
-    if progress.phase == DENSE:
-        _summarize_ticket(directory)  # which must be there
     if progress.phase == SEARCH:
         ticket, round_ends = search.search_ticket(config, problem, progress, observer)
-        progress = search.begin_retraining(problem, ticket, round_ends=round_ends)
+        if config.retraining == methods.NONE:
+            _write_ticket(config, problem, data, directory, None, search.fixed_state(problem, ticket), observer)
+        else:
+            progress = search.begin_retraining(problem, ticket, round_ends=round_ends)
     if progress.phase == TICKET:
-        assert progress.snapshot is not None
-        snapshot = progress.snapshot
+        start = progress.snapshot
         state = search.retrain(config, problem, progress, observer)
-        _write_ticket(config, problem, data, directory, Ticket(snapshot, state.masks), state, observer)
-    dense = None
-    if config.dense:
-        whole = search.dense_ticket(search.init_variables(problem))
-        if progress.phase != DENSE:
-            progress = search.begin_retraining(problem, whole, phase=DENSE, round_ends=round_ends)
-        state = search.retrain(config, problem, progress, observer)
-        test_logits = search.logits(config, problem, state, state.masks, data.test, observer)
-        accuracies = _accuracies(config, problem, data, state, test_logits, observer)
-        dense = {"num_weights": count_weights(whole)["num_weights"], **accuracies}
+        _write_ticket(config, problem, data, directory, start, state, observer)
+    controls = _train_controls(config, problem, data, directory, observer, progress._replace(round_ends=round_ends))
     return {
         "dataset": config.dataset,
         "classes": list(data.classes),
         "model": config.model,
+        "method": config.method,
+        "after": config.retraining,
         "seed": config.seed,
         "search": [_summarize_round(record) for record in round_ends],
-        "ticket": _summarize_ticket(directory),
-        "dense": dense,
+        "ticket": {**_summarize_ticket(directory), **_cost(config, problem, directory, SEARCH, TICKET)},
+        "dense": controls.pop(DENSE, None),
+        "controls": controls,
         "seconds": directory.seconds(),
+    }
+
+
+def _train_controls(
+    config: Config, problem: Problem, data: Data, directory: RunDirectory, observer: Observer, progress: Progress
+) -> dict[str, Any]:
+    """What came of each control: those that an earlier process has trained are read."""
+    saved = load_ticket(directory.path / run_directory.TICKET_FILE)  # here too where this process has made it
+    start = saved.rewound or saved.variables
+    ticket = Ticket(Snapshot(start["params"], start["batch_stats"]), saved.variables["masks"])
+    done = config.controls[: config.controls.index(progress.phase)] if progress.phase in config.controls else ()
+    results = {name: result for name, result in directory.read_controls().items() if name in done}
+    for name in config.controls[len(done) :]:
+        begun = CONTROLS[name](config, problem, ticket)
+        if progress.phase != name:
+            progress = search.begin_retraining(problem, begun, phase=name, round_ends=progress.round_ends)
+        state = search.retrain(config, problem, progress, observer)
+        logits = search.logits(config, problem, state, state.masks, data.test, observer)
+        results[name] = {
+            **count_weights(begun),
+            **_accuracies(config, problem, data, state, logits, observer),
+            **_cost(config, problem, directory, name),
+        }
+        directory.write_controls(results)
+    return results
+
+
+def _cost(config: Config, problem: Problem, directory: RunDirectory, *phases: str) -> dict[str, float | int]:
+    """What phases took: epochs, floating-point operations and seconds.
+
+    Operations are those of a dense network, forward and twice as many backward, which a masked one computes as well.
+    """
+    epochs = config.epochs * (
+        (config.search_rounds if SEARCH in phases else 0) + sum(phase in phases for phase in config.retrainings)
+    )
+    forward = 2 * multiply_adds(problem.recipe.model, problem.train.images.shape[1:])
+    return {
+        "epochs": epochs,
+        "training_flops": 3 * forward * len(problem.train) * epochs,
+        "seconds": directory.seconds(*phases),
     }
 
 
@@ -129,11 +171,11 @@ def _write_ticket(
     problem: Problem,
     data: Data,
     directory: RunDirectory,
-    ticket: Ticket,
+    start: Snapshot | None,
     state: TrainState,
     observer: Observer,
 ) -> None:
-    """Writes the retrained ticket, and what it makes of the test set."""
+    """Writes the trained ticket, what its retraining began with, and what it makes of the test set."""
     logits = search.logits(config, problem, state, state.masks, data.test, observer)
     fields = config_module.to_json(config)
     metadata = {
@@ -145,9 +187,9 @@ def _write_ticket(
             "image_shape": list(data.train.images.shape[1:]),
         },
         "normalization": {"mean": data.train.mean.tolist(), "std": data.train.std.tolist()},
-        "mask_scale": float(masks.hard_mask(jnp.ones(()), init_value=config.mask_initial_value)),
+        "mask_scale": methods.of(config).mask_scale(config),
         "accuracy": _accuracies(config, problem, data, state, logits, observer),
-        "config": {name: value for name, value in fields.items() if name not in (*FREE, "dense")},  # what made it
+        "config": {name: value for name, value in fields.items() if name not in (*FREE, "controls")},  # what made it
         "versions": run_directory.versions(),
     }
     directory.write_predictions(_predictions(np.asarray(logits), data.test))
@@ -156,7 +198,7 @@ def _write_ticket(
         params=state.params,
         batch_stats=state.batch_stats,
         masks=state.masks,
-        rewound=ticket.snapshot._asdict(),
+        rewound=start and start._asdict(),
         metadata=metadata,
     )
 
@@ -217,13 +259,13 @@ def verify(config: Config, ticket: LoadedTicket, name: str) -> float:
 
 
 def count_weights(ticket: Ticket) -> dict[str, float | int]:
-    """Densities of a ticket, over masked weights and over all weights, and the number of weights that it has.
+    """Densities of a network, over masked weights and over all weights, and the number of weights that it has.
 
     `num_weights` counts the masked weights that are kept and all weights that are never masked, out of
     `num_all_weights`; `num_masked_weights` is the number that a mask could remove.
     """
     masked = sum(mask.size for mask in jax.tree.leaves(ticket.masks))
-    everything = sum(weight.size for weight in jax.tree.leaves(ticket.snapshot.params))
+    everything = sum(weight.size for weight in jax.tree.leaves(ticket.start.params))
     density = masks.density(ticket.masks)
     kept = round(density * masked) + everything - masked
     return {

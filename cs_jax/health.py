@@ -1,14 +1,16 @@
-"""Signs that a search goes wrong, told while there is time to stop it: at the end of a round.
+"""Signs that a search by Continuous Sparsification goes wrong, told while there is time to stop it.
 
-Not at the end of an epoch: with an initial score of 0 or less every hard mask is empty in a round's first epochs, and
-soft and hard accuracy meet only once the temperature has risen.
+That is at the end of a round, not of an epoch: with an initial score of 0 or less every hard mask is empty in a round's
+first epochs, and soft and hard accuracy meet only once the temperature has risen.
 """
 
 import warnings
 from collections.abc import Sequence
 
+from cs_jax import methods
 from cs_jax.budget import CollapsedLayerWarning, UnfinishedSearchWarning
 from cs_jax.config import Config
+from cs_jax.methods.continuous import ContinuousSparsification
 from cs_jax.progress import SEARCH, EpochRecord, Observer, Progress
 
 ACCURACY_GAP = 0.02
@@ -49,7 +51,8 @@ class Health(Observer):
         self._told_before = progress.epoch == self._config.epochs  # by the process that saved the round's end
 
     def on_phase_end(self, progress: Progress) -> None:
-        if progress.phase != SEARCH or self._told_before:
+        is_continuous = isinstance(methods.of(self._config), ContinuousSparsification)
+        if progress.phase != SEARCH or self._told_before or not is_continuous:
             return
         is_last = len(progress.round_ends) == self._config.rounds
         if is_last and self._config.target_density is not None:

@@ -1,13 +1,15 @@
 """Where a run stands, what it reports, and who is told."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cs_jax.config import Config
 from cs_jax.training import StepMetrics, TrainState
+
+if TYPE_CHECKING:  # the config checks the phases that it asks for
+    from cs_jax.config import Config
 
 PyTree = Any
 
-SEARCH, TICKET, DENSE = "search", "ticket", "dense"
+SEARCH, TICKET = "search", "ticket"
 
 
 class Snapshot(NamedTuple):
@@ -18,19 +20,19 @@ class Snapshot(NamedTuple):
 
 
 class Ticket(NamedTuple):
-    """A sparse network before it is retrained: rewound weights and hard masks."""
+    """A sparse network before it is retrained: the weights that this begins with, and hard masks."""
 
-    snapshot: Snapshot
+    start: Snapshot
     masks: PyTree
 
 
 class EpochRecord(NamedTuple):
     """What is reported of an epoch, at its end; one line of metrics.jsonl. None where a figure has no meaning."""
 
-    phase: str  # search, ticket or dense
+    phase: str  # search, ticket or a control
     round: int | None  # of the search, from 0
     epoch: int  # inside the round or phase, from 0
-    temperature: float | None
+    temperature: float | None  # of the search's masks, where the method learns them
     learning_rate: float  # of the weights
     loss: float  # mean over the epoch's examples, penalty included
     penalty: float  # weighted, mean over the epoch's examples
@@ -45,12 +47,12 @@ class EpochRecord(NamedTuple):
 class Progress(NamedTuple):
     """Where a run stands, with all that decides how it goes on: what is saved to go on later."""
 
-    phase: str  # search, ticket or dense
+    phase: str  # search, ticket or a control
     round: int | None  # of the search, from 0
     epoch: int  # epochs of this round or phase that are done
     step: int  # steps done of the epoch after those; all of them while it is evaluated
     state: TrainState  # donated to the next step
-    snapshot: Snapshot | None  # to rewind to; None before it is taken, and for the dense network
+    snapshot: Snapshot | None  # to rewind to, or what the ticket's retraining began with; None before, and in controls
     round_ends: tuple[EpochRecord, ...] = ()  # the last epoch of every round that is done
     figures: tuple[StepMetrics, ...] = ()  # of the epoch's steps so far
     seconds: float = 0.0  # that they took
@@ -59,11 +61,11 @@ class Progress(NamedTuple):
         """The phase in words: "search 0", "ticket"."""
         return self.phase if self.round is None else f"{self.phase} {self.round}"
 
-    def number(self, config: Config) -> int:
-        """Of the phase, counted from 0: the rounds, the ticket, the dense network."""
-        return config.rounds + (TICKET, DENSE).index(self.phase) if self.round is None else self.round
+    def number(self, config: "Config") -> int:
+        """Of the phase, counted from 0: the rounds, the ticket, the controls."""
+        return config.search_rounds + config.retrainings.index(self.phase) if self.round is None else self.round
 
-    def epochs_done(self, config: Config) -> int:
+    def epochs_done(self, config: "Config") -> int:
         """Over all phases."""
         return self.number(config) * config.epochs + self.epoch
 
@@ -75,7 +77,7 @@ class Observer:
     """
 
     def on_phase_start(self, progress: Progress) -> None:
-        """Before the first epoch of a search round, of the ticket or of the dense network, or where it is resumed."""
+        """Before the first epoch of a search round, of the ticket or of a control, or where it is resumed."""
 
     def on_steps(self, progress: Progress, total: int) -> None:
         """After every compiled call: `progress.step` of the epoch's `total` steps are done.

@@ -135,19 +135,30 @@ def _grouping(path: Path, leaves: Mapping[Path, Any], rule: Rule) -> Grouping:
     return grouping(path, leaves[path], rule.group, rule.layout, stacked=rule.stacked, in_attention=in_attention)
 
 
-def select_all(weights: PyTree, *, target_density: float | None = None, allow_empty_layers: bool = False) -> Selection:
+def select_all(
+    weights: PyTree,
+    *,
+    target_density: float | None = None,
+    per_layer: bool = False,
+    allow_empty_layers: bool = False,
+) -> Selection:
     """Every array of `weights`, scored by entry: for the masks or scores of a network of masked layers.
 
     Args:
         weights: arrays, tracers or `jax.ShapeDtypeStruct`, each of the shape of masked weights.
         target_density: as for `select`.
+        per_layer: whether each array has the target density, instead of all together.
         allow_empty_layers: as for `select`.
 
     Raises:
         TypeError, ValueError: as `select`.
     """
     masked = tuple(grouping(path, leaf, "entry", "auto") for path, leaf in trees.leaves_by_path(weights).items())
-    budgets = _budgets(masked, [0] * len(masked), [Rule()], target_density, allow_empty_layers)
+    if per_layer:
+        rules = [Rule(target_density=target_density) for _ in masked]
+        budgets = _budgets(masked, range(len(masked)), rules, None, allow_empty_layers)
+    else:
+        budgets = _budgets(masked, [0] * len(masked), [Rule()], target_density, allow_empty_layers)
     return Selection(masked, budgets, allow_empty_layers)
 
 

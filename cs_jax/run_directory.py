@@ -19,7 +19,7 @@ from cs_jax import files, trees
 from cs_jax.config import CONFIG_FILE, FREE, Config, flag
 from cs_jax.errors import ConfigError
 from cs_jax.lock import Lock
-from cs_jax.progress import SEARCH, EpochRecord, Observer, Progress
+from cs_jax.progress import EpochRecord, Observer, Progress
 from cs_jax.ticket import TicketError, load_ticket
 
 METRICS_FILE = "metrics.jsonl"
@@ -28,6 +28,7 @@ CHECKPOINTS_FOLDER = "checkpoints"
 TENSORBOARD_FOLDER = "tensorboard"
 TICKET_FILE = "ticket.safetensors"
 PREDICTIONS_FILE = "predictions.safetensors"
+CONTROLS_FILE = "controls.json"
 SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report.html"
 LOCK_FILE = "run.lock"
@@ -177,14 +178,14 @@ class RunDirectory(Observer):
             file.truncate(sum(map(len, lines)))
         if progress is None:
             self._write_rounds([])
-        elif len(self._rounds()) <= (progress.round or 0):
+        elif progress.state.scores and len(self._rounds()) <= (progress.round or 0):
             raise ConfigError(
                 f"{self.path}: its {SCORES_FILE} lacks rounds that are done; remove {CHECKPOINTS_FOLDER} there to "
                 "start anew"
             )
 
     def on_phase_start(self, progress: Progress) -> None:
-        if progress.phase == SEARCH and progress.epoch == progress.step == 0:
+        if progress.state.scores and progress.epoch == progress.step == 0:
             self._add_scores(progress, "start")
 
     def on_epoch_end(self, record: EpochRecord, progress: Progress) -> None:
@@ -192,7 +193,7 @@ class RunDirectory(Observer):
             file.write(json.dumps(record._asdict()) + "\n")
 
     def on_phase_end(self, progress: Progress) -> None:
-        if progress.phase == SEARCH:
+        if progress.state.scores:
             self._add_scores(progress, "end")
 
     def _add_scores(self, progress: Progress, when: str) -> None:
@@ -217,9 +218,10 @@ class RunDirectory(Observer):
     def _write_rounds(self, rounds: list[dict[str, Any]]) -> None:
         self._write_json(SCORES_FILE, {"edges": SCORE_EDGES.tolist(), "rounds": rounds})
 
-    def seconds(self) -> float:
-        """Training and validation, over all epochs in metrics.jsonl."""
-        return sum(json.loads(line)["seconds"] for line in (self.path / METRICS_FILE).read_text().splitlines())
+    def seconds(self, *phases: str) -> float:
+        """Training and validation, over the epochs in metrics.jsonl of some phases, or of all where none is named."""
+        epochs = map(json.loads, (self.path / METRICS_FILE).read_text().splitlines())
+        return sum(epoch["seconds"] for epoch in epochs if not phases or epoch["phase"] in phases)
 
     def files(self) -> list[str]:
         """Names of what is there."""
@@ -227,6 +229,14 @@ class RunDirectory(Observer):
 
     def write_predictions(self, arrays: Mapping[str, np.ndarray]) -> None:
         files.write_whole(self.path / PREDICTIONS_FILE, safetensors.numpy.save(dict(arrays)))
+
+    def read_controls(self) -> dict[str, Any]:
+        """What `write_controls` wrote; {} where there is none."""
+        path = self.path / CONTROLS_FILE
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def write_controls(self, results: Mapping[str, Any]) -> None:
+        self._write_json(CONTROLS_FILE, results)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         self._write_json(SUMMARY_FILE, summary)

@@ -1,4 +1,4 @@
-"""Continuous Sparsification: rounds of search, the ticket, its rewind and retraining.
+"""Rounds of search, the ticket, its rewind and retraining: the same for every method.
 
 References:
     Savarese, Silva and Maire, "Winning the Lottery with Continuous Sparsification", NeurIPS 2020, arXiv:1912.04427,
@@ -14,14 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cs_jax import budget, masks, rules, schedules, training, trees
+from cs_jax import masks, methods, schedules, training, trees
 from cs_jax.config import Config
 from cs_jax.images import ImageSet
-from cs_jax.progress import DENSE, SEARCH, TICKET, EpochRecord, Observer, Progress, Snapshot, Ticket
-from cs_jax.selection import Selection
+from cs_jax.methods import FINETUNE, REWIND
+from cs_jax.progress import SEARCH, TICKET, EpochRecord, Observer, Progress, Snapshot, Ticket
 from cs_jax.training import Hyperparams, Recipe, StepMetrics, TrainState
 
 PyTree = Any
+
+
+PURPOSES = ("init", "order", "augment", "masks", "reinit", "random", "shuffled")
+"""What a run draws random numbers for."""
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -42,28 +46,31 @@ class Problem:
         """Indices into `train`, in the order of an epoch. Phases are the rounds from 0, then the retraining."""
         if self.order is not None:
             return self.order(phase, epoch)
-        return jax.random.permutation(_key(self.key, "order", phase, epoch), len(self.train))
+        return jax.random.permutation(self.key_for("order", phase, epoch), len(self.train))
 
+    def init_variables(self, purpose: str = "init") -> dict[str, PyTree]:
+        """A fresh network: "params", "batch_stats" and "masks" of ones."""
+        return training.init_variables(self.recipe, self.key_for(purpose), self.train.images.shape[1:])
 
-def init_variables(problem: Problem) -> dict[str, PyTree]:
-    """The network that a run starts from: "params", "batch_stats" and "masks" of ones."""
-    return training.init_variables(problem.recipe, _key(problem.key, "init"), problem.train.images.shape[1:])
+    def init_ticket(self, purpose: str = "init") -> Ticket:
+        """A fresh network as a ticket that keeps every weight, unscaled."""
+        variables = self.init_variables(purpose)
+        return Ticket(Snapshot(variables["params"], variables["batch_stats"]), variables["masks"])
+
+    def key_for(self, purpose: str, *numbers: int) -> jax.Array:
+        """The PRNG key of one of `PURPOSES`, so that no two draws of a run share one."""
+        key = self.key
+        for number in (PURPOSES.index(purpose), *numbers):
+            key = jax.random.fold_in(key, number)
+        return key
 
 
 def init_state(config: Config, problem: Problem) -> TrainState:
-    """State before the first step of the search: a fresh network, every score at its initial value."""
-    variables = init_variables(problem)
-    scores = masks.init_scores(variables["masks"], config.mask_initial_value)
-    return training.init_state(problem.recipe, variables["params"], variables["batch_stats"], scores=scores, masks={})
-
-
-def selection(config: Config, scores: PyTree) -> Selection:
-    """Every masked array of the network, and the density that the config asks for.
-
-    Raises:
-        ValueError: the target cannot be met by this network.
-    """
-    return rules.select_all(scores, target_density=config.target_density, allow_empty_layers=config.allow_empty_layers)
+    """State before the search's first step: a fresh network, with the scores or masks that the method begins with."""
+    variables = problem.init_variables()
+    scores, fixed = methods.of(config).begin(config, problem, variables)
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    return training.init_state(problem.recipe, params, batch_stats, scores=scores, masks=fixed)
 
 
 def begin_search(state: TrainState) -> Progress:
@@ -74,18 +81,17 @@ def begin_search(state: TrainState) -> Progress:
 def search_ticket(
     config: Config, problem: Problem, progress: Progress, observer: Observer
 ) -> tuple[Ticket, tuple[EpochRecord, ...]]:
-    """Trains weights and scores together over all rounds.
-
-    With a target density, scores are held at it from epoch to epoch, and the ticket has it exactly.
+    """Trains over all rounds of the method, and takes its masks.
 
     Args:
-        config: rounds, epochs, schedules, reset and the rest.
+        config: method, rounds, epochs, schedules and the rest.
         problem: model and data.
         progress: `begin_search`, or where an earlier search stood; its state is donated, not to be used again.
         observer: told of every phase, step and epoch.
 
     Returns:
-        The ticket, and the record of each round's last epoch.
+        The ticket, with the weights that its retraining begins with: those of the snapshot if the config rewinds, or
+        the trained ones. And the record of each round's last epoch.
 
     Raises:
         NonFiniteLossError: in which round, epoch and step.
@@ -94,22 +100,22 @@ def search_ticket(
         CollapsedLayerWarning: the ticket leaves a layer without weights.
         UnfinishedSearchWarning: a target density cuts through masks that are still soft.
     """
-    progress = _phase(config, problem, progress, observer)
-    while len(progress.round_ends) < config.rounds:
-        progress = _phase(config, problem, next_round(config, progress), observer)
-    scores = progress.state.scores
-    chosen = selection(config, scores)
-    if chosen.budgets:
-        budget.warn_if_soft(chosen, scores, config.final_temp)
-    assert progress.snapshot is not None
-    hard_masks = budget.ticket_masks(chosen, scores, init_value=config.mask_initial_value)
-    return Ticket(progress.snapshot, hard_masks), progress.round_ends
+    if config.search_rounds:
+        progress = _phase(config, problem, progress, observer)
+    while len(progress.round_ends) < config.search_rounds:
+        progress = _phase(config, problem, next_round(config, problem, progress), observer)
+    state = progress.state
+    start = Snapshot(state.params, state.batch_stats)
+    if config.search_rounds and config.retraining == REWIND:
+        assert progress.snapshot is not None
+        start = progress.snapshot
+    return Ticket(start, methods.of(config).ticket_masks(config, state)), progress.round_ends
 
 
-def next_round(config: Config, progress: Progress) -> Progress:
+def next_round(config: Config, problem: Problem, progress: Progress) -> Progress:
     """The next round's start, from a round's end."""
     assert progress.round is not None
-    state = reset_scores(config, progress.state)
+    state = methods.of(config).next_round(config, problem, progress.state, progress.snapshot)
     return progress._replace(round=progress.round + 1, epoch=0, state=state.replace(step=jnp.zeros_like(state.step)))
 
 
@@ -118,42 +124,32 @@ def take_snapshot(state: TrainState) -> Snapshot:
     return Snapshot(*jax.tree.map(jnp.copy, (state.params, state.batch_stats)))
 
 
-def reset_scores(config: Config, state: TrainState) -> TrainState:
-    """State for the next round: scores reset, weights, BatchNorm and momentum as they are.
-
-    `paper` resets with the temperature that the round ended on. `released` resets with temperature 1, as the authors'
-    script does, because it has set it back before: there pruned entries can come back.
-    """
-    last = schedules.temperature(config.epochs - 1, config.epochs, config.final_temp)
-    temperature = last if config.reset == "paper" else 1.0
-    return state.replace(scores=masks.prune_scores(state.scores, temperature, init_value=config.mask_initial_value))
-
-
-def dense_ticket(variables: dict[str, PyTree]) -> Ticket:
-    """The dense network as a ticket that keeps every weight, unscaled."""
-    return Ticket(Snapshot(variables["params"], variables["batch_stats"]), variables["masks"])
-
-
 def begin_retraining(
     problem: Problem, ticket: Ticket, *, phase: str = TICKET, round_ends: tuple[EpochRecord, ...] = ()
 ) -> Progress:
-    """The retraining's start: rewound weights, fixed masks, a new optimizer.
+    """The retraining's start: the ticket's weights, fixed masks, a new optimizer.
 
     Args:
         problem: model and data.
         ticket: its arrays are copied, not donated.
-        phase: `TICKET` or `DENSE`.
+        phase: `TICKET` or a control.
         round_ends: what the search gave; carried along.
     """
+    return Progress(
+        phase, None, 0, 0, fixed_state(problem, ticket), ticket.start if phase == TICKET else None, round_ends
+    )
+
+
+def fixed_state(problem: Problem, ticket: Ticket) -> TrainState:
+    """State of a ticket that has not been trained, of copies of its arrays."""
     (params, batch_stats), fixed = jax.tree.map(jnp.copy, tuple(ticket))
-    state = training.init_state(problem.recipe, params, batch_stats, scores={}, masks=fixed)
-    return Progress(phase, None, 0, 0, state, ticket.snapshot if phase == TICKET else None, round_ends)
+    return training.init_state(problem.recipe, params, batch_stats, scores={}, masks=fixed)
 
 
 def retrain(config: Config, problem: Problem, progress: Progress, observer: Observer) -> TrainState:
-    """Trains a ticket's rewound weights for as many epochs as a round has; its masks stay fixed.
+    """Trains a ticket's weights for as many epochs as a round has; its masks stay fixed.
 
-    The dense network, retrained the same way, sees the same batches.
+    Controls, retrained the same way, see the same batches.
 
     Args:
         config: epochs, schedules and the rest.
@@ -182,9 +178,8 @@ def _epoch(config: Config, problem: Problem, progress: Progress, observer: Obser
         progress = progress._replace(snapshot=take_snapshot(progress.state))
     progress = _steps(config, problem, progress, observer)
     state = progress.state
-    if config.target_density is not None and state.scores:
-        held = budget.hold_density(selection(config, state.scores), state.scores, progress.round, config.rounds)
-        state = state.replace(scores=held)
+    if progress.round is not None:
+        state = methods.of(config).end_epoch(config, state, progress.round, progress.epoch)
     record = _record(config, problem, progress, state, observer)
     epoch, ends = progress.epoch + 1, progress.round_ends
     if progress.phase == SEARCH and epoch == config.epochs:
@@ -197,15 +192,16 @@ def _epoch(config: Config, problem: Problem, progress: Progress, observer: Obser
 def _steps(config: Config, problem: Problem, progress: Progress, observer: Observer) -> Progress:
     """What is left of an epoch's steps."""
     started = time.perf_counter() - progress.seconds
-    number = min(progress.number(config), config.rounds)  # the dense network sees the ticket's batches
+    number = min(progress.number(config), config.search_rounds)  # controls see the ticket's batches
+    recipe = methods.of(config).recipe(problem.recipe) if progress.phase == SEARCH else problem.recipe
     order = problem.epoch_order(number, progress.epoch)
     num_steps = -(-len(order) // config.batch_size)
     calls = training.train_epoch(
-        problem.recipe,
+        recipe,
         progress.state,
         problem.train,
         order,
-        _key(problem.key, "augment", number),
+        problem.key_for("augment", number),
         hyperparams(config, progress.phase, progress.epoch),
         batch_size=config.batch_size,
         first_step=progress.step,
@@ -227,14 +223,14 @@ def _record(config: Config, problem: Problem, progress: Progress, state: TrainSt
     metrics = step_figures(progress)
     sizes = np.full(metrics.loss.shape, config.batch_size)
     sizes[-1] = len(problem.train) - sizes[:-1].sum()
-    soft, hard, densities = _evaluate(config, problem, state, hyperparams(config, progress.phase, epoch), observer)
-    searching = progress.phase == SEARCH
+    hyper = hyperparams(config, progress.phase, epoch)
+    soft, hard, densities = _evaluate(config, problem, progress.phase, state, hyper, observer)
     return EpochRecord(
         phase=progress.phase,
         round=progress.round,
         epoch=epoch,
-        temperature=schedules.temperature(epoch, config.epochs, config.final_temp) if searching else None,
-        learning_rate=_learning_rate(config, epoch, config.lr),
+        temperature=float(hyper.temperature) if progress.phase == SEARCH and methods.of(config).learns_masks else None,
+        learning_rate=float(hyper.learning_rate),
         loss=float(np.average(metrics.loss, weights=sizes)),
         penalty=float(np.average(metrics.penalty, weights=sizes)),
         **densities,
@@ -252,27 +248,35 @@ def step_figures(progress: Progress) -> StepMetrics:
 
 
 def hyperparams(config: Config, phase: str, epoch: int) -> Hyperparams:
-    """The scalars of an epoch, on the device. The dense network has no penalty; a ticket's is constant."""
+    """The scalars of an epoch, on the device. A ticket's penalty is constant; that of other fixed masks is left out."""
     score_lr = config.lr if config.score_lr is None else config.score_lr
     values = dict(
         temperature=schedules.temperature(epoch, config.epochs, config.final_temp),
         init_value=config.mask_initial_value,
-        learning_rate=_learning_rate(config, epoch, config.lr),
-        score_learning_rate=_learning_rate(config, epoch, score_lr),
-        penalty_weight=0.0 if phase == DENSE else config.lmbda,
+        learning_rate=learning_rate(config, phase, epoch),
+        score_learning_rate=_scheduled(config, epoch, score_lr),
+        penalty_weight=config.lmbda if methods.of(config).learns_masks and phase in (SEARCH, TICKET) else 0.0,
     )
     return Hyperparams(**{name: jnp.asarray(value, float) for name, value in values.items()})
 
 
-def _learning_rate(config: Config, epoch: int, base: float) -> float:
+def learning_rate(config: Config, phase: str, epoch: int) -> float:
+    """That of the weights: of the schedule, or where the ticket is fine-tuned the last of it."""
+    finetunes = phase == TICKET and config.retraining == FINETUNE
+    return _scheduled(config, config.epochs - 1 if finetunes else epoch, config.lr)
+
+
+def _scheduled(config: Config, epoch: int, base: float) -> float:
     return schedules.learning_rate(epoch, base, config.lr_schedule, config.lr_drops)
 
 
 def _evaluate(
-    config: Config, problem: Problem, state: TrainState, hyper: Hyperparams, observer: Observer
+    config: Config, problem: Problem, phase: str, state: TrainState, hyper: Hyperparams, observer: Observer
 ) -> tuple[float | None, float | None, dict[str, Any]]:
     """Validation accuracy with soft masks and with hard ones (None without meaning), and densities."""
-    hard_masks = masks.hard_mask(state.scores, init_value=hyper.init_value) if state.scores else state.masks
+    searching = phase == SEARCH
+    hard_masks = methods.of(config).hard_masks(config, state) if searching else state.masks
+    soft_masks = methods.of(config).soft_masks(state, hyper) if searching else None
     densities = {"density": masks.density(hard_masks), "layer_density": layer_density(hard_masks)}
     images = problem.validation
     if images is None:
@@ -281,10 +285,8 @@ def _evaluate(
     def measure(some_masks: PyTree) -> float:
         return training.share_right(logits(config, problem, state, some_masks, images, observer), images)
 
-    if not state.scores:
-        return None, measure(hard_masks), densities
-    soft = measure(masks.soft_mask(state.scores, hyper.temperature, init_value=hyper.init_value))
-    return soft, measure(hard_masks) if densities["density"] > 0 else None, densities
+    soft = None if soft_masks is None else measure(soft_masks)
+    return soft, measure(hard_masks) if densities["density"] > 0 or soft is None else None, densities
 
 
 def layer_density(some_masks: PyTree) -> dict[str, float]:
@@ -337,10 +339,3 @@ def _where(progress: Progress) -> str:
 @jax.jit
 def _all_finite(tree: PyTree) -> jax.Array:
     return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
-
-
-def _key(key: jax.Array, purpose: str, *numbers: int) -> jax.Array:
-    """The key of one purpose, so that no two draws of a run share one."""
-    for number in (("init", "order", "augment").index(purpose), *numbers):
-        key = jax.random.fold_in(key, number)
-    return key

@@ -27,23 +27,6 @@ STEPS_PER_CALL = 100
 """Steps that an accelerator takes in one call: many, to leave it alone, and few enough to hear a signal between."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What a compiled step is built from, fixed for a run.
-
-    Attributes:
-        model: Linen module of masked layers, called with images and `train`.
-        augment: name in `images.AUGMENTATIONS`.
-        momentum: of both optimizers (Nesterov), dimensionless.
-        decay: L2 factor added to the gradient of every weight, BatchNorm and biases included, before momentum.
-    """
-
-    model: nn.Module
-    augment: str = "none"
-    momentum: float = 0.9
-    decay: float = 1e-4
-
-
 class Hyperparams(NamedTuple):
     """What may change from epoch to epoch: traced scalars."""
 
@@ -52,6 +35,37 @@ class Hyperparams(NamedTuple):
     learning_rate: Float[Array, ""]  # of the weights
     score_learning_rate: Float[Array, ""]
     penalty_weight: Float[Array, ""]  # lambda in the paper
+
+
+def soft_masks(scores: PyTree, hyper: Hyperparams, key: Array) -> PyTree:
+    """Masks of Continuous Sparsification, which draws nothing from `key`."""
+    del key
+    return masks.soft_mask(scores, hyper.temperature, init_value=hyper.init_value)
+
+
+MASK_DRAWS = 2**31 - 1
+"""Folded into a phase's key for the masks that steps draw: a number that no step has."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a compiled step is built from, fixed for a phase.
+
+    Attributes:
+        model: Linen module of masked layers, called with images and `train`.
+        augment: name in `images.AUGMENTATIONS`.
+        momentum: of both optimizers (Nesterov), dimensionless.
+        decay: L2 factor added to the gradient of every weight, BatchNorm and biases included, before momentum.
+        step_masks: a step's masks from scores, hyperparameters and a PRNG key of its own.
+        moves_weights: whether a step updates the weights, or the scores alone.
+    """
+
+    model: nn.Module
+    augment: str = "none"
+    momentum: float = 0.9
+    decay: float = 1e-4
+    step_masks: Callable[[PyTree, Hyperparams, Array], PyTree] = soft_masks
+    moves_weights: bool = True
 
 
 class TrainState(struct.PyTreeNode):
@@ -117,6 +131,19 @@ def init_state(recipe: Recipe, params: PyTree, batch_stats: PyTree, *, scores: P
     )
 
 
+def cross_entropy(
+    recipe: Recipe,
+    variables: dict[str, PyTree],
+    inputs: Float[Array, "batch height width channels"],
+    labels: Int[Array, " batch"],
+) -> tuple[Float[Array, ""], PyTree]:
+    """Mean cross-entropy of the network in training mode, and the new "batch_stats"."""
+    logits, updates = recipe.model.apply(variables, inputs, train=True, mutable=["batch_stats"])
+    logits = masks.at_least_float32(logits)
+    mean = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return mean, updates.get("batch_stats", {})
+
+
 def loss_fn(
     recipe: Recipe,
     params: PyTree,
@@ -124,6 +151,7 @@ def loss_fn(
     state: TrainState,
     inputs: Float[Array, "batch height width channels"],
     labels: Int[Array, " batch"],
+    key: Array,
     hyper: Hyperparams,
 ) -> tuple[Float[Array, ""], tuple[StepMetrics, PyTree]]:
     """Mean cross-entropy plus penalty of `params` and `scores` (or of the state's fixed masks where those are {}).
@@ -131,15 +159,11 @@ def loss_fn(
     Returns:
         The loss, and with it the step's figures and the new "batch_stats".
     """
-    step_masks = masks.soft_mask(scores, hyper.temperature, init_value=hyper.init_value) if scores else state.masks
+    step_masks = recipe.step_masks(scores, hyper, key) if scores else state.masks
     variables = {"params": params, "batch_stats": state.batch_stats, "masks": step_masks}
-    logits, updates = recipe.model.apply(variables, inputs, train=True, mutable=["batch_stats"])
-    logits = masks.at_least_float32(logits)
-    metrics = StepMetrics(
-        cross_entropy=optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(),
-        penalty=hyper.penalty_weight * masks.mask_penalty(step_masks),
-    )
-    return metrics.loss, (metrics, updates.get("batch_stats", {}))
+    mean, batch_stats = cross_entropy(recipe, variables, inputs, labels)
+    metrics = StepMetrics(mean, penalty=hyper.penalty_weight * masks.mask_penalty(step_masks))
+    return metrics.loss, (metrics, batch_stats)
 
 
 def step(
@@ -152,24 +176,26 @@ def step(
 ) -> tuple[TrainState, StepMetrics]:
     """State after one update of weights and scores on the examples `indices` of `data`, and the step's figures.
 
-    Scores are updated where the state has some; fixed masks stay as they are. The augmentation is drawn from `key`
-    and the state's step number, so any step can be repeated alone.
+    Scores are updated where the state has some; fixed masks stay as they are. Augmentation and masks are drawn from
+    `key` and the state's step number, so any step can be repeated alone.
     """
     images = AUGMENTATIONS[recipe.augment](jax.random.fold_in(key, state.step), data.images[indices])
     inputs = normalize(images, data.mean, data.std)
+    mask_key = jax.random.fold_in(jax.random.fold_in(key, MASK_DRAWS), state.step)
     differentiate = jax.grad(functools.partial(loss_fn, recipe), argnums=(0, 1), has_aux=True)
     gradients, (metrics, batch_stats) = differentiate(
-        state.params, state.scores, state, inputs, data.labels[indices], hyper
+        state.params, state.scores, state, inputs, data.labels[indices], mask_key, hyper
     )
     weight_gradient, score_gradient = gradients
-    weights, weight_momentum = weight_direction(recipe).update(weight_gradient, state.weight_momentum, state.params)
+    if recipe.moves_weights:
+        weights, momentum = weight_direction(recipe).update(weight_gradient, state.weight_momentum, state.params)
+        params = _descend(state.params, weights, hyper.learning_rate)
+        state = state.replace(params=params, weight_momentum=momentum)
     scores, score_momentum = score_direction(recipe).update(score_gradient, state.score_momentum)
     state = state.replace(
         step=state.step + 1,
-        params=_descend(state.params, weights, hyper.learning_rate),
         batch_stats=batch_stats,
         scores=_descend(state.scores, scores, hyper.score_learning_rate),
-        weight_momentum=weight_momentum,
         score_momentum=score_momentum,
     )
     return state, metrics

@@ -17,7 +17,8 @@ import safetensors
 import safetensors.numpy
 
 from cs_jax.errors import ConfigError
-from cs_jax.progress import DENSE, SEARCH, TICKET
+from cs_jax.methods import METHODS, NONE, Method
+from cs_jax.progress import SEARCH, TICKET
 from cs_jax.run_directory import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -45,7 +46,9 @@ class Settings(TypedDict):
     dataset: NotRequired[str]
     model: NotRequired[str]
     seed: NotRequired[Count]
-    dense: NotRequired[bool]
+    method: NotRequired[str]
+    after: NotRequired[str | None]
+    controls: NotRequired[list[str]]
     val_set_size: NotRequired[Count]
     versions: NotRequired[dict[str, str]]
 
@@ -53,7 +56,7 @@ class Settings(TypedDict):
 class Epoch(TypedDict):
     """A line of metrics.jsonl; null where a figure has no meaning."""
 
-    phase: Literal["search", "ticket", "dense"]
+    phase: Literal["search", "ticket", "dense", "reinit", "shuffled", "random"]
     round: Count | None
     epoch: Count
     temperature: Temperature | None
@@ -74,10 +77,15 @@ class Network(TypedDict):
     test_accuracy: Share | None
 
 
-class TicketNetwork(Network):
-    """The ticket, which has densities too."""
+class SparseNetwork(Network):
+    """One that has a density."""
 
     density: Share
+
+
+class TicketNetwork(SparseNetwork):
+    """The ticket."""
+
     density_all_weights: Share
 
 
@@ -86,6 +94,7 @@ class Summary(TypedDict):
 
     ticket: TicketNetwork
     dense: Network | None
+    controls: NotRequired[dict[str, SparseNetwork]]
     seconds: Amount
     classes: NotRequired[list[str]]
 
@@ -139,7 +148,12 @@ class Run:
     @property
     def search_epochs(self) -> int:
         """How many epochs the search has when it ends."""
-        return self.settings["epochs"] * self.settings["rounds"]
+        return self.settings["epochs"] * self.settings["rounds"] if self._method.searches else 0
+
+    @property
+    def _method(self) -> Method:
+        """The method, where it is known; else what is asked of it is that of the first."""
+        return METHODS.get(self.settings.get("method", "cs"), METHODS["cs"])
 
     @property
     def name(self) -> str:
@@ -148,8 +162,10 @@ class Run:
     def unfinished(self) -> list[str]:
         """What a run without a result lacks: the first phase that has not ended."""
         epochs = self.settings["epochs"]
-        phases = [(SEARCH, "The search", self.search_epochs), (TICKET, "The ticket's retraining", epochs)]
-        phases += [(DENSE, "The dense network's training", epochs)] if self.settings.get("dense") else []
+        phases = [(SEARCH, "The search", self.search_epochs)]
+        if (self.settings.get("after") or self._method.afters[0]) != NONE:
+            phases += [(TICKET, "The ticket's retraining", epochs)]
+        phases += [(name, f"The training of the control {name}", epochs) for name in self.settings.get("controls", ())]
         notes = [f"The last line of {METRICS_FILE} is cut off, and left out."] if self.cut else []
         for phase, name, wanted in phases:
             done = len(self.phase(phase))

@@ -14,7 +14,8 @@ from PIL import Image
 
 from cs_jax import config as config_module
 from cs_jax.config import PRESETS, Config, flag
-from cs_jax.progress import DENSE, SEARCH, TICKET
+from cs_jax.controls import CONTROLS
+from cs_jax.progress import SEARCH, TICKET
 from cs_jax.report import plots
 from cs_jax.report.pages import Example, Page, Plot, Section, Table, Tile, numbers, percent, plot, points, shown, told
 from cs_jax.report.plots import Line, Span
@@ -37,9 +38,9 @@ EXAMPLE_SIDE = 96  # pixels, of an example's longer side at most
 def page(run: Run) -> Page:
     """What is known of a run, section by section."""
     sections = [_results(run), _curves(run), _layers(run), _score_section(run), _test_section(run), _settings(run)]
-    about = [run.settings.get("dataset"), run.settings.get("model"), run.settings.get("seed")]
-    names = ("data set", "model", "seed")
-    lead = " · ".join(f"{name} {value}" for name, value in zip(names, about, strict=True) if value is not None)
+    names = {"dataset": "data set", "model": "model", "method": "method", "seed": "seed"}
+    about = [run.settings.get(name) for name in names]
+    lead = " · ".join(f"{name} {value}" for name, value in zip(names.values(), about, strict=True) if value is not None)
     return Page(f"Run {run.name}", lead, _verdict(run), _tiles(run), sections)
 
 
@@ -74,7 +75,7 @@ def _results(run: Run) -> Section:
     section = Section("Results", run.unfinished())
     if run.summary is not None:
         section.parts.append(_network_table(run.summary))
-    times = [(phase, run.phase(phase)) for phase in (SEARCH, TICKET, DENSE) if run.phase(phase)]
+    times = [(phase, run.phase(phase)) for phase in (SEARCH, TICKET, *CONTROLS) if run.phase(phase)]
     if times:
         head = ("Phase", "Epochs", "Seconds", "Images a second")
         rows = [_time_row(phase, epochs) for phase, epochs in times]
@@ -95,6 +96,10 @@ def _network_table(summary: Summary) -> Table:
     ticket, dense = summary["ticket"], summary["dense"]
     rows = [_network_row("ticket", percent(ticket["density"]), ticket)]
     rows += [_network_row("dense", percent(1.0), dense)] if dense else []
+    rows += [
+        _network_row(name, percent(network["density"]), network)
+        for name, network in summary.get("controls", {}).items()
+    ]
     head = ("Network", "Weights", "Density", "Validation", "Test")
     return Table("Networks: accuracy on validation and test set", head, rows)
 
@@ -123,10 +128,11 @@ def _curves(run: Run) -> Section:
         return section
     search = {SEARCH: ("search", plots.BLUE, "-")}
     ticket = {TICKET: ("ticket", plots.ORANGE, "-")}
-    dense = {DENSE: ("dense", plots.GREY, "--")}
-    hard = _lines(run, "hard_accuracy", {SEARCH: ("hard masks", plots.BLUE, "-"), **ticket, **dense})
+    looks = ((plots.GREY, "--"), (plots.GREEN, "-."), (plots.PURPLE, ":"), (plots.SKY, "-."))
+    controls = {name: (name, *look) for name, look in zip(CONTROLS, looks, strict=True)}
+    hard = _lines(run, "hard_accuracy", {SEARCH: ("hard masks", plots.BLUE, "-"), **ticket, **controls})
     soft = _lines(run, "soft_accuracy", {SEARCH: ("soft masks", plots.SKY, "--")})
-    loss = _lines(run, "loss", search | ticket | dense)
+    loss = _lines(run, "loss", search | ticket | controls)
     density = _lines(run, "density", search | ticket)
     temperature = _lines(run, "temperature", search)
     shares = {"percent": True}
@@ -169,13 +175,15 @@ def _spans(run: Run) -> list[Span]:
         length = len(list(group))
         spans.append(Span(f"round {number}", start, start + length - 1))
         start += length
-    length = max(len(run.phase(TICKET)), len(run.phase(DENSE)))
+    length = max(len(run.phase(phase)) for phase in (TICKET, *CONTROLS))
     return spans + ([Span("retraining", start, start + length - 1)] if length else [])
 
 
 def _layers(run: Run) -> Section:
     section = Section("Layers")
-    known = [(epoch, shares) for epoch in run.epochs if epoch["phase"] != DENSE and (shares := _layer_shares(epoch))]
+    known = [
+        (epoch, shares) for epoch in run.epochs if epoch["phase"] not in CONTROLS and (shares := _layer_shares(epoch))
+    ]
     if not known:
         section.notes.append(f"{METRICS_FILE} holds no densities by layer.")
         return section

@@ -1,0 +1,73 @@
+"""Networks trained beside a ticket, each with one thing about it changed: what the ticket owes to that."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from cs_jax import masks, methods, trees
+from cs_jax.methods.method import keep_highest
+from cs_jax.methods.random import random_ranks
+from cs_jax.progress import Ticket
+
+if TYPE_CHECKING:
+    from cs_jax.config import Config
+    from cs_jax.search import Problem
+
+PyTree = Any
+
+
+def dense(config: "Config", problem: "Problem", ticket: Ticket) -> Ticket:
+    """The dense network as a ticket that keeps every weight, unscaled, from its initialisation."""
+    del config, ticket
+    return problem.init_ticket()
+
+
+def reinit(config: "Config", problem: "Problem", ticket: Ticket) -> Ticket:
+    """The ticket's masks over other initial weights: whether the masks alone make it.
+
+    References:
+        Frankle and Carbin, ICLR 2019, arXiv:1803.03635, section 2.
+    """
+    del config
+    return problem.init_ticket("reinit")._replace(masks=ticket.masks)
+
+
+def shuffled(config: "Config", problem: "Problem", ticket: Ticket) -> Ticket:
+    """The ticket's weights under its masks shuffled within each layer: whether the layers' densities alone make it.
+
+    These are random masks with the ticket's own density in each layer.
+
+    References:
+        Frankle, Dziugaite, Roy and Carbin, "Pruning Neural Networks at Initialization: Why are We Missing the Mark?",
+        ICLR 2021, arXiv:2009.08576, section 5.
+    """
+    del config
+    leaves = trees.leaves_by_path(ticket.masks)
+    keys = jax.random.split(problem.key_for("shuffled"), len(leaves))
+
+    def shuffle(key: jax.Array, mask: jax.Array) -> jax.Array:
+        return jax.random.permutation(key, mask.ravel()).reshape(mask.shape)
+
+    return ticket._replace(masks=trees.nest({path: shuffle(keys[i], leaves[path]) for i, path in enumerate(leaves)}))
+
+
+def random(config: "Config", problem: "Problem", ticket: Ticket) -> Ticket:
+    """The ticket's weights under random masks of its density over all layers: whether its density alone makes it."""
+    density = masks.density(ticket.masks)
+    if density == 0:
+        return ticket
+    kept = keep_highest(config, random_ranks(problem.key_for("random"), ticket.masks), density)
+    scale = methods.of(config).mask_scale(config)
+    return ticket._replace(masks=jax.tree.map(lambda mask, like: (mask * scale).astype(like.dtype), kept, ticket.masks))
+
+
+DENSE = "dense"
+
+CONTROLS: dict[str, Callable[["Config", "Problem", Ticket], Ticket]] = {
+    DENSE: dense,
+    "reinit": reinit,
+    "shuffled": shuffled,
+    "random": random,
+}
+"""What `--controls` can name: the network to train from config, problem and ticket."""

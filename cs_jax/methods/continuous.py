@@ -1,0 +1,76 @@
+"""Continuous Sparsification."""
+
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+
+from cs_jax import budget, masks, schedules
+from cs_jax.methods.method import Method, selection
+from cs_jax.progress import Snapshot
+from cs_jax.training import Hyperparams, TrainState
+
+if TYPE_CHECKING:
+    from cs_jax.config import Config
+    from cs_jax.search import Problem
+
+PyTree = Any
+
+
+class ContinuousSparsification(Method):
+    """Masks are sigmoids of scores times a temperature that rises in each round; weights and scores learn together.
+
+    Between rounds scores are reset, and weights and momentum carry over. With a target density, scores are held at it
+    from epoch to epoch, and the ticket has it exactly; otherwise it keeps the scores above 0.
+
+    References:
+        Savarese, Silva and Maire, "Winning the Lottery with Continuous Sparsification", NeurIPS 2020,
+        arXiv:1912.04427, algorithm 2.
+    """
+
+    learns_masks = True
+
+    def density(self, config: "Config", round: int) -> float | None:
+        target = config.target_density
+        return None if target is None else budget.round_density(target, round, config.rounds)
+
+    def begin(self, config: "Config", problem: "Problem", variables: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
+        return masks.init_scores(variables["masks"], config.mask_initial_value), {}
+
+    def end_epoch(self, config: "Config", state: TrainState, round: int, epoch: int) -> TrainState:
+        if config.target_density is None:
+            return state
+        chosen = selection(config, state.scores, config.target_density)
+        return state.replace(scores=budget.hold_density(chosen, state.scores, round, config.rounds))
+
+    def next_round(
+        self, config: "Config", problem: "Problem", state: TrainState, snapshot: Snapshot | None
+    ) -> TrainState:
+        """Scores reset, all else as it is.
+
+        `paper` resets with the temperature that the round ended on. `released` resets with temperature 1, as the
+        authors' script does, because it has set it back before: there pruned entries can come back.
+        """
+        last = schedules.temperature(config.epochs - 1, config.epochs, config.final_temp)
+        temperature = last if config.reset == "paper" else 1.0
+        return state.replace(scores=masks.prune_scores(state.scores, temperature, init_value=config.mask_initial_value))
+
+    def soft_masks(self, state: TrainState, hyper: Hyperparams) -> PyTree | None:
+        return masks.soft_mask(state.scores, hyper.temperature, init_value=hyper.init_value)
+
+    def hard_masks(self, config: "Config", state: TrainState) -> PyTree:
+        return masks.hard_mask(state.scores, init_value=config.mask_initial_value)
+
+    def ticket_masks(self, config: "Config", state: TrainState) -> PyTree:
+        """Hard masks of the target density, or of the scores above 0.
+
+        Warns:
+            CollapsedLayerWarning: the ticket leaves a layer without weights.
+            UnfinishedSearchWarning: a target density cuts through masks that are still soft.
+        """
+        chosen = selection(config, state.scores, config.target_density)
+        if chosen.budgets:
+            budget.warn_if_soft(chosen, state.scores, config.final_temp)
+        return budget.ticket_masks(chosen, state.scores, init_value=config.mask_initial_value)
+
+    def mask_scale(self, config: "Config") -> float:
+        return float(masks.hard_mask(jnp.ones(()), init_value=config.mask_initial_value))

@@ -1,0 +1,48 @@
+"""Gradual magnitude pruning."""
+
+import math
+from typing import TYPE_CHECKING
+
+from cs_jax.methods.magnitude import magnitudes
+from cs_jax.methods.method import Method, keep_highest
+from cs_jax.training import TrainState
+
+if TYPE_CHECKING:
+    from cs_jax.config import Config
+
+PRUNING_SHARE = 0.75
+"""Of the search's epochs, after which the target is reached; the rest lets the network recover."""
+
+
+class GradualMagnitudePruning(Method):
+    """Prunes the smallest weights at every epoch's end, many at first and few later, while training goes on.
+
+    The density is `target + (1 - target) * (1 - t)**3` with t from 0 to 1 over the first three quarters of all epochs
+    of the search. The learning rate starts again in each round; ask for one round to have a single schedule.
+
+    References:
+        Zhu and Gupta, "To prune, or not to prune", 2017, arXiv:1710.01878, equation 1, pruning once an epoch.
+    """
+
+    wants_target = True
+
+    def density(self, config: "Config", round: int) -> float | None:
+        return self._density(config, (round + 1) * config.epochs)
+
+    def end_epoch(self, config: "Config", state: TrainState, round: int, epoch: int) -> TrainState:
+        density = self._density(config, round * config.epochs + epoch + 1)
+        return state.replace(masks=keep_highest(config, magnitudes(state), density))
+
+    def _density(self, config: "Config", epochs_done: int) -> float:
+        assert config.target_density is not None
+        pruning_epochs = math.ceil(PRUNING_SHARE * config.rounds * config.epochs)
+        return cubic_density(config.target_density, min(1.0, epochs_done / pruning_epochs))
+
+
+def cubic_density(target: float, share: float) -> float:
+    """Density after a share of the pruning, from 1 at share 0 to the target at share 1, fast at first.
+
+    >>> [round(cubic_density(0.2, share), 3) for share in (0.0, 0.5, 1.0)]
+    [1.0, 0.3, 0.2]
+    """
+    return target + (1 - target) * (1 - share) ** 3

@@ -1,0 +1,67 @@
+"""Iterative magnitude pruning, with and without rewinding between rounds."""
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from cs_jax import budget, training
+from cs_jax.methods.magnitude import magnitudes
+from cs_jax.methods.method import Method, keep_highest
+from cs_jax.progress import Snapshot
+from cs_jax.training import TrainState
+
+if TYPE_CHECKING:
+    from cs_jax.config import Config
+    from cs_jax.search import Problem
+
+PyTree = Any
+
+DEFAULT_RATE = 0.2
+"""Of the paper, for fully connected and residual networks."""
+
+
+class IterativeMagnitudePruning(Method):
+    """A round trains, prunes the smallest of the weights that are left, and puts the others back to early values.
+
+    The rate is the same in each round: that of the config, or the one which reaches the target in the last round.
+    The early values are those of the snapshot: initialisation where that is taken at epoch 0.
+
+    References:
+        Frankle and Carbin, "The Lottery Ticket Hypothesis", ICLR 2019, arXiv:1803.03635; Frankle et al., "Linear Mode
+        Connectivity and the Lottery Ticket Hypothesis", ICML 2020, arXiv:1912.05671, for early values that are not
+        the initial ones.
+    """
+
+    def density(self, config: "Config", round: int) -> float | None:
+        if config.target_density is not None:
+            return budget.round_density(config.target_density, round, config.rounds)
+        rate = DEFAULT_RATE if config.prune_rate is None else config.prune_rate
+        return (1 - rate) ** (round + 1)
+
+    def end_epoch(self, config: "Config", state: TrainState, round: int, epoch: int) -> TrainState:
+        if epoch < config.epochs - 1:
+            return state
+        density = self.density(config, round)
+        assert density is not None
+        return state.replace(masks=keep_highest(config, magnitudes(state), density))
+
+    def next_round(
+        self, config: "Config", problem: "Problem", state: TrainState, snapshot: Snapshot | None
+    ) -> TrainState:
+        assert snapshot is not None
+        early = jax.tree.map(jnp.copy, snapshot)  # the state is donated, and the snapshot is wanted again
+        return training.init_state(problem.recipe, *early, scores={}, masks=state.masks)
+
+
+class ContinuedMagnitudePruning(IterativeMagnitudePruning):
+    """Iterative magnitude pruning whose weights, BatchNorm state and momentum carry over from round to round.
+
+    References:
+        Savarese, Silva and Maire, NeurIPS 2020, arXiv:1912.04427, section 5, where it is IMP-C.
+    """
+
+    def next_round(
+        self, config: "Config", problem: "Problem", state: TrainState, snapshot: Snapshot | None
+    ) -> TrainState:
+        return state

@@ -1,0 +1,42 @@
+"""Magnitude pruning in one shot, and what all pruning by magnitude ranks."""
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from cs_jax import trees
+from cs_jax.methods.method import Method, keep_highest
+from cs_jax.training import TrainState
+
+if TYPE_CHECKING:
+    from cs_jax.config import Config
+
+PyTree = Any
+
+
+class OneShotMagnitudePruning(Method):
+    """Trains the dense network over all rounds, and keeps its largest weights at the end.
+
+    References:
+        Han, Pool, Tran and Dally, "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015,
+        arXiv:1506.02626, with one threshold for all layers unless the scope is the layer.
+    """
+
+    wants_target = True
+
+    def end_epoch(self, config: "Config", state: TrainState, round: int, epoch: int) -> TrainState:
+        if (round, epoch) != (config.rounds - 1, config.epochs - 1):
+            return state
+        assert config.target_density is not None
+        return state.replace(masks=keep_highest(config, magnitudes(state), config.target_density))
+
+
+def magnitudes(state: TrainState) -> PyTree:
+    """Absolute values of the masked weights that are left, by the structure of the masks; -1 for those pruned."""
+    weights = trees.leaves_by_path(state.params)
+
+    def rank(path: trees.Path, mask: jax.Array) -> jax.Array:
+        return jnp.where(mask != 0, jnp.abs(weights[path]), -1)
+
+    return trees.nest({path: rank(path, mask) for path, mask in trees.leaves_by_path(state.masks).items()})

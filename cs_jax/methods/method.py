@@ -1,0 +1,131 @@
+"""What a method is: the moments of a search at which it has a say."""
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from cs_jax import budget, rules
+from cs_jax.progress import Snapshot
+from cs_jax.selection import Selection
+from cs_jax.training import Hyperparams, Recipe, TrainState
+
+if TYPE_CHECKING:  # the config checks the name of its method
+    from cs_jax.config import Config
+    from cs_jax.search import Problem
+
+PyTree = Any
+
+REWIND, FINETUNE, LR_REWIND, NONE = "rewind", "finetune", "lr-rewind", "none"
+
+AFTERS = (REWIND, FINETUNE, LR_REWIND, NONE)
+"""What can follow a search: training from early weights, on from the trained ones at the last learning rate, on from
+the trained ones with the learning rate from its start (Renda et al., 2020, arXiv:2003.02389), or nothing."""
+
+_UNSCALED = 80.0
+"""Initial value whose sigmoid is 1 in every float type."""
+
+
+class Method:
+    """How masks come about. This one keeps every weight; others say what they do otherwise.
+
+    A method has no state: what it changes is in the train state, whose `scores` are trained, where there are some, and
+    whose `masks` are fixed between two of its moments. The moments are, in order, `begin` before the first step,
+    `recipe` for what a step computes with and what it moves, `end_epoch` after the steps of an epoch and before its
+    evaluation, `next_round` between two rounds, and `ticket_masks` after the last.
+
+    Attributes:
+        afters: of `AFTERS`, which make sense; the first is the default.
+        wants_target: whether a target density is needed (True), taken (None) or has no meaning (False).
+        searches: whether there are rounds; otherwise masks are found before any training.
+        learns_masks: whether a step changes masks; otherwise there is no penalty.
+    """
+
+    afters: ClassVar[tuple[str, ...]] = AFTERS
+    wants_target: ClassVar[bool | None] = None
+    searches: ClassVar[bool] = True
+    learns_masks: ClassVar[bool] = False
+
+    def density(self, config: "Config", round: int) -> float | None:
+        """Density that a round ends with; None where that is left to the search."""
+        del round
+        return config.target_density
+
+    def recipe(self, recipe: Recipe) -> Recipe:
+        """What a step of the search is built from: which masks it computes with, and whether it moves the weights."""
+        return recipe
+
+    def begin(self, config: "Config", problem: "Problem", variables: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
+        """Scores and masks before the first step; {} for those that there are none of.
+
+        Args:
+            config: what is asked.
+            problem: recipe, data and keys.
+            variables: the fresh network, with masks of one.
+        """
+        del config, problem
+        return {}, variables["masks"]
+
+    def end_epoch(self, config: "Config", state: TrainState, round: int, epoch: int) -> TrainState:
+        """State after an epoch's steps, before it is evaluated."""
+        del config, round, epoch
+        return state
+
+    def next_round(
+        self, config: "Config", problem: "Problem", state: TrainState, snapshot: Snapshot | None
+    ) -> TrainState:
+        """State before a round's first step, from that at the end of the one before; steps are counted anew."""
+        del config, problem, snapshot
+        return state
+
+    def soft_masks(self, state: TrainState, hyper: Hyperparams) -> PyTree | None:
+        """Masks that a search's figures are taken with beside hard ones; None where there are no others."""
+        del state, hyper
+        return None
+
+    def hard_masks(self, config: "Config", state: TrainState) -> PyTree:
+        """Masks of now: 0, or `mask_scale`."""
+        del config
+        return state.masks
+
+    def ticket_masks(self, config: "Config", state: TrainState) -> PyTree:
+        """Masks of the ticket, at the search's end."""
+        return self.hard_masks(config, state)
+
+    def mask_scale(self, config: "Config") -> float:
+        """What a kept weight is multiplied by."""
+        del config
+        return 1.0
+
+
+def selection(config: "Config", masks: PyTree, density: float | None) -> Selection:
+    """Every masked array, and how many weights may be kept at a density.
+
+    Args:
+        config: its scope, over all arrays or in each, and whether one may become empty.
+        masks: arrays of the masked weights' shapes.
+        density: in (0, 1]; None for no budget.
+
+    Raises:
+        ValueError: the density cannot be met by these arrays.
+    """
+    return rules.select_all(
+        masks,
+        target_density=density,
+        per_layer=config.scope == "layer",
+        allow_empty_layers=config.allow_empty_layers,
+    )
+
+
+def keep_highest(config: "Config", ranks: PyTree, density: float) -> PyTree:
+    """Masks of 1 for the highest ranks, just as many as a density has, and of 0 for the others.
+
+    Of equal ranks the first ones are kept, in the order of arrays and entries. Each array keeps one at least, unless
+    the config allows empty ones.
+
+    Args:
+        config: scope and empty layers.
+        ranks: finite numbers of the masked weights' shapes.
+        density: in (0, 1].
+
+    Warns:
+        CollapsedLayerWarning: an array keeps nothing, or its one reserved weight alone.
+    """
+    return budget.ticket_masks(selection(config, ranks, density), ranks, init_value=_UNSCALED)

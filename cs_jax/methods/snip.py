@@ -1,0 +1,61 @@
+"""SNIP: connection sensitivity at initialisation."""
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cs_jax import training
+from cs_jax.images import ImageSet, normalize
+from cs_jax.methods.method import REWIND, Method, keep_highest
+from cs_jax.training import Recipe
+
+if TYPE_CHECKING:
+    from cs_jax.config import Config
+    from cs_jax.search import Problem
+
+PyTree = Any
+
+MAX_BATCHES = 10
+"""Batches whose gradients are added up: one, as in the paper, ranks many weights by chance."""
+
+
+class Snip(Method):
+    """Keeps the weights whose removal would change the loss most at initialisation: `|weight * gradient|`.
+
+    The gradient, with respect to masks of one, is that of the mean loss over the first batches of an epoch, at most
+    `MAX_BATCHES` of them, without augmentation. The ticket's weights are the initial ones.
+
+    References:
+        Lee, Ajanthan and Torr, "SNIP: Single-shot Network Pruning based on Connection Sensitivity", ICLR 2019,
+        arXiv:1810.02340.
+    """
+
+    afters = (REWIND,)
+    wants_target = True
+    searches = False
+
+    def begin(self, config: "Config", problem: "Problem", variables: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
+        assert config.target_density is not None
+        order = np.asarray(problem.epoch_order(0, 0))
+        full = max(1, min(MAX_BATCHES, len(order) // config.batch_size))
+        gradient = None
+        for indices in np.split(order[: full * config.batch_size], full):
+            part = _mask_gradient(problem.recipe, variables, problem.train, indices)
+            gradient = part if gradient is None else jax.tree.map(jnp.add, gradient, part)
+        ranks = jax.tree.map(jnp.abs, gradient)
+        return {}, keep_highest(config, ranks, config.target_density)
+
+
+@functools.partial(jax.jit, static_argnames="recipe")
+def _mask_gradient(recipe: Recipe, variables: dict[str, PyTree], data: ImageSet, indices: jax.Array) -> PyTree:
+    """Gradient of the mean loss with respect to the masks: `weight * gradient of the weight` where they are one."""
+    inputs = normalize(data.images[indices], data.mean, data.std)
+
+    def loss(masks: PyTree) -> jax.Array:
+        cross_entropy, _ = training.cross_entropy(recipe, {**variables, "masks": masks}, inputs, data.labels[indices])
+        return cross_entropy
+
+    return jax.grad(loss)(variables["masks"])

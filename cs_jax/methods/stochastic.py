@@ -1,0 +1,95 @@
+"""Iterative Stochastic Sparsification."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cs_jax import budget, masks, trees
+from cs_jax.methods.method import Method, keep_highest
+from cs_jax.progress import Snapshot
+from cs_jax.training import Hyperparams, Recipe, TrainState
+
+if TYPE_CHECKING:
+    from cs_jax.config import Config
+    from cs_jax.search import Problem
+
+PyTree = Any
+
+PRUNED = -1e4
+"""Score of a weight that is gone: its probability and the gradient of that are 0 in every float type."""
+
+
+class IterativeStochasticSparsification(Method):
+    """Masks are drawn anew in every step, 1 with the probability `sigmoid(score)`; weights and scores learn together.
+
+    The gradient passes straight through the draw to the probability. A round ends by pruning, for good, the weights
+    with the lowest scores, as many as the target density asks for; without one, those whose score has fallen below
+    its initial value. The scores of the others start again in the next round; weights and momentum carry over.
+
+    References:
+        Savarese, Silva and Maire, NeurIPS 2020, arXiv:1912.04427, section 5, the stochastic counterpart of Continuous
+        Sparsification; Bengio, Leonard and Courville, 2013, arXiv:1308.3432, for the straight-through gradient.
+    """
+
+    learns_masks = True
+
+    def density(self, config: "Config", round: int) -> float | None:
+        target = config.target_density
+        return None if target is None else budget.round_density(target, round, config.rounds)
+
+    def recipe(self, recipe: Recipe) -> Recipe:
+        return dataclasses.replace(recipe, step_masks=draw_masks)
+
+    def begin(self, config: "Config", problem: "Problem", variables: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
+        return masks.init_scores(variables["masks"], config.mask_initial_value), {}
+
+    def end_epoch(self, config: "Config", state: TrainState, round: int, epoch: int) -> TrainState:
+        if epoch < config.epochs - 1:
+            return state
+        density = self.density(config, round)
+        if density is None:
+            kept = jax.tree.map(lambda score: score >= config.mask_initial_value, state.scores)
+        else:
+            kept = keep_highest(config, state.scores, density)
+        return state.replace(scores=jax.tree.map(_prune, state.scores, kept))
+
+    def next_round(
+        self, config: "Config", problem: "Problem", state: TrainState, snapshot: Snapshot | None
+    ) -> TrainState:
+        scores = jax.tree.map(
+            lambda score: jnp.where(_is_left(score), jnp.asarray(config.mask_initial_value, score.dtype), score),
+            state.scores,
+        )
+        return state.replace(scores=scores)
+
+    def soft_masks(self, state: TrainState, hyper: Hyperparams) -> PyTree | None:
+        """The masks' means."""
+        return jax.tree.map(jax.nn.sigmoid, state.scores)
+
+    def hard_masks(self, config: "Config", state: TrainState) -> PyTree:
+        return jax.tree.map(lambda score: _is_left(score).astype(score.dtype), state.scores)
+
+
+def draw_masks(scores: PyTree, hyper: Hyperparams, key: jax.Array) -> PyTree:
+    """Masks of 0 and 1, 1 with the probability `sigmoid(score)`, whose gradient is that of the probability."""
+    del hyper
+    leaves = trees.leaves_by_path(scores)
+    keys = jax.random.split(key, len(leaves))
+
+    def draw(key: jax.Array, score: jax.Array) -> jax.Array:
+        probability = jax.nn.sigmoid(score)
+        drawn = jax.random.bernoulli(key, probability).astype(score.dtype)
+        return drawn + (probability - lax.stop_gradient(probability))  # exactly what was drawn
+
+    return trees.nest({path: draw(keys[i], score) for i, (path, score) in enumerate(leaves.items())})
+
+
+def _is_left(score: jax.Array) -> jax.Array:
+    return score > PRUNED / 2  # momentum may still move a score that is gone
+
+
+def _prune(score: jax.Array, kept: jax.Array) -> jax.Array:
+    return jnp.where((kept != 0) & _is_left(score), score, jnp.asarray(PRUNED, score.dtype))

@@ -1,16 +1,22 @@
 """`report.html` and its plots, of one run or of several compared, from the files that runs leave behind."""
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from cs_jax import files, pareto
 from cs_jax.errors import ConfigError
-from cs_jax.report import comparison, plots, single
+from cs_jax.pareto import Result
+from cs_jax.report import comparison, front, plots, single
 from cs_jax.report.pages import write
 from cs_jax.report.recorded import read
 from cs_jax.run_directory import CONFIG_FILE
 
-__all__ = ["write_comparison", "write_report"]
+TABLE_FILE = "pareto.md"
+FIGURES_FILE = "pareto.json"
+
+__all__ = ["write_comparison", "write_pareto", "write_report"]
 
 
 def write_report(run: Path) -> list[Path]:
@@ -55,3 +61,31 @@ def write_comparison(runs: Sequence[Path], out: Path) -> list[Path]:
     with plots.style():
         page = comparison.compare([read(run) for run in runs])
     return write(out, page)
+
+
+def write_pareto(
+    name: str, results: Sequence[Result], missing: Sequence[str], out: Path, *, reference: str
+) -> tuple[list[Path], str]:
+    """Paths of the report, plots, table and figures of a sweep, written into `out`; and the table, as Markdown.
+
+    Args:
+        name: of the sweep.
+        results: of its networks.
+        missing: names of runs that have not ended.
+        out: folder.
+        reference: method that the others are compared with.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    cells = pareto.summarize(results, reference=reference)
+    with plots.style():
+        page = front.page(f"Sweep {name}", cells, results, missing, f"{len(results)} networks")
+    table = pareto.to_markdown(cells)
+    written = write(out, page)
+    contents = {
+        out / TABLE_FILE: table.encode(),
+        out / FIGURES_FILE: (json.dumps(pareto.to_json(cells), indent=2) + "\n").encode(),
+    }
+    files.write_all(contents)
+    return [*written, *contents], table

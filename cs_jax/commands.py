@@ -22,6 +22,11 @@ from cs_jax.interrupts import Interrupts, Stopped
 from cs_jax.progress import Observer, Observers
 from cs_jax.run_directory import RunDirectory
 from cs_jax.search import NonFiniteLossError, Problem
+from cs_jax.sweep import scheduler
+from cs_jax.sweep.display import SweepDisplay
+from cs_jax.sweep.places import find_places
+from cs_jax.sweep.results import read_results
+from cs_jax.sweep.spec import read_spec
 from cs_jax.tracking import TensorBoard, Tracker, Tracking
 
 MODULE = "python -m cs_jax"
@@ -180,6 +185,56 @@ def report(arguments: Sequence[str], *, prog: str) -> None:
         say(Console(), str(path))
 
 
+def sweep(arguments: Sequence[str], *, prog: str) -> None:
+    """run a grid of methods, densities and seeds that a file names, or go on with it"""
+    parser = _sweep_parser(prog, sweep)
+    parser.add_argument("--jobs", type=int, help="runs at a time (one for each GPU, or for each core without one)")
+    given = parser.parse_args(arguments)
+    if given.jobs is not None and given.jobs < 1:
+        raise ConfigError(f"--jobs: got {given.jobs}, wanted at least 1")
+    spec = read_spec(given.spec)
+    directory = given.out or Path("sweeps") / spec.name
+    scheduler.check_same(directory, spec)
+    experiment.prepare(spec.runs[0].config)  # what every run would fail with is told at once
+    waiting = [run for run in spec.runs if not scheduler.is_done(directory, run)]
+    terminal, hint = Console(), f"the same command goes on: {MODULE} sweep {given.spec}"
+    with Interrupts(), SweepDisplay(terminal, len(spec.runs), waiting) as display:
+        try:
+            places = find_places(given.jobs, len(waiting)) if waiting else []
+            failures = scheduler.run_sweep(spec, directory, places, display)
+        except Stopped as stop:
+            stop.hint = f"; runs under way are saved; {hint}"
+            raise
+    if failures:
+        raise OSError(f"{len(failures)} of {len(spec.runs)} runs failed, first {next(iter(failures))}; {hint}")
+    say(terminal, f"{directory}: all {len(spec.runs)} runs are done; {MODULE} pareto {given.spec} compares them")
+
+
+def pareto(arguments: Sequence[str], *, prog: str) -> None:
+    """table and plot of accuracy against density over a sweep's runs"""
+    from cs_jax import report as reports
+
+    given = _sweep_parser(prog, pareto).parse_args(arguments)
+    spec = read_spec(given.spec)
+    directory = given.out or Path("sweeps") / spec.name
+    results, missing = read_results(spec, directory)
+    if not results:
+        raise ConfigError(f"{directory}: has no finished run yet, wanted one at least: {MODULE} sweep {given.spec}")
+    written, table = reports.write_pareto(spec.name, results, missing, directory, reference=spec.reference)
+    print(table)
+    if missing:
+        say(Console(), f"{len(missing)} of {len(spec.runs)} runs are not done: {', '.join(missing[:5])} ...")
+    for path in written:
+        say(Console(), str(path))
+
+
+def _sweep_parser(prog: str, command: Callable[..., None]) -> argparse.ArgumentParser:
+    parser = _parser(prog, command)
+    parser.add_argument("spec", type=Path, metavar="SPEC", help="TOML file: see docs/sweeps.md")
+    parser.add_argument("--out", type=Path, help="folder of the sweep (sweeps/NAME, for a file NAME.toml)")
+    return parser
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
@@ -197,7 +252,14 @@ def say(terminal: Console, line: str) -> None:
     terminal.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"train": train, "ticket": ticket, "verify": verify, "report": report}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "ticket": ticket,
+    "verify": verify,
+    "report": report,
+    "sweep": sweep,
+    "pareto": pareto,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,6 +12,10 @@ from types import TracebackType
 from cs_jax.errors import ConfigError
 
 
+class LockedError(ConfigError):
+    """Another process holds the directory."""
+
+
 class Lock:
     """Holds a directory for this process, from entering the context to leaving it.
 
@@ -19,7 +23,8 @@ class Lock:
     a process that has died, however it died, is free.
 
     Raises:
-        ConfigError: another process holds the directory (says its id and host), or it cannot be written.
+        LockedError: another process holds the directory; says its id and host.
+        ConfigError: it cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,7 +34,7 @@ class Lock:
         try:
             self._file = self._take()
         except BlockingIOError:
-            raise ConfigError(f"{self._path.parent}: {self._holder()} is writing to it") from None
+            raise LockedError(f"{self._path.parent}: {self._holder()} is writing to it") from None
         except OSError as error:
             raise ConfigError(f"{self._path.parent}: cannot be written: {error.strerror}") from error
         return self

@@ -1,0 +1,75 @@
+"""What a person sees of a sweep: a bar for all of it and one for each worker, or a line for each run that ends."""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich import progress as bars
+from rich.console import Console
+
+from cs_jax.console import REFRESH_SECONDS, percent
+from cs_jax.sweep.scheduler import Watcher
+from cs_jax.sweep.spec import Planned
+
+
+class SweepDisplay(Watcher):
+    """Shows how far a sweep is. A context manager, so that the bars are gone at the end.
+
+    Args:
+        console: where it is shown; without a terminal, lines alone.
+        total: runs of the whole grid.
+        waiting: those that are to be done.
+    """
+
+    def __init__(self, console: Console, total: int, waiting: list[Planned]) -> None:
+        self._console, self._total, self._ended = console, total, total - len(waiting)
+        self._bars = bars.Progress(
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(bar_width=24),
+            bars.TaskProgressColumn(),
+            bars.TimeElapsedColumn(),
+            bars.TextColumn("left"),
+            bars.TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            disable=not console.is_terminal,
+            refresh_per_second=1 / REFRESH_SECONDS,
+            transient=True,
+        )
+        self._whole = self._bars.add_task("", total=sum(run.epochs for run in waiting))
+        self._tasks: dict[int, bars.TaskID] = {}
+        self._done: dict[str, int] = {}
+        self._describe()
+
+    def __enter__(self) -> "SweepDisplay":
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def on_start(self, worker: int, run: Planned) -> None:
+        if worker in self._tasks:
+            self._bars.remove_task(self._tasks.pop(worker))
+        self._tasks[worker] = self._bars.add_task(run.name, total=run.epochs)
+
+    def on_epoch(self, worker: int, run: Planned, epoch: int) -> None:
+        self._bars.update(self._tasks[worker], completed=epoch)
+        self._bars.advance(self._whole, epoch - self._done.get(run.name, 0))
+        self._done[run.name] = epoch
+
+    def on_end(self, worker: int, run: Planned, ticket: Mapping[str, Any] | None, failure: str) -> None:
+        self._bars.advance(self._whole, run.epochs - self._done.get(run.name, 0))
+        self._bars.remove_task(self._tasks.pop(worker))
+        self._ended += 1
+        self._describe()
+        if ticket is None:
+            result = f"failed: {failure}"
+        else:
+            result = f"density {ticket['density']:.2%}, test {percent(ticket['test_accuracy'])}"
+        line = f"{self._ended} of {self._total}  {run.name}: {result}"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _describe(self) -> None:
+        self._bars.update(self._whole, description=f"{self._ended} of {self._total} runs")

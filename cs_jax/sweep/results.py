@@ -1,0 +1,63 @@
+"""What came of a sweep: a result for each network that its runs have trained."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cs_jax.controls import DENSE
+from cs_jax.errors import ConfigError
+from cs_jax.pareto import Result
+from cs_jax.run_directory import SUMMARY_FILE
+from cs_jax.sweep import scheduler
+from cs_jax.sweep.spec import Planned, Spec
+
+
+def read_results(spec: Spec, directory: Path) -> tuple[list[Result], list[str]]:
+    """Results of the runs that have ended, and the names of those that have not.
+
+    Args:
+        spec: the grid.
+        directory: of the sweep.
+
+    Raises:
+        ConfigError: the directory holds another sweep, or a run's result is damaged.
+    """
+    scheduler.check_same(directory, spec)
+    results: list[Result] = []
+    missing: list[str] = []
+    for run in spec.runs:
+        path = scheduler.folder_of(directory, run) / SUMMARY_FILE
+        try:
+            summary = json.loads(path.read_text())
+            results.extend(_results(run, summary))
+        except (FileNotFoundError, NotADirectoryError):
+            missing.append(run.name)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(f"{path}: is damaged: {type(error).__name__} {error}") from error
+    return results, missing
+
+
+def _results(run: Planned, summary: Mapping[str, Any]) -> Iterator[Result]:
+    """The ticket and its controls. The dense network, as a method of its own, is nobody's ticket."""
+    yield _result(run, DENSE if run.config.method == DENSE else None, summary["ticket"])
+    if summary["dense"] is not None:
+        yield _result(run, DENSE, summary["dense"])
+    for name, network in summary["controls"].items():
+        yield _result(run, name, network)
+
+
+def _result(run: Planned, control: str | None, network: Mapping[str, Any]) -> Result:
+    return Result(
+        method=run.variant,
+        control=control,
+        target=run.config.target_density,
+        dial=run.dial,
+        seed=run.config.seed,
+        density=network["density"],
+        test_accuracy=network["test_accuracy"],
+        val_accuracy=network["val_accuracy"],
+        epochs=network["epochs"],
+        training_flops=network["training_flops"],
+        seconds=network["seconds"],
+    )

@@ -1,0 +1,226 @@
+"""Runs of a sweep, on as many devices or cores as there are, each in a process that runs one after another."""
+
+import json
+import os
+import selectors
+import shutil
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cs_jax import config as config_module
+from cs_jax import files, run_directory
+from cs_jax.errors import ConfigError
+from cs_jax.lock import Lock
+from cs_jax.sweep.spec import Planned, Spec, make_spec
+
+SPEC_FILE = "sweep.json"
+RUNS_FOLDER = "runs"
+LOGS_FOLDER = "logs"
+LOCK_FILE = "sweep.lock"
+
+CHECK_SECONDS = 0.5
+"""After which signals are looked for at the latest."""
+
+
+class Place(NamedTuple):
+    """Where a worker computes."""
+
+    cores: tuple[int, ...]  # that it keeps to; none is all
+    environment: dict[str, str]  # in which it sees its own device
+
+
+class Watcher:
+    """What wants to know how a sweep goes on. Every method may be left out."""
+
+    def on_start(self, worker: int, run: Planned) -> None:
+        """A worker has begun with a run, or goes on with it."""
+
+    def on_epoch(self, worker: int, run: Planned, epoch: int) -> None:
+        """So many epochs of a run are done, over all its phases."""
+
+    def on_end(self, worker: int, run: Planned, ticket: Mapping[str, Any] | None, failure: str) -> None:
+        """A run has ended: with a ticket, as summary.json has it, or with a failure."""
+
+
+def folder_of(directory: Path, run: Planned) -> Path:
+    """A run's own directory inside that of the sweep."""
+    return directory / RUNS_FOLDER / run.name
+
+
+def is_done(directory: Path, run: Planned) -> bool:
+    """Whether a run has its result.
+
+    Raises:
+        ConfigError: it has one, which is damaged.
+    """
+    return run_directory.read_summary(folder_of(directory, run)) is not None
+
+
+def check_same(directory: Path, spec: Spec) -> None:
+    """Refuses a directory that holds another sweep. One that holds a part of this sweep may be gone on with.
+
+    Raises:
+        ConfigError: a run there has other settings, or none in this spec; says which.
+    """
+    path = directory / SPEC_FILE
+    if not path.exists():
+        if directory.exists() and not (directory.is_dir() and all(map(files.is_temporary, directory.iterdir()))):
+            raise ConfigError(f"--out: got {directory}, which is not empty and holds no sweep, wanted another folder")
+        return
+    try:
+        begun = make_spec(spec.name, json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be used: {' '.join(str(error).split())}") from error
+    planned = {run.name: run.config for run in spec.runs}
+    for run in begun.runs:
+        if run.name not in planned:
+            raise ConfigError(f"{directory}: holds another sweep: {run.name} is not in this one; give another --out")
+        before, now = (config_module.to_json(config) for config in (run.config, planned[run.name]))
+        changed = [name for name in before if name not in config_module.FREE and before[name] != now[name]]
+        if changed:
+            differences = ", ".join(f"{name} {now[name]} (was {before[name]})" for name in changed)
+            raise ConfigError(f"{directory}: holds another sweep: {run.name} has {differences}; give another --out")
+
+
+def run_sweep(spec: Spec, directory: Path, places: Sequence[Place], watcher: Watcher) -> dict[str, str]:
+    """Runs what is not done yet of a sweep, and returns what failed, with the reason.
+
+    Args:
+        spec: the grid.
+        directory: for the whole sweep; made where there is none.
+        places: one for each worker.
+        watcher: told of runs and epochs.
+
+    Raises:
+        ConfigError: the directory holds another sweep, a damaged result, or another process runs it.
+        OSError: it cannot be written.
+        Whatever a signal raises: runs under way are saved before.
+    """
+    check_same(directory, spec)
+    directory.mkdir(parents=True, exist_ok=True)
+    with Lock(directory / LOCK_FILE):
+        for folder in (RUNS_FOLDER, LOGS_FOLDER):
+            (directory / folder).mkdir(exist_ok=True)
+        files.write_whole(directory / SPEC_FILE, (json.dumps(spec.content, indent=2) + "\n").encode())
+        waiting = deque(run for run in spec.runs if not is_done(directory, run))
+        pool = _Pool(directory, waiting, watcher)
+        try:
+            for place in places[: len(waiting)]:
+                pool.add(place)
+            pool.run()
+        finally:
+            pool.close()
+        return pool.failures
+
+
+class _Pool:
+    """Workers, and the runs that they are at."""
+
+    def __init__(self, directory: Path, waiting: deque[Planned], watcher: Watcher) -> None:
+        self.failures: dict[str, str] = {}
+        self._directory, self._waiting, self._watcher = directory, waiting, watcher
+        self._selector = selectors.DefaultSelector()
+        self._workers: list[_Worker] = []
+
+    def add(self, place: Place) -> None:
+        worker = _Worker(len(self._workers), place, self._directory)
+        self._workers.append(worker)
+        self._selector.register(worker.answers, selectors.EVENT_READ, worker)
+
+    def run(self) -> None:
+        while self._selector.get_map():
+            for key, _ in self._selector.select(CHECK_SECONDS):
+                worker: _Worker = key.data
+                if not worker.read(self._hear):
+                    self._selector.unregister(worker.answers)
+                    self._replace(worker)
+
+    def close(self) -> None:
+        """Ends all workers; what they are at is saved first."""
+        for worker in self._workers:
+            worker.dismiss()
+        for worker in self._workers:
+            worker.wait()
+        self._selector.close()
+
+    def _hear(self, worker: "_Worker", event: dict[str, Any]) -> None:
+        run = worker.run
+        if run is not None and "epoch" in event:
+            self._watcher.on_epoch(worker.number, run, event["epoch"])
+            return
+        if run is not None:
+            self._end(worker, run, event.get("done"), event.get("failed", ""))
+        worker.run = self._waiting.popleft() if self._waiting else None
+        if worker.run is None:
+            worker.dismiss()
+        else:
+            self._watcher.on_start(worker.number, worker.run)
+            worker.give(worker.run)
+
+    def _end(self, worker: "_Worker", run: Planned, ticket: Mapping[str, Any] | None, failure: str) -> None:
+        if ticket is None:
+            self.failures[run.name] = failure
+        else:  # nothing is left to go on from
+            shutil.rmtree(folder_of(self._directory, run) / run_directory.CHECKPOINTS_FOLDER, ignore_errors=True)
+        self._watcher.on_end(worker.number, run, ticket, failure)
+
+    def _replace(self, worker: "_Worker") -> None:
+        """Takes note of a worker that has ended; one that died while it ran something gets a successor."""
+        code = worker.wait()
+        if worker.run is not None:
+            self._end(worker, worker.run, None, f"its process ended with exit code {code}; see {worker.log}")
+            if self._waiting:
+                self.add(worker.place)
+        elif code:
+            raise OSError(f"a worker ended with exit code {code} before its first run; see {worker.log}")
+
+
+class _Worker:
+    """A process that computes in a place of its own."""
+
+    def __init__(self, number: int, place: Place, directory: Path) -> None:
+        self.number, self.place, self._directory = number, place, directory
+        self.run: Planned | None = None
+        self.log = directory / LOGS_FOLDER / f"worker{number}.txt"
+        words = [sys.executable, "-m", "cs_jax.sweep.worker"]
+        with open(self.log, "ab") as log:
+            self._process = subprocess.Popen(
+                words,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, **place.environment},
+                start_new_session=True,  # a signal of the terminal is for the sweep, which lets runs be saved
+            )
+        if place.cores:
+            os.sched_setaffinity(self._process.pid, place.cores)
+        assert self._process.stdout is not None
+        self.answers = self._process.stdout
+        self._rest = b""
+
+    def give(self, run: Planned) -> None:
+        settings = {**config_module.to_json(run.config), "out": str(folder_of(self._directory, run))}
+        job = {"config": settings, "log": str(self._directory / LOGS_FOLDER / f"{run.name}.txt")}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(job).encode() + b"\n")
+        self._process.stdin.flush()
+
+    def read(self, hear: Callable[["_Worker", dict[str, Any]], None]) -> bool:
+        """Passes on what it has said; whether it may say more."""
+        part = os.read(self.answers.fileno(), 1 << 16)
+        *lines, self._rest = (self._rest + part).split(b"\n")
+        for line in lines:
+            hear(self, json.loads(line))
+        return bool(part)
+
+    def dismiss(self) -> None:
+        """Lets it leave, after saving what it is at."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+    def wait(self) -> int:
+        return self._process.wait()

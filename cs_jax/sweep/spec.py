@@ -1,0 +1,167 @@
+"""What a sweep is asked to do: a TOML file that names a grid of runs."""
+
+import itertools
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cs_jax import config as config_module
+from cs_jax.config import PRESETS, Config
+from cs_jax.errors import ConfigError, one_of
+from cs_jax.methods import METHODS
+
+LISTS: dict[str, tuple[type, ...]] = {
+    "methods": (str,),
+    "densities": (int, float),
+    "initial_scores": (int, float),
+    "seeds": (int,),
+}
+"""Axes of the grid, and the types of what they list."""
+
+KEYS = ("preset", *LISTS, "reference", "settings", "method")
+"""What a spec can hold, at its top."""
+
+OF_THE_GRID = ("preset", "seed", "method", "target_density", "mask_initial_value", "out", "resume")
+"""Settings that the grid sets, or the sweep."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of the grid."""
+
+    name: str  # of its folder
+    variant: str  # the method's name in the spec
+    dial: float | None  # initial score, where that is the axis
+    config: Config  # without a folder
+
+    @property
+    def epochs(self) -> int:
+        """Of all its phases."""
+        return self.config.epochs * (self.config.search_rounds + len(self.config.retrainings))
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A sweep."""
+
+    name: str
+    content: Mapping[str, Any]  # of the file
+    runs: tuple[Planned, ...]  # method by method, then by density, then by seed
+    reference: str  # variant that the others are compared with
+
+
+def read_spec(path: Path) -> Spec:
+    """The sweep that a TOML file asks for.
+
+    Args:
+        path: the file; its name without the ending is the sweep's.
+
+    Raises:
+        ConfigError: it cannot be read, or a key or value in it cannot be used; says which, and what was wanted.
+    """
+    try:
+        content = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is no TOML: {' '.join(str(error).split())}") from error
+    try:
+        return make_spec(path.stem, content)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def make_spec(name: str, content: Mapping[str, Any]) -> Spec:
+    """The sweep of a spec's content, checked in every run of its grid.
+
+    Raises:
+        ConfigError: which key, what came, what was wanted.
+    """
+    _check_keys("spec", content, KEYS)
+    for key, kinds in LISTS.items():
+        _check_list(content, key, kinds)
+    for key in ("methods", "seeds"):
+        if key not in content:
+            raise ConfigError(f"{key}: got nothing, wanted a list")
+    if "densities" in content and "initial_scores" in content:
+        raise ConfigError("initial_scores: got them beside densities, wanted one of the two")
+    preset = content.get("preset", config_module.DEFAULT_PRESET)
+    if preset not in PRESETS:
+        raise ConfigError(f"preset: got {preset!r}, wanted {one_of(str(preset), PRESETS)}")
+    for table in ("settings", "method"):
+        if not isinstance(content.get(table, {}), dict):
+            raise ConfigError(f"{table}: got {content[table]!r}, wanted a table")
+    _check_keys("method", content.get("method", {}), content["methods"])
+    reference = content.get("reference", "imp")
+    if "reference" in content and reference not in content["methods"]:
+        raise ConfigError(f"reference: got {reference!r}, wanted {one_of(str(reference), content['methods'])}")
+    runs = tuple(run for variant in content["methods"] for run in _runs(content, preset, variant))
+    return Spec(name, content, runs, reference)
+
+
+def _runs(content: Mapping[str, Any], preset: str, variant: str) -> Iterator[Planned]:
+    """The runs of a variant, densest first as they are listed."""
+    if not re.fullmatch(r"[\w.+-]+", variant):
+        raise ConfigError(f"methods: got {variant!r}, wanted names of letters, digits, '-', '_', '+' and '.'")
+    own = content.get("method", {}).get(variant, {})
+    if not isinstance(own, dict):
+        raise ConfigError(f"method.{variant}: got {own!r}, wanted a table")
+    own = dict(own)
+    method = own.pop("method", variant)
+    if method not in METHODS:
+        wanted = f"wanted {one_of(str(method), METHODS)}, or a [method.{variant}] that says its method"
+        raise ConfigError(f"methods: got {method!r}, {wanted}")
+    settings = {**content.get("settings", {}), **own}
+    known = [name for name in config_module.to_json(Config()) if name not in OF_THE_GRID]
+    for table, given in (("settings", content.get("settings", {})), (f"method.{variant}", own)):
+        _check_keys(table, given, known)
+    base = {
+        **config_module.to_json(PRESETS[preset]),
+        "controls": [],
+        "report": False,
+        "keep": 1,
+        **settings,
+        "method": method,
+    }
+    for value, seed in itertools.product(_axis(content, method), content["seeds"]):
+        key, shown = ("target_density", "density") if "densities" in content else ("mask_initial_value", "score")
+        given = {} if value is None else {key: float(value)}
+        middle = "" if value is None else f"-{shown}{value:g}"
+        name = f"{variant}{middle}-seed{seed}"
+        try:
+            config = config_module.from_json({**base, **given, "seed": seed}, "settings")
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
+        yield Planned(name, variant, given.get("mask_initial_value"), config)
+
+
+def _axis(content: Mapping[str, Any], method: str) -> list[float | None]:
+    """The densities or initial scores that a method takes; None alone where it takes none."""
+    if "densities" in content:
+        return content["densities"] if METHODS[method].wants_target is not False else [None]
+    if "initial_scores" in content:
+        return content["initial_scores"] if METHODS[method].learns_masks else [None]
+    return [None]
+
+
+def _check_keys(table: str, given: Mapping[str, Any], known: Any) -> None:
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"{table}: got the key {key!r}, wanted {one_of(key, known)}")
+
+
+def _check_list(content: Mapping[str, Any], key: str, kinds: tuple[type, ...]) -> None:
+    values = content.get(key, ["anything"])
+    if not isinstance(values, list) or not values:
+        raise ConfigError(f"{key}: got {values!r}, wanted a list")
+    for value in values if key in content else []:
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            wanted = {str: "names", int: "whole numbers"}.get(kinds[0], "numbers") if len(kinds) == 1 else "numbers"
+            raise ConfigError(f"{key}: got {value!r}, wanted {wanted}")
+        if key == "densities" and not 0 < value <= 1:
+            raise ConfigError(f"{key}: got {value:g}, wanted shares above 0 and at most 1")
+        if values.count(value) > 1:
+            raise ConfigError(f"{key}: got {value!r} twice, wanted each once")

@@ -3,7 +3,7 @@
     checkpoints/snapshot/       the weights to rewind to, once they are taken
     checkpoints/start/          those that the ticket's retraining begins with, where they are others
     checkpoints/00003-000200/   3 epochs and 200 steps done, over all phases
-        arrays/                 Orbax: state, and figures of the epoch's steps so far
+        arrays/                 Orbax: state, masks of the last epoch, and figures of the epoch's steps so far
         progress.json           where the run stands
         SHA256SUMS              of every file, as `sha256sum` writes it
 
@@ -204,6 +204,8 @@ class Checkpoints(Observer):
         tree: dict[str, PyTree] = {"state": progress.state}
         if progress.figures:
             tree["figures"] = search.step_figures(progress)
+        if progress.kept is not None:
+            tree["kept"] = progress.kept
         about = json.dumps(_to_json(progress, snapshot), indent=2) + "\n"
         self._start(tree, self._folder / name, about)
         self._saved = name
@@ -282,6 +284,8 @@ class Checkpoints(Observer):
         tree: dict[str, PyTree] = {"state": state}
         if about["step"]:
             tree["figures"] = jax.eval_shape(lambda: StepMetrics(*[jnp.zeros(about["step"])] * 2))
+        if about["kept"]:
+            tree["kept"] = jax.tree.map(_packed_like, state.scores or state.masks)
         arrays = self._read_arrays(path, tree)
         snapshot = None
         if about["snapshot"] is not None:
@@ -297,6 +301,7 @@ class Checkpoints(Observer):
             round_ends=tuple(EpochRecord(**record) for record in about["round_ends"]),
             figures=(arrays["figures"],) if about["step"] else (),
             seconds=about["seconds"],
+            kept=arrays.get("kept"),
         )
 
     def _read_arrays(self, path: Path, like: PyTree) -> PyTree:
@@ -359,7 +364,12 @@ def _hash(file: Path) -> str:
 def _to_json(progress: Progress, snapshot: str | None) -> dict[str, Any]:
     fields = progress._asdict()
     del fields["state"], fields["figures"]
-    return fields | {"snapshot": snapshot, "round_ends": [record._asdict() for record in progress.round_ends]}
+    ends = [record._asdict() for record in progress.round_ends]
+    return fields | {"snapshot": snapshot, "round_ends": ends, "kept": progress.kept is not None}
+
+
+def _packed_like(mask: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((-(-mask.size // 8),), jnp.uint8)
 
 
 def _check_room(folder: Path, tree: PyTree) -> None:

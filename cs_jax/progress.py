@@ -38,6 +38,7 @@ class EpochRecord(NamedTuple):
     penalty: float  # weighted, mean over the epoch's examples
     density: float  # of the hard masks
     layer_density: dict[str, float]  # of each masked array, by name
+    flip_rate: float | None  # share of the hard masks that differ from those an epoch before; search alone
     soft_accuracy: float | None  # on the validation set, with the masks of this epoch; search alone
     hard_accuracy: float | None  # on the validation set, with hard masks; None while the search's are empty
     images_per_second: float  # in the steps alone
@@ -56,6 +57,7 @@ class Progress(NamedTuple):
     round_ends: tuple[EpochRecord, ...] = ()  # the last epoch of every round that is done
     figures: tuple[StepMetrics, ...] = ()  # of the epoch's steps so far
     seconds: float = 0.0  # that they took
+    kept: PyTree = None  # hard masks of the search's last epoch, as packed bits; None before there are any, and later
 
     def phase_name(self) -> str:
         """The phase in words: "search 0", "ticket"."""

@@ -15,7 +15,7 @@ import safetensors.numpy
 
 import cs_jax
 from cs_jax import config as config_module
-from cs_jax import files, trees
+from cs_jax import files, methods, trees
 from cs_jax.config import CONFIG_FILE, FREE, Config, flag
 from cs_jax.errors import ConfigError
 from cs_jax.lock import Lock
@@ -24,6 +24,7 @@ from cs_jax.ticket import TicketError, load_ticket
 
 METRICS_FILE = "metrics.jsonl"
 SCORES_FILE = "scores.json"
+MASKS_FILE = "masks.safetensors"
 CHECKPOINTS_FOLDER = "checkpoints"
 TENSORBOARD_FOLDER = "tensorboard"
 TICKET_FILE = "ticket.safetensors"
@@ -178,7 +179,7 @@ class RunDirectory(Observer):
             file.truncate(sum(map(len, lines)))
         if progress is None:
             self._write_rounds([])
-        elif progress.state.scores and len(self._rounds()) <= (progress.round or 0):
+        elif methods.of(self._config).learns_masks and len(self._rounds()) <= (progress.round or 0):
             raise ConfigError(
                 f"{self.path}: its {SCORES_FILE} lacks rounds that are done; remove {CHECKPOINTS_FOLDER} there to "
                 "start anew"
@@ -193,6 +194,8 @@ class RunDirectory(Observer):
             file.write(json.dumps(record._asdict()) + "\n")
 
     def on_phase_end(self, progress: Progress) -> None:
+        if progress.round is not None:
+            self._add_masks(progress)
         if progress.state.scores:
             self._add_scores(progress, "end")
 
@@ -206,6 +209,16 @@ class RunDirectory(Observer):
             for path, scores in trees.leaves_by_path(progress.state.scores).items()
         }
         self._write_rounds([*rounds[:number], entry])
+
+    def _add_masks(self, progress: Progress) -> None:
+        """Adds the masks that a round has ended with, after those of the rounds before it."""
+        path, number = self.path / MASKS_FILE, progress.number(self._config)
+        arrays = safetensors.numpy.load_file(path) if number and path.exists() else {}
+        arrays |= {
+            f"{number}/{trees.name(leaf)}": np.asarray(bits)
+            for leaf, bits in trees.leaves_by_path(progress.kept).items()
+        }
+        files.write_whole(path, safetensors.numpy.save(arrays))
 
     def _rounds(self) -> list[dict[str, Any]]:
         """What scores.json has of each round; nothing where it cannot be read."""

@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from cs_jax import masks, methods, schedules, training, trees
 from cs_jax.config import Config
 from cs_jax.images import ImageSet
-from cs_jax.methods import FINETUNE, REWIND
+from cs_jax.methods import FINETUNE, NONE, REWIND
 from cs_jax.progress import SEARCH, TICKET, EpochRecord, Observer, Progress, Snapshot, Ticket
 from cs_jax.training import Hyperparams, Recipe, StepMetrics, TrainState
 
@@ -91,7 +92,8 @@ def search_ticket(
 
     Returns:
         The ticket, with the weights that its retraining begins with: those of the snapshot if the config rewinds, or
-        the trained ones. And the record of each round's last epoch.
+        the trained ones. Where nothing follows, BatchNorm statistics are those of the ticket's masks. And the record of
+        each round's last epoch.
 
     Raises:
         NonFiniteLossError: in which round, epoch and step.
@@ -105,11 +107,16 @@ def search_ticket(
     while len(progress.round_ends) < config.search_rounds:
         progress = _phase(config, problem, next_round(config, problem, progress), observer)
     state = progress.state
+    found = methods.of(config).ticket_masks(config, state)
     start = Snapshot(state.params, state.batch_stats)
     if config.search_rounds and config.retraining == REWIND:
         assert progress.snapshot is not None
         start = progress.snapshot
-    return Ticket(start, methods.of(config).ticket_masks(config, state)), progress.round_ends
+    if config.retraining == NONE:  # the last masks may be others than those of the running averages
+        model, batch_size = problem.recipe.model, config.batch_size
+        statistics = training.estimate_statistics(model, *start, found, problem.train, batch_size=batch_size)
+        start = start._replace(batch_stats=statistics)
+    return Ticket(start, found), progress.round_ends
 
 
 def next_round(config: Config, problem: Problem, progress: Progress) -> Progress:
@@ -180,11 +187,11 @@ def _epoch(config: Config, problem: Problem, progress: Progress, observer: Obser
     state = progress.state
     if progress.round is not None:
         state = methods.of(config).end_epoch(config, state, progress.round, progress.epoch)
-    record = _record(config, problem, progress, state, observer)
+    record, kept = _record(config, problem, progress, state, observer)
     epoch, ends = progress.epoch + 1, progress.round_ends
     if progress.phase == SEARCH and epoch == config.epochs:
         ends = (*ends, record)
-    progress = progress._replace(epoch=epoch, step=0, state=state, round_ends=ends, figures=(), seconds=0.0)
+    progress = progress._replace(epoch=epoch, step=0, state=state, round_ends=ends, figures=(), seconds=0.0, kept=kept)
     observer.on_epoch_end(record, progress)
     return progress
 
@@ -217,28 +224,47 @@ def _steps(config: Config, problem: Problem, progress: Progress, observer: Obser
     return progress._replace(seconds=time.perf_counter() - started)
 
 
-def _record(config: Config, problem: Problem, progress: Progress, state: TrainState, observer: Observer) -> EpochRecord:
-    """What is reported of an epoch whose steps are done; evaluates `state`."""
+def _record(
+    config: Config, problem: Problem, progress: Progress, state: TrainState, observer: Observer
+) -> tuple[EpochRecord, PyTree]:
+    """What is reported of an epoch whose steps are done, and the masks that the next one is compared with."""
     started, epoch = time.perf_counter(), progress.epoch
     metrics = step_figures(progress)
     sizes = np.full(metrics.loss.shape, config.batch_size)
     sizes[-1] = len(problem.train) - sizes[:-1].sum()
     hyper = hyperparams(config, progress.phase, epoch)
-    soft, hard, densities = _evaluate(config, problem, progress.phase, state, hyper, observer)
-    return EpochRecord(
+    searching = progress.phase == SEARCH
+    hard_masks = methods.of(config).hard_masks(config, state) if searching else state.masks
+    soft_masks = methods.of(config).soft_masks(state, hyper) if searching else None
+    soft, hard = _evaluate(config, problem, state, soft_masks, hard_masks, observer)
+    kept = jax.tree.map(_packed, hard_masks) if searching else None
+    record = EpochRecord(
         phase=progress.phase,
         round=progress.round,
         epoch=epoch,
-        temperature=float(hyper.temperature) if progress.phase == SEARCH and methods.of(config).learns_masks else None,
+        temperature=float(hyper.temperature) if searching and methods.of(config).learns_masks else None,
         learning_rate=float(hyper.learning_rate),
         loss=float(np.average(metrics.loss, weights=sizes)),
         penalty=float(np.average(metrics.penalty, weights=sizes)),
-        **densities,
+        density=masks.density(hard_masks),
+        layer_density=layer_density(hard_masks),
+        flip_rate=None if kept is None or progress.kept is None else _flip_rate(kept, progress.kept, hard_masks),
         soft_accuracy=soft,
         hard_accuracy=hard,
         images_per_second=len(problem.train) / progress.seconds,
         seconds=progress.seconds + time.perf_counter() - started,
     )
+    return record, kept
+
+
+def _packed(mask: jax.Array) -> jax.Array:
+    """Which entries a mask keeps, a bit each."""
+    return jnp.packbits((mask != 0).ravel())
+
+
+def _flip_rate(kept: PyTree, before: PyTree, like: PyTree) -> float:
+    differing = jax.tree.map(lambda a, b: int(jnp.sum(lax.population_count(a ^ b).astype(jnp.int32))), kept, before)
+    return sum(jax.tree.leaves(differing)) / sum(mask.size for mask in jax.tree.leaves(like))
 
 
 def step_figures(progress: Progress) -> StepMetrics:
@@ -271,22 +297,19 @@ def _scheduled(config: Config, epoch: int, base: float) -> float:
 
 
 def _evaluate(
-    config: Config, problem: Problem, phase: str, state: TrainState, hyper: Hyperparams, observer: Observer
-) -> tuple[float | None, float | None, dict[str, Any]]:
-    """Validation accuracy with soft masks and with hard ones (None without meaning), and densities."""
-    searching = phase == SEARCH
-    hard_masks = methods.of(config).hard_masks(config, state) if searching else state.masks
-    soft_masks = methods.of(config).soft_masks(state, hyper) if searching else None
-    densities = {"density": masks.density(hard_masks), "layer_density": layer_density(hard_masks)}
+    config: Config, problem: Problem, state: TrainState, soft_masks: PyTree, hard_masks: PyTree, observer: Observer
+) -> tuple[float | None, float | None]:
+    """Validation accuracy with soft masks and with hard ones; None without meaning."""
     images = problem.validation
     if images is None:
-        return None, None, densities
+        return None, None
 
     def measure(some_masks: PyTree) -> float:
         return training.share_right(logits(config, problem, state, some_masks, images, observer), images)
 
-    soft = None if soft_masks is None else measure(soft_masks)
-    return soft, measure(hard_masks) if densities["density"] > 0 or soft is None else None, densities
+    if soft_masks is None:
+        return None, measure(hard_masks)
+    return measure(soft_masks), measure(hard_masks) if masks.density(hard_masks) > 0 else None
 
 
 def layer_density(some_masks: PyTree) -> dict[str, float]:

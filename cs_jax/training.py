@@ -336,6 +336,42 @@ def predict(
     return logits.reshape(-1, logits.shape[-1])[:n]
 
 
+def estimate_statistics(
+    model: nn.Module, params: PyTree, batch_stats: PyTree, masks: PyTree, data: ImageSet, *, batch_size: int
+) -> PyTree:
+    """BatchNorm statistics after one pass over `data` in training mode, with weights that stay as they are.
+
+    In one random order that is always the same, because running averages count the last batches most and stored data
+    may be sorted; without augmentation, and in whole batches. After k batches, momentum**k of the start is left.
+
+    Args:
+        model: Linen module, called with images and `train`.
+        params: weights.
+        batch_stats: to start from; {} is returned as it is.
+        masks: of the weights.
+        data: images, in general those that the weights were trained on.
+        batch_size: images per call.
+    """
+    if not jax.tree.leaves(batch_stats):
+        return batch_stats
+    batch_size = min(batch_size, len(data))
+    order = np.random.default_rng(0).permutation(len(data))
+    for batch in order[: len(data) // batch_size * batch_size].reshape(-1, batch_size):
+        batch_stats = _see_batch(model, params, batch_stats, masks, data, batch)
+    return batch_stats
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _see_batch(
+    model: nn.Module, params: PyTree, batch_stats: PyTree, masks: PyTree, data: ImageSet, batch: Int[Array, " batch"]
+) -> PyTree:
+    """Statistics after one batch in training mode."""
+    variables = {"params": params, "batch_stats": batch_stats, "masks": masks}
+    inputs = normalize(data.images[batch], data.mean, data.std)
+    _, updates = model.apply(variables, inputs, train=True, mutable=["batch_stats"])
+    return updates["batch_stats"]
+
+
 def share_right(logits: Float[Array, "examples classes"], data: ImageSet) -> float:
     """Share of `data` that logits classify right, in [0, 1], counted exactly."""
     return int(jnp.sum(jnp.argmax(logits, axis=-1) == data.labels)) / len(data)

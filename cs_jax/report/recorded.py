@@ -65,6 +65,7 @@ class Epoch(TypedDict):
     soft_accuracy: Share | None
     hard_accuracy: Share | None
     layer_density: NotRequired[dict[str, Share | None]]
+    flip_rate: NotRequired[Share | None]
     images_per_second: NotRequired[Amount | None]
     seconds: Amount | None
 

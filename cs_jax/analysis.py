@@ -7,23 +7,20 @@ References:
     arXiv:1912.05671.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from jaxtyping import Array, Int
 
 from cs_jax import training, trees
 from cs_jax.errors import ConfigError
-from cs_jax.images import ImageSet, normalize
+from cs_jax.images import ImageSet
 from cs_jax.masks import at_least_float32
 from cs_jax.progress import Snapshot
 from cs_jax.trees import Path
@@ -232,7 +229,7 @@ def connect(
     path = []
     for share in (point / (points - 1) for point in range(points)):
         params, batch_stats = (interpolate(one, other, share) for one, other in zip(*ends, strict=True))
-        batch_stats = _estimate_statistics(model, params, batch_stats, masks, data, batch_size)
+        batch_stats = training.estimate_statistics(model, params, batch_stats, masks, data, batch_size=batch_size)
         variables = {"params": params, "batch_stats": batch_stats, "masks": masks}
         logits = training.predict(model, variables, validation, batch_size=batch_size)
         wrong = int(jnp.sum(jnp.argmax(logits, axis=-1) != validation.labels))
@@ -308,28 +305,3 @@ def _between(start: Any, end: Any, share: float) -> Any:
         return end if share else start
     wide = at_least_float32(start)
     return (wide + share * (at_least_float32(end) - wide)).astype(start.dtype)
-
-
-def _estimate_statistics(
-    model: nn.Module, params: PyTree, batch_stats: PyTree, masks: PyTree, data: ImageSet, batch_size: int
-) -> PyTree:
-    """Statistics after one pass over `data` with these weights, which stay as they are."""
-    if not jax.tree.leaves(batch_stats):
-        return batch_stats
-    batch_size = min(batch_size, len(data))
-    # Running averages count the last batches most, and a stored data set may be sorted.
-    order = np.random.default_rng(0).permutation(len(data))
-    for batch in order[: len(data) // batch_size * batch_size].reshape(-1, batch_size):
-        batch_stats = _see_batch(model, params, batch_stats, masks, data, batch)
-    return batch_stats
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _see_batch(
-    model: nn.Module, params: PyTree, batch_stats: PyTree, masks: PyTree, data: ImageSet, batch: Int[Array, " batch"]
-) -> PyTree:
-    """Statistics after one batch in training mode."""
-    variables = {"params": params, "batch_stats": batch_stats, "masks": masks}
-    inputs = normalize(data.images[batch], data.mean, data.std)
-    _, updates = model.apply(variables, inputs, train=True, mutable=["batch_stats"])
-    return updates["batch_stats"]

@@ -55,7 +55,7 @@ class Cell(NamedTuple):
     difference: float | None  # of accuracies, over the pairs
     interval: float | None  # half the width of the 95% t interval of the difference
     p: float | None  # two-sided paired t-test
-    p_adjusted: float | None  # by Holm, over all cells that have a p
+    p_adjusted: float | None  # by Holm, over all tickets that have a p, or over all controls
 
 
 class Key(NamedTuple):
@@ -97,8 +97,15 @@ def summarize(results: Sequence[Result], *, reference: str = "imp") -> list[Cell
     """
     groups = _grouped(results)
     cells = [_cell(key, groups, reference) for key in _ordered(groups)]
-    adjusted = iter(holm([cell.p for cell in cells if cell.p is not None]))
-    return [cell if cell.p is None else cell._replace(p_adjusted=next(adjusted)) for cell in cells]
+    families = {is_control: iter(holm(family(cells, is_control))) for is_control in (False, True)}
+    return [
+        cell if cell.p is None else cell._replace(p_adjusted=next(families[cell.control is not None])) for cell in cells
+    ]
+
+
+def family(cells: Iterable[Cell], is_control: bool) -> list[float]:
+    """The p-values that are adjusted together: those of all tickets beside the reference, or of all controls."""
+    return [cell.p for cell in cells if cell.p is not None and (cell.control is not None) == is_control]
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -150,7 +157,7 @@ def to_markdown(cells: Sequence[Cell]) -> str:
 
     Accuracy is mean ± deviation, the difference is followed by its 95% interval in brackets and by what it is to.
     Epochs are followed by those of the other network where they are not the same. What has no figure is "not
-    measured".
+    measured"; "no spread" stands where all differences are the same, and a test has nothing to go by.
     """
     rows = [HEAD, ["---"] * len(HEAD), *(_row(cell, cells) for cell in cells)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
@@ -279,8 +286,13 @@ def _row(cell: Cell, cells: Sequence[Cell]) -> list[str]:
         f"{cell.training_flops:.3g}",
         f"{cell.seconds:,.1f}",
         "reference" if compared else _difference(cell),
-        "reference" if compared else shown_p(cell.p_adjusted),
+        "reference" if compared else "no spread" if _has_no_spread(cell) else shown_p(cell.p_adjusted),
     ]
+
+
+def _has_no_spread(cell: Cell) -> bool:
+    """Whether all differences are the same, so that there is nothing to test them by."""
+    return cell.p is None and cell.pairs > 1
 
 
 def _difference(cell: Cell) -> str:

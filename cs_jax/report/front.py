@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-from cs_jax.pareto import Cell, Result, front, peer, references, shown_epochs, shown_p, shown_target
+from cs_jax.pareto import Cell, Result, family, front, peer, references, shown_epochs, shown_p, shown_target
 from cs_jax.report import plots
 from cs_jax.report.pages import Page, Plot, Section, Table, percent, plot, points
 from cs_jax.report.plots import Band, Series
@@ -108,7 +108,7 @@ def _leads(cells: Sequence[Cell], targets: Sequence[float]) -> list[str]:
     """What the lead of the most accurate tickets over the reference is worth, or the reference's over the next."""
     if not references(cells):
         return ["None of them has been compared with a reference."]
-    reference, family = references(cells)[0], sum(cell.p is not None for cell in cells)
+    reference, tests = references(cells)[0], len(family(cells, False))
     found: dict[str, dict[str, list[str]]] = {}
     for target in targets:
         tickets = _of_target(cells, target)
@@ -123,7 +123,7 @@ def _leads(cells: Sequence[Cell], targets: Sequence[float]) -> list[str]:
         for lead, by_worth in found.items()
     ]
     if told:
-        told[-1] += f" ({LEVEL:g} level, Holm's correction for {_counted(family, 'test')})"
+        told[-1] += f" ({LEVEL:g} level, Holm's correction for {_counted(tests, 'test')})"
     if _ratios(_tickets(cells)):
         told.append("They were not all trained for as long (see Cost)")
     return [f"{sentence}." for sentence in told]
@@ -279,11 +279,12 @@ def _differences(cells: Sequence[Cell]) -> Section | None:
     if not cells:
         return None
     section = Section("Figures and differences")
-    family, seeds = sum(cell.p is not None for cell in cells), max(cell.n for cell in cells)
+    tickets, controls, seeds = len(family(cells, False)), len(family(cells, True)), max(cell.n for cell in cells)
     section.texts += [
         "Points are the mean difference of test accuracies over the seeds that both networks have, in percentage "
         "points, with its 95% t interval; p is that of the two-sided paired t-test, then adjusted by Holm for "
-        f"{_counted(family, 'test')}. Equal seeds share the split, the initial weights and the order of batches.",
+        f"{_counted(tickets, 'test')} of tickets, and for {controls} of controls. Equal seeds share the split, the "
+        "initial weights and the order of batches.",
         f"With {_counted(seeds, 'seed')} only large differences can be told from chance: one that is not "
         "significant may still be there. Without a p there are fewer than two pairs, or their differences are all "
         "the same and not 0.",

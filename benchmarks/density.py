@@ -19,6 +19,7 @@ from rich.table import Table
 
 from cs_jax import commands
 from cs_jax.config import PRESETS
+from cs_jax.controls import DENSE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ def main(settings: Settings) -> None:
     for seed in settings.seeds:
         for target in settings.targets:
             config = dataclasses.replace(
-                PRESETS[settings.preset], seed=seed, target_density=target, dense=seed not in dense
+                PRESETS[settings.preset], seed=seed, target_density=target, controls=() if seed in dense else (DENSE,)
             )
             with tempfile.TemporaryDirectory() as folder:
                 summary = commands.run(dataclasses.replace(config, out=Path(folder)), terminal=Console(quiet=True))

@@ -22,9 +22,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cs_jax import budget, experiment, masks, search, training
+from cs_jax import budget, experiment, masks, methods, search, training
 from cs_jax.config import PRESETS, Config
 from cs_jax.images import ImageSet
+from cs_jax.methods.method import selection
 from cs_jax.progress import SEARCH, Observer, Ticket
 from cs_jax.search import Problem
 from cs_jax.training import TrainState
@@ -61,7 +62,7 @@ def main(settings: Settings) -> None:
 
 def run(target: float, rate: float | None, seed: int) -> tuple[float, float, float]:
     """Share of scores above 0, validation accuracy before the rewind, and test accuracy of the ticket."""
-    config = dataclasses.replace(PRESETS["digits"], seed=seed, target_density=target, dense=False)
+    config = dataclasses.replace(PRESETS["digits"], seed=seed, target_density=target, controls=())
     problem, data = experiment.prepare(config)
     assert problem.validation is not None
     if rate is None:
@@ -101,9 +102,9 @@ def search_by_dual_ascent(config: Config, problem: Problem, target: float, rate:
                 state, _ = training.compiled_step(problem.recipe, state, problem.train, indices, key, hyper)
                 weight += rate * (float(_mean_mask(state.scores, hyper.temperature)) - wanted)
         if round < config.rounds - 1:
-            state = search.reset_scores(config, state)
+            state = methods.of(config).next_round(config, problem, state, None)
     assert snapshot is not None
-    chosen = search.selection(config, state.scores)
+    chosen = selection(config, state.scores, target)
     return Ticket(snapshot, budget.ticket_masks(chosen, state.scores, init_value=config.mask_initial_value)), state
 
 

@@ -46,7 +46,7 @@ def main(repeats: int, words: list[str]) -> None:
             if repeat:
                 seconds[kind].append(took)
                 waiting += [waited / took] if kind == CHECKPOINTS else []
-    epochs = (settings.rounds + 1 + settings.dense) * settings.epochs
+    epochs = (settings.search_rounds + len(settings.retrainings)) * settings.epochs
     epoch = statistics.median(seconds[BARE]) / epochs
     device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}"
     title = f"{' '.join(words)}: {epochs} epochs of {epoch:.2f} s; {device}; medians of {repeats}"

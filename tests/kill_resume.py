@@ -52,8 +52,8 @@ def outcome(folder: Path) -> tuple[bytes, list[Any], Any]:
 def moments(words: list[str], seconds: float) -> dict[str, Callable[[Path, random.Random], float | None]]:
     """For each kind of moment, whether it has come: the seconds still to wait, or None for not yet."""
     settings = flags.parse(words)
-    search, ticket = settings.epochs * settings.rounds, settings.epochs * (settings.rounds + 1)
-    epoch = seconds / (ticket + settings.dense * settings.epochs)
+    search = settings.epochs * settings.search_rounds
+    epoch = seconds / (search + settings.epochs * len(settings.retrainings))
 
     def after(lines: int, most: float) -> Callable[[Path, random.Random], float | None]:
         return lambda folder, rng: rng.uniform(0, most) if count(folder) >= lines else None

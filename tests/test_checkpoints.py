@@ -22,8 +22,9 @@ import small
 from cs_jax import checkpoints, search
 from cs_jax.checkpoints import CheckpointError, Checkpoints, DamagedCheckpointWarning
 from cs_jax.config import Config
+from cs_jax.controls import DENSE
 from cs_jax.errors import ConfigError
-from cs_jax.progress import DENSE, SEARCH, TICKET, EpochRecord, Observer, Observers, Progress
+from cs_jax.progress import SEARCH, TICKET, EpochRecord, Observer, Observers, Progress
 from cs_jax.search import NonFiniteLossError, Problem
 from cs_jax.training import Recipe
 
@@ -193,26 +194,27 @@ def test_checkpoints_are_ordered_by_number(problem: Problem, tmp_path: Path) -> 
 
 
 def test_the_dense_network_goes_on_too_and_the_tickets_checkpoints_stay_whole(problem: Problem, tmp_path: Path) -> None:
-    with Checkpoints(CONFIG, problem, tmp_path) as saved, warnings.catch_warnings():
+    config = dataclasses.replace(CONFIG, controls=(DENSE,))
+    with Checkpoints(config, problem, tmp_path) as saved, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        run(CONFIG, problem, None, saved)
-    dense = search.dense_ticket(search.init_variables(problem))
+        run(config, problem, None, saved)
+    dense = problem.init_ticket()
     start = search.begin_retraining(problem, dense, phase=DENSE)
-    whole = search.retrain(CONFIG, problem, start, Observer())
-    with Checkpoints(CONFIG, problem, tmp_path) as saved:
+    whole = search.retrain(config, problem, start, Observer())
+    with Checkpoints(config, problem, tmp_path) as saved:
         saved.restore()
         with pytest.raises(Stop):
             start = search.begin_retraining(problem, dense, phase=DENSE)
-            search.retrain(CONFIG, problem, start, Observers(saved, StopAt(2)))
+            search.retrain(config, problem, start, Observers(saved, StopAt(2)))
         saved.save_latest()
-    with Checkpoints(CONFIG, problem, tmp_path) as saved:
+    with Checkpoints(config, problem, tmp_path) as saved:
         progress = saved.restore()
         assert progress is not None and (progress.phase, progress.snapshot) == (DENSE, None)
-        resumed = search.retrain(CONFIG, problem, progress, Observer())
+        resumed = search.retrain(config, problem, progress, Observer())
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), resumed, whole))
     for newest in ("00006-000001", "00006-000002"):
         (tmp_path / newest / "SHA256SUMS").unlink()
-    with Checkpoints(CONFIG, problem, tmp_path) as saved, pytest.warns(DamagedCheckpointWarning, match="00006-000000$"):
+    with Checkpoints(config, problem, tmp_path) as saved, pytest.warns(DamagedCheckpointWarning, match="00006-000000$"):
         progress = saved.restore()
     assert progress is not None and progress.phase == TICKET and progress.snapshot is not None
 

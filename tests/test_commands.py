@@ -23,7 +23,7 @@ from cs_jax import commands, experiment, flags, run_directory
 from cs_jax.run_directory import METRICS_FILE, PREDICTIONS_FILE, SCORE_EDGES, SCORES_FILE, TICKET_FILE
 from cs_jax.tracking import Tracker
 
-QUICK = "--model lenet300100 --epochs 2 --rounds 2 --rewind-epoch 1 --lr 0.01 --no-dense --no-report".split()
+QUICK = "--model lenet300100 --epochs 2 --rounds 2 --rewind-epoch 1 --lr 0.01 --controls --no-report".split()
 LONG = [*QUICK, "--epochs", "500", "--checkpoint-seconds", "0"]
 
 

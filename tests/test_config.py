@@ -15,6 +15,8 @@ from cs_jax.config import Config
 from cs_jax.errors import ConfigError
 from cs_jax.flags import parse
 
+METHODS = "cs, imp, imp-c, iss, gmp, magnitude, random, snip, supermask, supermask-iss, dense"
+
 
 def test_digits_is_the_preset_when_none_is_named() -> None:
     assert parse([]) == config.PRESETS["digits"]
@@ -38,20 +40,48 @@ def test_every_flag_overrides_its_field() -> None:
     words = (
         "cifar10 --batch-size 7 --epochs 9 --rounds 3 --lr 0.2 --lr-schedule 1 3 5 --lr-drops 0.5 0.4 0.3 --decay 0 "
         "--rewind-epoch 4 --lmbda 1e-3 --final-temp 1 --mask-initial-value -0.3 --val-set-size 0 --seed 5 "
-        "--reset released --model resnet8 --dataset fashion_mnist --data-dir d --max-train-examples 11 --dense "
-        "--score-lr 2 --augment none --out o --target-density 0.3 --allow-empty-layers --keep 4 --checkpoint-steps 5 "
+        "--reset released --model resnet8 --dataset fashion_mnist --data-dir d --max-train-examples 11 "
+        "--controls shuffled dense --method imp --after finetune --scope layer "
+        "--score-lr 2 --augment none --out o --allow-empty-layers --keep 4 --checkpoint-steps 5 "
         "--checkpoint-seconds 0 --no-report"
-    )
-    parsed = parse(words.split())
-    changed = [f.name for f in dataclasses.fields(Config) if getattr(parsed, f.name) != getattr(Config(), f.name)]
-    assert changed == [f.name for f in dataclasses.fields(Config) if f.name != "preset"]
-    assert parsed.lr_schedule == (1, 3, 5)
-    assert parsed.mask_initial_value == -0.3
+    ).split()
+    for field, flag in (("prune_rate", ["--prune-rate", "0.3"]), ("target_density", ["--target-density", "0.3"])):
+        parsed = parse([*words, *flag])  # one excludes the other
+        changed = [f.name for f in dataclasses.fields(Config) if getattr(parsed, f.name) != getattr(Config(), f.name)]
+        excluded = {"prune_rate", "target_density"} - {field}
+        assert changed == [f.name for f in dataclasses.fields(Config) if f.name not in {"preset", *excluded}]
+        assert getattr(parsed, field) == 0.3
+        assert parsed.lr_schedule == (1, 3, 5)
+        assert parsed.mask_initial_value == -0.3
+        assert (parsed.method, parsed.after, parsed.scope) == ("imp", "finetune", "layer")
+        assert parsed.controls == ("shuffled", "dense")
 
 
-def test_the_run_directory_is_named_for_preset_and_seed() -> None:
+def test_controls_without_a_name_are_none() -> None:
+    assert parse([]).controls == ("dense",)
+    assert parse(["--controls", "--seed", "3"]) == dataclasses.replace(parse(["--seed", "3"]), controls=())
+
+
+@pytest.mark.parametrize(
+    "words, rounds, retrainings",
+    [
+        ("", 2, ("ticket",)),
+        ("--controls random dense", 2, ("ticket", "random", "dense")),
+        ("--after none --controls dense", 2, ("dense",)),
+        ("--method supermask", 2, ()),
+        ("--method snip --target-density 0.1 --controls reinit", 0, ("ticket", "reinit")),
+        ("--method dense", 0, ("ticket",)),
+    ],
+)
+def test_method_and_controls_decide_what_is_trained(words: str, rounds: int, retrainings: tuple[str, ...]) -> None:
+    settings = parse(["cifar10", *words.split()])
+    assert (settings.search_rounds, settings.retrainings) == (rounds, retrainings)
+
+
+def test_the_run_directory_is_named_for_preset_method_and_seed() -> None:
     assert str(parse(["fashion-mnist", "--seed", "3"]).run_directory) == "runs/fashion-mnist-seed3"
     assert str(parse(["--out", "there"]).run_directory) == "there"
+    assert str(parse(["--method", "imp-c"]).run_directory) == "runs/digits-imp-c-seed0"
 
 
 def test_drops_after_the_last_epoch_and_no_drops_are_allowed() -> None:
@@ -66,7 +96,53 @@ def test_drops_after_the_last_epoch_and_no_drops_are_allowed() -> None:
             "fashion",
             "preset: got 'fashion', wanted one of digits, fashion-mnist, cifar10 (did you mean fashion-mnist?)",
         ),
-        ("--model resnet21", "--model: got 'resnet21', wanted one of resnet20, resnet8, resnet6, lenet300100"),
+        (
+            "--model resnet21",
+            "--model: got 'resnet21', wanted one of resnet20, resnet32, resnet56, resnet50, resnet8, resnet6, vgg16, "
+            "conv2, conv4, conv6, vit_tiny, lenet300100",
+        ),
+        ("--method gpm", f"--method: got 'gpm', wanted one of {METHODS} (did you mean gmp?)"),
+        ("--method x", f"--method: got 'x', wanted one of {METHODS}"),
+        (
+            "--controls dense reini",
+            "--controls: got 'reini', wanted one of dense, reinit, shuffled, random (did you mean reinit?)",
+        ),
+        ("--controls digits", "--controls: got 'digits', wanted one of dense, reinit, shuffled, random"),
+        ("--controls dense dense", "--controls: got dense dense, wanted each of them once"),
+        (
+            "--after none --controls dense reinit",
+            "--controls: got reinit, wanted dense alone where no retraining follows the search",
+        ),
+        (
+            "--method supermask --controls random shuffled",
+            "--controls: got random shuffled, wanted dense alone where no retraining follows the search",
+        ),
+        (
+            "--after finetine",
+            "--after: got 'finetine', wanted one of rewind, finetune, lr-rewind, none (did you mean finetune?)",
+        ),
+        ("--method supermask --after finetune", "--after: got finetune, wanted none of --method supermask"),
+        (
+            "--method snip --target-density 0.1 --after lr-rewind",
+            "--after: got lr-rewind, wanted rewind of --method snip",
+        ),
+        ("--scope layers", "invalid choice 'layers' for argument '--scope'. Expected one of ('global', 'layer')"),
+        ("--method gmp", "--target-density: got None, wanted a share above 0 and at most 1, for --method gmp"),
+        ("--method random", "--target-density: got None, wanted a share above 0 and at most 1, for --method random"),
+        (
+            "--method dense --target-density 0.1",
+            "--target-density: got 0.1, wanted None of --method dense, which prunes nothing",
+        ),
+        ("--prune-rate 0.1", "--prune-rate: got 0.1, wanted None, or --method imp or imp-c"),
+        ("--method iss --prune-rate 0.1", "--prune-rate: got 0.1, wanted None, or --method imp or imp-c"),
+        (
+            "--method imp --prune-rate 0.1 --target-density 0.2",
+            "--prune-rate: got 0.1, wanted None beside --target-density 0.2",
+        ),
+        ("--method imp --prune-rate 0", "--prune-rate: got 0.0, wanted a share above 0 and below 1"),
+        ("--method imp-c --prune-rate 1", "--prune-rate: got 1.0, wanted a share above 0 and below 1"),
+        ("--method imp --prune-rate nan", "--prune-rate: got nan, wanted a share above 0 and below 1"),
+        ("--method imp --prune-rate x", "--prune-rate: got x, wanted a number"),
         ("--augment flip", "--augment: got 'flip', wanted one of none, crop, flip-crop"),
         ("--reset both", "invalid choice 'both' for argument '--reset'. Expected one of ('paper', 'released')"),
         ("--epoch 3", "Unrecognized options: --epoch, 3 Perhaps you meant: --epochs INT"),
@@ -147,6 +223,10 @@ def test_a_config_made_in_python_is_checked_too() -> None:
         Config(lr=math.nan)
     with pytest.raises(ConfigError, match="--reset: got 'both', wanted one of paper, released"):
         Config(reset="both")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(
+        ConfigError, match=r"--scope: got 'layers', wanted one of global, layer \(did you mean layer\?\)"
+    ):
+        Config(scope="layers")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +234,8 @@ def test_a_config_made_in_python_is_checked_too() -> None:
     [
         *config.PRESETS.values(),
         Config(out=Path("a b"), data_dir=Path("/c"), lr_schedule=(), lr_drops=(), lr=0.1 + 0.2, target_density=1 / 3),
-        Config(max_train_examples=7, score_lr=1, reset="released", dense=True, report=False),
+        Config(max_train_examples=7, score_lr=1, reset="released", controls=("dense", "random"), report=False),
+        Config(method="imp", after="lr-rewind", prune_rate=0.3, scope="layer"),
     ],
 )
 def test_a_stored_config_is_the_same_when_it_is_read(settings: Config) -> None:
@@ -163,7 +244,21 @@ def test_a_stored_config_is_the_same_when_it_is_read(settings: Config) -> None:
 
 @pytest.mark.parametrize(
     "name, value",
-    [("epochs", 2.5), ("epochs", True), ("dense", 1), ("lr", "0.1"), ("lr_schedule", [1.5]), ("model", 3), ("out", 1)],
+    [
+        ("epochs", 2.5),
+        ("epochs", True),
+        ("report", 1),
+        ("lr", "0.1"),
+        ("lr_schedule", [1.5]),
+        ("model", 3),
+        ("out", 1),
+        ("controls", "dense"),
+        ("controls", [1]),
+        ("method", 1),
+        ("after", 0),
+        ("scope", "all"),
+        ("prune_rate", "0.3"),
+    ],
 )
 def test_a_stored_config_of_another_type_is_told(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"stored settings have {name} "):

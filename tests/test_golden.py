@@ -91,7 +91,8 @@ def test_golden_resnet_step(path: Path, dtype: Any) -> None:
     logits_eval = recipe.model.apply(variables, inputs, train=False)
     logits_train, _ = recipe.model.apply(variables, inputs, train=True, mutable=["batch_stats"])
     differentiate = jax.jit(jax.value_and_grad(training.loss_fn, argnums=(1, 2), has_aux=True), static_argnums=0)
-    (loss, (metrics, after)), gradients = differentiate(recipe, params, state.scores, state, inputs, labels, hyper)
+    key = jax.random.key(0)  # nothing is drawn from it
+    (loss, (metrics, after)), gradients = differentiate(recipe, params, state.scores, state, inputs, labels, key, hyper)
     gradients = reference.names(gradients[0]) | reference.names(gradients[1], "scores")
 
     single = dtype == np.float32
@@ -230,9 +231,7 @@ def test_golden_search(path: Path) -> None:
     recorder = Recorder(predict)
     ticket, _ = search.search_ticket(config, problem, search.begin_search(state), recorder)
     search.retrain(config, problem, search.begin_retraining(problem, ticket), recorder)
-    recorder.states["checkpoint"] = reference.names(ticket.snapshot.params) | reference.names(
-        ticket.snapshot.batch_stats
-    )
+    recorder.states["checkpoint"] = reference.names(ticket.start.params) | reference.names(ticket.start.batch_stats)
 
     _check_schedules(arrays, recorder, config)
     _check_steps(arrays, recorder, config)

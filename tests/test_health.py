@@ -19,7 +19,7 @@ CONFIG = dataclasses.replace(small.SEARCH, epochs=3, rounds=4, lmbda=1e-8)
 def end(number: int, layers: dict[str, float], soft: float | None = 0.9, hard: float | None = 0.9) -> EpochRecord:
     """The last epoch of a round whose layers have one size."""
     density = sum(layers.values()) / len(layers)
-    return EpochRecord("search", number, 2, 50.0, 0.05, 1.0, 0.1, density, layers, soft, hard, 100.0, 1.0)
+    return EpochRecord("search", number, 2, 50.0, 0.05, 1.0, 0.1, density, layers, None, soft, hard, 100.0, 1.0)
 
 
 def told(*ends: EpochRecord, examples: int = 100, first: int = 0, **changes: Any) -> list[list[tuple[type, str]]]:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from cs_jax import config, report, run_directory
+from cs_jax import config, flags, report, run_directory
 from cs_jax.errors import ConfigError
 
 EDGES = run_directory.SCORE_EDGES
@@ -40,10 +40,10 @@ def make_run(
     """A run directory with figures like those of a real one; a thin one has no layers, scores and predictions."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
-    flags = ["digits", "--epochs", str(epochs), "--rounds", str(rounds), "--rewind-epoch", "0", "--seed", str(seed)]
-    flags += [] if dense else ["--no-dense"]
-    flags += [] if validation else ["--val-set-size", "0"]
-    write(folder / "config.json", {**config.to_json(flags.parse(flags)), "versions": {"cs_jax": "0.1", "jax": "0.9"}})
+    given = ["digits", "--epochs", str(epochs), "--rounds", str(rounds), "--rewind-epoch", "0", "--seed", str(seed)]
+    given += [] if dense else ["--controls"]
+    given += [] if validation else ["--val-set-size", "0"]
+    write(folder / "config.json", {**config.to_json(flags.parse(given)), "versions": {"cs_jax": "0.1", "jax": "0.9"}})
     sizes = {layer: 200 * (index % 7 + 1) for index, layer in enumerate(layers)}
     shares = 0.0 if empty else rng.uniform(0.05, 0.2, len(layers)) / rounds
     kept = {
@@ -115,8 +115,9 @@ def make_run(
     }
     reference = {"num_weights": total + 50, "val_accuracy": ticket["val_accuracy"], "test_accuracy": 0.9722}
     summary = {
-        "dataset": "digits", "model": "resnet6", "seed": seed, "search": [], "ticket": ticket,
-        "dense": reference if dense else None, "seconds": 34.2, "classes": list(classes),
+        "dataset": "digits", "model": "resnet6", "method": "cs", "after": "rewind", "seed": seed, "search": [],
+        "ticket": ticket, "dense": reference if dense else None, "controls": {}, "seconds": 34.2,
+        "classes": list(classes),
     }  # fmt: skip
     write(folder / "summary.json", summary)
     if thin:
@@ -192,6 +193,21 @@ def test_the_page_says_what_came_out(tmp_path: Path) -> None:
     assert "search 8 4.0 5,000" in text
     assert "conv0/kernel 15 of 200 7.50%" in text
     assert "jax 0.9" in text
+
+
+def test_controls_have_their_rows_and_curves(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", thin=True)
+    edit(run / "config.json", controls=["dense", "shuffled"])
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines += [line | {"phase": "shuffled", "loss": 0.5} for line in lines if line["phase"] == "dense"]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = json.loads((run / "summary.json").read_text())
+    control = {"num_weights": 123, "density": 0.0625, "val_accuracy": 0.9, "test_accuracy": 0.89}
+    write(run / "summary.json", {**summary, "controls": {"shuffled": control}})
+    report.write_report(run)
+    assert "dense 1,250 100.00% 95.00% 97.22% shuffled 123 6.25% 90.00% 89.00%" in words(page(run))
+    assert "dense 4 2.0 5,000 shuffled 4 2.0 5,000" in words(page(run))
+    assert re.search(r'alt="Loss by epoch\.[^"]*; shuffled: 0\.5 in epoch 9, 0\.5 in epoch 12\."', page(run))
 
 
 def test_alternative_texts_tell_the_figures(reported: Path) -> None:
@@ -323,7 +339,7 @@ def test_a_search_that_was_killed_is_shown_as_far_as_it_came(tmp_path: Path) -> 
         (0, "The search has not ended: 0 of 8 epochs."),
         (8, "The ticket's retraining has not ended: 0 of 4 epochs."),
         (11, "The ticket's retraining has not ended: 3 of 4 epochs."),
-        (13, "The dense network's training has not ended: 1 of 4 epochs."),
+        (13, "The training of the control dense has not ended: 1 of 4 epochs."),
         (16, "All epochs have ended, but there is no summary.json"),
     ],
 )
@@ -347,10 +363,17 @@ def test_a_run_that_has_only_begun_has_a_report_of_its_settings(tmp_path: Path) 
     assert "epochs 4 15" in text
 
 
-def test_the_command_in_the_page_repeats_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "given",
+    [
+        "fashion-mnist --lr 0.02 --lr-schedule 3 5 --controls dense --mask-initial-value -0.1 --target-density 0.05",
+        "digits --controls --seed 3",
+        "digits --method imp --after finetune --controls shuffled random --scope layer --prune-rate 0.3",
+    ],
+)
+def test_the_command_in_the_page_repeats_the_run(given: str, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", thin=True)
-    flags = "fashion-mnist --lr 0.02 --lr-schedule 3 5 --dense --mask-initial-value -0.1 --target-density 0.05"
-    settings = flags.parse([*flags.split(), "--data-dir", "a b'c", "--out", str(run)])
+    settings = flags.parse([*given.split(), "--data-dir", "a b'c", "--out", str(run)])
     write(run / "config.json", config.to_json(settings))
     report.write_report(run)
     found = re.search(r"<pre><code>(.*?)</code></pre>", page(run))
@@ -476,7 +499,7 @@ def test_a_comparison_puts_runs_side_by_side(tmp_path: Path) -> None:
     assert "The most accurate ticket is that of a: 97.00% of the test set at density 5.00%" in text
     assert "The sparsest is that of b: 94.00% of the test set at density 2.10%" in text
     assert "a 5.00% 100 95.00% 97.00% 97.22% −0.22 34 b 2.10% 100 95.00% 94.00% - - 34" in text
-    assert "Run epochs dense a 3 yes b 4 no" in text
+    assert "Run controls epochs a dense 3 b none 4" in text
     assert "Versions that differ: none." in text
     assert "standard deviation" not in text
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import small
 
-from cs_jax import CollapsedLayerWarning, UnfinishedSearchWarning, masks, search, training
+from cs_jax import CollapsedLayerWarning, UnfinishedSearchWarning, budget, masks, methods, search, training
 from cs_jax.config import Config
+from cs_jax.controls import DENSE
 from cs_jax.images import ImageSet
-from cs_jax.progress import DENSE, SEARCH, TICKET, EpochRecord, Observer, Progress, Ticket
+from cs_jax.progress import SEARCH, TICKET, EpochRecord, Observer, Progress, Ticket
 from cs_jax.search import Problem
 from cs_jax.training import Recipe, TrainState
 
@@ -67,12 +68,12 @@ def run(config: Config, problem: Problem) -> tuple[Ticket, TrainState, History]:
 def test_the_ticket_is_the_snapshot_under_hard_masks(problem: Problem) -> None:
     ticket, state, history = run(CONFIG, problem)
     after_epoch_0 = history.epochs[0][1]
-    assert_equal(tuple(ticket.snapshot), (after_epoch_0.params, after_epoch_0.batch_stats))
+    assert_equal(tuple(ticket.start), (after_epoch_0.params, after_epoch_0.batch_stats))
     last_search = history.ends[1][2]
     assert_equal(ticket.masks, masks.hard_mask(last_search.scores, init_value=0.02))
     phase, round, start = history.starts[2]
     assert (phase, round) == ("ticket", None)
-    assert_equal((start.params, start.batch_stats), tuple(ticket.snapshot))
+    assert_equal((start.params, start.batch_stats), tuple(ticket.start))
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(start.weight_momentum))
     assert_equal(state.masks, ticket.masks)
     assert 0.0 < masks.density(ticket.masks) < 1.0
@@ -81,7 +82,7 @@ def test_the_ticket_is_the_snapshot_under_hard_masks(problem: Problem) -> None:
 def test_rewinding_to_epoch_0_is_rewinding_to_initialisation(problem: Problem) -> None:
     config = dataclasses.replace(CONFIG, rewind_epoch=0, rounds=1)
     ticket, _ = search.search_ticket(config, problem, begin(config, problem), Observer())
-    assert_equal(ticket.snapshot.params, search.init_variables(problem)["params"])
+    assert_equal(ticket.start.params, problem.init_variables()["params"])
 
 
 @pytest.mark.parametrize("reset, temperature", [("paper", 50.0), ("released", 1.0)])
@@ -99,12 +100,11 @@ def test_pruned_entries_come_back_after_the_released_reset_alone(problem: Proble
     """An entry at -0.05 restarts with a mask near 1 in one variant and near 0 in the other."""
     state = search.init_state(CONFIG, problem)
     state = state.replace(scores=jax.tree.map(lambda s: jnp.full_like(s, -0.05), state.scores))
-    released = search.reset_scores(dataclasses.replace(CONFIG, reset="released", final_temp=200.0), state)
-    paper = search.reset_scores(dataclasses.replace(CONFIG, reset="paper", final_temp=200.0), state)
-    restarted = {
-        name: float(jax.tree.leaves(masks.soft_mask(reset.scores, 1.0, init_value=0.0))[0][0, 0])
-        for name, reset in (("released", released), ("paper", paper))
-    }
+    restarted = {}
+    for reset in ("released", "paper"):
+        config = dataclasses.replace(CONFIG, reset=reset, final_temp=200.0)
+        scores = methods.of(config).next_round(config, problem, state, None).scores
+        restarted[reset] = float(jax.tree.leaves(masks.soft_mask(scores, 1.0, init_value=0.0))[0][0, 0])
     assert restarted["released"] == pytest.approx(0.975, abs=1e-3)
     assert restarted["paper"] < 1e-3
 
@@ -141,6 +141,18 @@ def test_records_hold_what_the_state_gives(problem: Problem, synthetic: ImageSet
     assert penalties == pytest.approx([1e-4 * kept * (1 + math.exp(-0.02))] * 3, rel=1e-5)
 
 
+def test_the_flip_rate_is_the_share_of_masks_that_changed_since_the_epoch_before(problem: Problem) -> None:
+    _, _, history = run(CONFIG, problem)
+    kept = [
+        np.concatenate([np.ravel(leaf) > 0 for leaf in jax.tree.leaves(state.scores)])
+        for record, state in history.epochs
+        if record.phase == "search"
+    ]
+    changed = [float((before != after).mean()) for before, after in zip(kept, kept[1:], strict=False)]
+    assert max(changed) > 0
+    assert [record.flip_rate for record in history.records] == [None, *changed, None, None, None]
+
+
 def test_hard_accuracy_is_left_out_while_hard_masks_are_empty(problem: Problem) -> None:
     config = dataclasses.replace(CONFIG, score_lr=1e-9, mask_initial_value=-0.5, rounds=1)
     history = History()
@@ -175,10 +187,10 @@ def test_an_epoch_has_every_example_once_and_every_epoch_its_own_order(problem: 
 
 
 def test_the_dense_network_starts_alike_sees_the_same_batches_and_keeps_everything(problem: Problem) -> None:
-    history = History()
-    dense = search.dense_ticket(search.init_variables(problem))
-    state = search.retrain(CONFIG, problem, search.begin_retraining(problem, dense, phase=DENSE), history)
-    assert_equal(history.starts[0][2].params, search.init_variables(problem)["params"])
+    config, history = dataclasses.replace(CONFIG, controls=(DENSE,)), History()
+    dense = problem.init_ticket()
+    state = search.retrain(config, problem, search.begin_retraining(problem, dense, phase=DENSE), history)
+    assert_equal(history.starts[0][2].params, problem.init_variables()["params"])
     assert all((np.asarray(leaf) == 1).all() for leaf in jax.tree.leaves(state.masks))
     assert [(record.phase, record.density, record.penalty) for record in history.records] == [("dense", 1.0, 0.0)] * 3
 
@@ -202,8 +214,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(problem: Pro
         if phase == SEARCH:
             search.search_ticket(config, problem, begin(config, problem), Observer())
         else:
-            dense = search.dense_ticket(search.init_variables(problem))
-            search.retrain(config, problem, search.begin_retraining(problem, dense, phase=phase), Observer())
+            start = search.begin_retraining(problem, problem.init_ticket(), phase=phase)
+            search.retrain(config, problem, start, Observer())
 
 
 def test_an_update_that_is_not_finite_stops_the_run_even_if_it_is_the_last(problem: Problem) -> None:
@@ -224,8 +236,9 @@ def test_every_phase_augments_differently(problem: Problem, monkeypatch: pytest.
         return train_epoch(recipe, state, data, order, key, *args, **kwargs)
 
     monkeypatch.setattr(training, "train_epoch", watch)
-    ticket, _, _ = run(CONFIG, problem)
-    search.retrain(CONFIG, problem, search.begin_retraining(problem, ticket, phase=DENSE), Observer())
+    config = dataclasses.replace(CONFIG, controls=(DENSE,))
+    ticket, _, _ = run(config, problem)
+    search.retrain(config, problem, search.begin_retraining(problem, ticket, phase=DENSE), Observer())
     per_phase = [set(keys[i : i + 3]) for i in range(0, 12, 3)]
     assert [len(phase) for phase in per_phase] == [1, 1, 1, 1]
     assert per_phase[2] == per_phase[3]
@@ -263,6 +276,6 @@ def test_a_target_density_is_met_exactly_and_approached_over_the_rounds(
 
 def test_without_a_target_no_score_is_shifted(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     shifts = []
-    monkeypatch.setattr(search.budget, "hold_density", lambda *arguments: shifts.append(arguments))
+    monkeypatch.setattr(budget, "hold_density", lambda *arguments: shifts.append(arguments))
     _, _, history = run(CONFIG, problem)
     assert shifts == [] and len(history.records) == 9

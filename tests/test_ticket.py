@@ -121,7 +121,13 @@ def test_a_loaded_model_gives_the_logits_of_the_saved_one(tmp_path: Path, name: 
 def save_model(path: Path, name: str, shape: tuple[int, ...], variables: dict[str, Any], **flags: Any) -> None:
     about = {
         "model": {"name": name, "num_classes": 10, "image_shape": shape},
-        "config": {"dataset": "cifar10", "lr": 0.1, "lr_schedule": (56, 71), "val_set_size": 5000, "dense": False},
+        "config": {
+            "dataset": "cifar10",
+            "lr": 0.1,
+            "lr_schedule": (56, 71),
+            "val_set_size": 5000,
+            "allow_empty_layers": False,
+        },
         "dataset": "cifar10",
         "classes": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
         "normalization": {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2470, 0.2435, 0.2616]},
@@ -441,7 +447,11 @@ def test_a_file_that_must_not_be_read_is_refused(tmp_path: Path) -> None:
         ({"num_classes": 11}, r"ticket's 'params/classifier/bias': got \(10,\) floats, wanted \(11,\) floats"),
         ({"image_shape": [8, 8, 3]}, r"ticket's 'masks/hidden0/kernel': got \(64, 300\) floats, wanted \(192, 300\)"),
         ({"name": "resnet6"}, r"ticket's 'batch_stats/bn0/mean': got nothing, wanted \(32,\) floats"),
-        ({"name": "gone"}, "model: got 'gone', wanted one of resnet20, resnet8, resnet6, lenet300100"),
+        (
+            {"name": "gone"},
+            "model: got 'gone', wanted one of resnet20, resnet32, resnet56, resnet50, resnet8, resnet6, vgg16, conv2, "
+            "conv4, conv6, vit_tiny, lenet300100",
+        ),
         ({"image_shape": [10**5, 10**5, 1]}, "model image_shape: got .*, wanted .* of 1 to 268,435,456 entries"),
     ],
 )

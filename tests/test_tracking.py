@@ -1,5 +1,6 @@
 """Figures as trackers get them, and event files read back byte for byte."""
 
+import dataclasses
 import re
 import struct
 import warnings
@@ -14,14 +15,15 @@ import pytest
 import small
 
 from cs_jax import search, tracking
-from cs_jax.progress import DENSE, EpochRecord, Observer, Observers, Progress
+from cs_jax.controls import DENSE
+from cs_jax.progress import EpochRecord, Observer, Observers, Progress
 from cs_jax.search import Problem
 from cs_jax.tracking import TensorBoard, Tracker, TrackerWarning, Tracking, TrackingError
 
 event_pb2: Any = pytest.importorskip("tensorboardX.proto.event_pb2")
 crc: Any = pytest.importorskip("tensorboardX.record_writer")
 
-CONFIG = small.SEARCH
+CONFIG = dataclasses.replace(small.SEARCH, controls=(DENSE,))
 LAYERS = ["hidden0/kernel", "hidden1/kernel"]
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -62,8 +64,8 @@ def run(problem: Problem, *trackers: Tracker) -> History:
         start = search.begin_search(search.init_state(CONFIG, problem))
         ticket, _ = search.search_ticket(CONFIG, problem, start, observer)
         search.retrain(CONFIG, problem, search.begin_retraining(problem, ticket), observer)
-        dense = search.dense_ticket(search.init_variables(problem))
-        search.retrain(CONFIG, problem, search.begin_retraining(problem, dense, phase=DENSE), observer)
+        start = search.begin_retraining(problem, problem.init_ticket(), phase=DENSE)
+        search.retrain(CONFIG, problem, start, observer)
     return history
 
 
@@ -100,7 +102,7 @@ def test_an_epoch_is_logged_with_every_figure_that_it_has(problem: Problem) -> N
         history.records, history.scores, log.scalars, log.histograms, strict=True
     ):
         names = ["loss", "penalty", "density", "learning_rate", "epoch", "images_per_second", "seconds"]
-        optional = ["round", "temperature", "soft_accuracy", "hard_accuracy"]
+        optional = ["round", "temperature", "flip_rate", "soft_accuracy", "hard_accuracy"]
         names += [name for name in optional if getattr(record, name) is not None]
         expected = {f"{record.phase}/{name}": getattr(record, name) for name in names}
         expected[f"{record.phase}/cross_entropy"] = record.loss - record.penalty
@@ -115,7 +117,7 @@ def test_an_epoch_is_logged_with_every_figure_that_it_has(problem: Problem) -> N
 
 
 def test_figures_without_a_meaning_are_left_out() -> None:
-    record = EpochRecord("ticket", None, 3, None, 0.1, 2.0, 0.5, 0.25, {"head": 0.25}, None, None, 100.0, 1.0)
+    record = EpochRecord("ticket", None, 3, None, 0.1, 2.0, 0.5, 0.25, {"head": 0.25}, None, None, None, 100.0, 1.0)
     assert tracking.scalars_of(record) == {
         "ticket/epoch": 3.0,
         "ticket/learning_rate": 0.1,
@@ -194,8 +196,7 @@ def test_figures_of_epochs_that_come_again_show_once(tmp_path: Path) -> None:
 
 def test_a_resumed_run_continues_the_steps(problem: Problem) -> None:
     log = Log()
-    ticket = search.dense_ticket(search.init_variables(problem))
-    progress = search.begin_retraining(problem, ticket)._replace(epoch=1)
+    progress = search.begin_retraining(problem, problem.init_ticket())._replace(epoch=1)
     search.retrain(CONFIG, problem, progress, Tracking(CONFIG, [log]))
     assert log.steps == [5]  # two rounds of two epochs, and the ticket's first
 

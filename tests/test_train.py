@@ -23,7 +23,7 @@ from cs_jax import apply_masks, console, experiment, flags, search
 from cs_jax.data import fingerprint
 from cs_jax.interrupts import Interrupts, Stopped
 from cs_jax.progress import Observer
-from cs_jax.run_directory import TICKET_FILE, opened
+from cs_jax.run_directory import CONTROLS_FILE, TICKET_FILE, opened
 
 ROOT = Path(train.__file__).parent
 QUICK = "--model lenet300100 --epochs 2 --rounds 2 --rewind-epoch 1 --lr 0.01".split()
@@ -59,8 +59,8 @@ def test_metrics_have_a_line_an_epoch(quick_run: Path) -> None:
         ("search", 0, 0), ("search", 0, 1), ("search", 1, 0), ("search", 1, 1),
         ("ticket", None, 0), ("ticket", None, 1), ("dense", None, 0), ("dense", None, 1),
     ]  # fmt: skip
-    keys = "phase round epoch temperature learning_rate loss penalty density layer_density soft_accuracy hard_accuracy"
-    keys += " images_per_second seconds"
+    keys = "phase round epoch temperature learning_rate loss penalty density layer_density flip_rate soft_accuracy"
+    keys += " hard_accuracy images_per_second seconds"
     assert all(list(line) == keys.split() for line in metrics)
 
 
@@ -69,7 +69,9 @@ def test_the_summary_agrees_with_the_metrics(quick_run: Path) -> None:
     assert (summary["dataset"], summary["model"], summary["seed"]) == ("digits", "lenet300100", 0)
     for record, line in zip(summary["search"], (metrics[1], metrics[3]), strict=True):
         assert {key: line[key] for key in record} == record
+    assert (summary["method"], summary["after"], summary["controls"]) == ("cs", "rewind", {})
     ticket, dense = summary["ticket"], summary["dense"]
+    assert json.loads((quick_run / CONTROLS_FILE).read_text()) == {"dense": dense}
     assert ticket["density"] == metrics[3]["density"] == metrics[5]["density"]
     assert ticket["val_accuracy"] == metrics[5]["hard_accuracy"]
     assert dense["val_accuracy"] == metrics[7]["hard_accuracy"]
@@ -79,12 +81,24 @@ def test_the_summary_agrees_with_the_metrics(quick_run: Path) -> None:
     assert (dense["num_weights"], ticket["num_all_weights"]) == (everything, everything)
     assert ticket["num_weights"] == round(ticket["density"] * masked) + everything - masked
     assert ticket["density_all_weights"] == ticket["num_weights"] / everything
+    assert (dense["num_all_weights"], dense["density"], dense["density_all_weights"]) == (everything, 1.0, 1.0)
+
+
+def test_the_summary_says_what_each_network_cost(quick_run: Path) -> None:
+    summary, metrics = json.loads((quick_run / "summary.json").read_text()), read_metrics(quick_run)
+    ticket, dense = summary["ticket"], summary["dense"]
+    assert (ticket["epochs"], dense["epochs"]) == (6, 2)
+    an_epoch = 6 * (64 * 300 + 300 * 100 + 100 * 10) * 1257  # an addition and a multiplication, forward and twice back
+    assert (ticket["training_flops"], dense["training_flops"]) == (6 * an_epoch, 2 * an_epoch)
+    assert ticket["seconds"] == pytest.approx(sum(line["seconds"] for line in metrics[:6]), rel=1e-12)
+    assert dense["seconds"] == pytest.approx(sum(line["seconds"] for line in metrics[6:]), rel=1e-12)
+    assert summary["seconds"] == pytest.approx(ticket["seconds"] + dense["seconds"], rel=1e-12)
 
 
 def test_test_accuracy_is_that_of_the_retrained_ticket_on_the_test_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = flags.parse([*QUICK, "--no-dense", "--seed", "4", "--out", str(tmp_path / "run")])
+    settings = flags.parse([*QUICK, "--controls", "--seed", "4", "--out", str(tmp_path / "run")])
     problem, data = experiment.prepare(settings)
     states = []
     retrain = search.retrain
@@ -105,7 +119,7 @@ def test_test_accuracy_is_that_of_the_retrained_ticket_on_the_test_set(
 def test_a_terminal_shows_the_bar_with_step_and_loss(tmp_path: Path) -> None:
     shown = io.StringIO()
     terminal = Console(file=shown, force_terminal=True, width=100)
-    settings = flags.parse([*QUICK, "--no-dense", "--out", str(tmp_path / "run")])
+    settings = flags.parse([*QUICK, "--controls", "--out", str(tmp_path / "run")])
     problem, data = experiment.prepare(settings)
     with opened(settings, new=True) as directory, console.ProgressDisplay(settings, terminal) as display:
         directory.begin(fingerprint(data))
@@ -138,7 +152,7 @@ def test_a_signal_waits_for_the_next_step_while_a_run_is_held() -> None:
 
 
 def test_an_empty_ticket_is_said_to_be_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [*QUICK, "--mask-initial-value", "-5", "--score-lr", "1e-9", "--no-dense", "--out", str(tmp_path / "run")]
+    words = [*QUICK, "--mask-initial-value", "-5", "--score-lr", "1e-9", "--controls", "--out", str(tmp_path / "run")]
     assert train.main(words) == 0
     assert "The ticket is empty" in capsys.readouterr().out
 
@@ -160,7 +174,7 @@ def test_the_same_command_gives_the_same_numbers(quick_run: Path, tmp_path: Path
 
 
 def test_plain_lines_and_the_table_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [*QUICK, "--val-set-size", "0", "--no-dense", "--out", str(tmp_path / "run")]
+    words = [*QUICK, "--val-set-size", "0", "--controls", "--out", str(tmp_path / "run")]
     assert train.main(words) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split("  ")[0] == "phase"
@@ -170,6 +184,7 @@ def test_plain_lines_and_the_table_without_a_terminal(tmp_path: Path, capsys: py
     assert "dense" not in "".join(lines)
     assert any(line.split()[:1] == ["ticket"] and "%" in line for line in lines[7:])
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["dense"] is None
+    assert not (tmp_path / "run" / CONTROLS_FILE).exists()
 
 
 @pytest.mark.slow
@@ -307,7 +322,7 @@ def test_a_run_that_was_killed_as_it_began_begins_again(done: int, tmp_path: Pat
     names = ["run.lock", "metrics.jsonl", "scores.json", ".0123.tmp"]
     for name in names[: done + 1]:
         (tmp_path / name).write_text("{")
-    assert train.main([*QUICK, "--no-dense", "--no-report", "--epochs", "2", "--out", str(tmp_path)]) == 0
+    assert train.main([*QUICK, "--controls", "--no-report", "--epochs", "2", "--out", str(tmp_path)]) == 0
     assert len(read_metrics(tmp_path)) == 6 and not (tmp_path / ".0123.tmp").exists()
 
 

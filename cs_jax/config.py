@@ -70,7 +70,8 @@ class Config:
     """Folder of prepared TensorFlow Datasets; None is $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
 
     model: str = "resnet20"
-    """Network: resnet20 (for CIFAR-10), resnet8 or resnet6 (small ones), or lenet300100."""
+    """Network: resnet20, 32 or 56 (for CIFAR-10), resnet8 or 6 (small ones), resnet50 (224x224 images), vgg16, conv2,
+    conv4, conv6, vit_tiny or lenet300100."""
 
     val_set_size: int = 5000
     """Training examples set aside for validation, in all; drawn evenly over classes as far as they last; 0 for none."""
@@ -188,7 +189,9 @@ class Config:
             self._check("after", self.after in found_by.afters, wanted)
         wants, target = found_by.wants_target, self.target_density
         self._check("target_density", target is not None or not wants, f"a share above 0 and at most 1, for {name[3:]}")
-        self._check("target_density", target is None or wants is not False, f"None {name}, which prunes nothing")
+        self._check(
+            "target_density", target is None or wants is not False, f"none beside {name[3:]}, which prunes nothing"
+        )
         rate = self.prune_rate
         self._check("prune_rate", rate is None or 0 < rate < 1, "a share above 0 and below 1")
         self._check("prune_rate", rate is None or self.method in ("imp", "imp-c"), "None, or --method imp or imp-c")

@@ -131,7 +131,7 @@ def test_drops_after_the_last_epoch_and_no_drops_are_allowed() -> None:
         ("--method random", "--target-density: got None, wanted a share above 0 and at most 1, for --method random"),
         (
             "--method dense --target-density 0.1",
-            "--target-density: got 0.1, wanted None of --method dense, which prunes nothing",
+            "--target-density: got 0.1, wanted none beside --method dense, which prunes nothing",
         ),
         ("--prune-rate 0.1", "--prune-rate: got 0.1, wanted None, or --method imp or imp-c"),
         ("--method iss --prune-rate 0.1", "--prune-rate: got 0.1, wanted None, or --method imp or imp-c"),

@@ -177,10 +177,15 @@ def ticket_masks(selection: Selection, scores: PyTree, *, init_value: ArrayLike)
     for budget in selection.budgets:
         _keep_highest(selection, budget, chosen)
     ticket = selection.hard_mask(selection.nest(chosen), init_value=init_value)
+    warn_if_empty(ticket)
+    return ticket
+
+
+def warn_if_empty(ticket: PyTree) -> None:
+    """Warns of each array of a ticket's masks that keeps no weight."""
     for path, mask in trees.leaves_by_path(ticket).items():
         if not np.any(np.asarray(mask)):
             _warn_collapsed(trees.name(path), "keeps no weight")
-    return ticket
 
 
 def _keep_highest(selection: Selection, budget: Budget, leaves: list[Any]) -> None:

@@ -194,7 +194,8 @@ class Config:
         )
         rate = self.prune_rate
         self._check("prune_rate", rate is None or 0 < rate < 1, "a share above 0 and below 1")
-        self._check("prune_rate", rate is None or self.method in ("imp", "imp-c"), "None, or --method imp or imp-c")
+        takers = " or ".join(other for other, method in METHODS.items() if method.takes_rate)
+        self._check("prune_rate", rate is None or found_by.takes_rate, f"None, or --method {takers}")
         self._check("prune_rate", rate is None or target is None, f"None beside --target-density {target}")
         for control in self.controls:
             if control not in CONTROLS:

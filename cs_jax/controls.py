@@ -1,12 +1,16 @@
-"""Networks trained beside a ticket, each with one thing about it changed: what the ticket owes to that."""
+"""Networks trained beside a ticket, each with one thing about it changed: what the ticket owes to that.
+
+They train as a ticket does that is rewound, with the learning rate from its start, also beside one that is fine-tuned.
+"""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from cs_jax import masks, methods, trees
-from cs_jax.methods.method import keep_highest
+from cs_jax import trees
 from cs_jax.methods.random import random_ranks
 from cs_jax.progress import Ticket
 
@@ -54,12 +58,15 @@ def shuffled(config: "Config", problem: "Problem", ticket: Ticket) -> Ticket:
 
 def random(config: "Config", problem: "Problem", ticket: Ticket) -> Ticket:
     """The ticket's weights under random masks of its density over all layers: whether its density alone makes it."""
-    density = masks.density(ticket.masks)
-    if density == 0:
-        return ticket
-    kept = keep_highest(config, random_ranks(problem.key_for("random"), ticket.masks), density)
-    scale = methods.of(config).mask_scale(config)
-    return ticket._replace(masks=jax.tree.map(lambda mask, like: (mask * scale).astype(like.dtype), kept, ticket.masks))
+    del config
+    leaves = trees.leaves_by_path(ticket.masks)
+    values = jnp.concatenate([mask.ravel() for mask in leaves.values()])
+    ranks = trees.leaves_by_path(random_ranks(problem.key_for("random"), ticket.masks))
+    order = jnp.argsort(jnp.concatenate([ranks[path].ravel() for path in leaves]), descending=True)
+    drawn = jnp.zeros_like(values).at[order].set(jnp.sort(values, descending=True))
+    parts = jnp.split(drawn, np.cumsum([mask.size for mask in leaves.values()])[:-1])
+    masks = {path: part.reshape(leaves[path].shape) for path, part in zip(leaves, parts, strict=True)}
+    return ticket._replace(masks=trees.nest(masks))
 
 
 DENSE = "dense"

@@ -6,6 +6,7 @@ References:
 """
 
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ PyTree = Any
 
 
 PURPOSES = ("init", "order", "augment", "masks", "reinit", "random", "shuffled")
-"""What a run draws random numbers for."""
+"""What a run draws random numbers for; a method or control of somebody's own may name others."""
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -59,9 +60,10 @@ class Problem:
         return Ticket(Snapshot(variables["params"], variables["batch_stats"]), variables["masks"])
 
     def key_for(self, purpose: str, *numbers: int) -> jax.Array:
-        """The PRNG key of one of `PURPOSES`, so that no two draws of a run share one."""
+        """The PRNG key of a purpose, so that no two draws of a run share one."""
         key = self.key
-        for number in (PURPOSES.index(purpose), *numbers):
+        first = PURPOSES.index(purpose) if purpose in PURPOSES else zlib.crc32(purpose.encode())
+        for number in (first, *numbers):
             key = jax.random.fold_in(key, number)
         return key
 

@@ -33,6 +33,8 @@ class IterativeMagnitudePruning(Method):
         the initial ones.
     """
 
+    takes_rate = True
+
     def density(self, config: "Config", round: int) -> float | None:
         if config.target_density is not None:
             return budget.round_density(config.target_density, round, config.rounds)

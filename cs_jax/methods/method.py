@@ -34,12 +34,14 @@ class Method:
     Attributes:
         afters: of `AFTERS`, which make sense; the first is the default.
         wants_target: whether a target density is needed (True), taken (None) or has no meaning (False).
+        takes_rate: whether a prune rate can stand in for the target density.
         searches: whether there are rounds; otherwise masks are found before any training.
         learns_masks: whether a step changes masks; otherwise there is no penalty.
     """
 
     afters: ClassVar[tuple[str, ...]] = AFTERS
     wants_target: ClassVar[bool | None] = None
+    takes_rate: ClassVar[bool] = False
     searches: ClassVar[bool] = True
     learns_masks: ClassVar[bool] = False
 

@@ -1,10 +1,11 @@
 """Iterative Stochastic Sparsification."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from cs_jax import budget, masks, trees
@@ -54,7 +55,11 @@ class IterativeStochasticSparsification(Method):
             kept = jax.tree.map(lambda score: score >= config.mask_initial_value, state.scores)
         else:
             kept = keep_highest(config, state.scores, density)
-        return state.replace(scores=jax.tree.map(_prune, state.scores, kept))
+        left = jax.tree.map(lambda score, keep: (keep != 0) & _is_left(score), state.scores, kept)
+        scores = jax.tree.map(lambda score, keep: jnp.where(keep, score, PRUNED), state.scores, left)
+        momentum = cast(optax.TraceState, state.score_momentum)
+        trace = jax.tree.map(lambda value, keep: jnp.where(keep, value, 0), momentum.trace, left)
+        return state.replace(scores=scores, score_momentum=momentum._replace(trace=trace))
 
     def next_round(
         self, config: "Config", problem: "Problem", state: TrainState, snapshot: Snapshot | None
@@ -72,6 +77,17 @@ class IterativeStochasticSparsification(Method):
     def hard_masks(self, config: "Config", state: TrainState) -> PyTree:
         return jax.tree.map(lambda score: _is_left(score).astype(score.dtype), state.scores)
 
+    def ticket_masks(self, config: "Config", state: TrainState) -> PyTree:
+        """Masks of the weights that are left.
+
+        Warns:
+            CollapsedLayerWarning: a layer has none, which a target density has told of before.
+        """
+        ticket = self.hard_masks(config, state)
+        if config.target_density is None:
+            budget.warn_if_empty(ticket)
+        return ticket
+
 
 def draw_masks(scores: PyTree, hyper: Hyperparams, key: jax.Array) -> PyTree:
     """Masks of 0 and 1, 1 with the probability `sigmoid(score)`, whose gradient is that of the probability."""
@@ -88,8 +104,4 @@ def draw_masks(scores: PyTree, hyper: Hyperparams, key: jax.Array) -> PyTree:
 
 
 def _is_left(score: jax.Array) -> jax.Array:
-    return score > PRUNED / 2  # momentum may still move a score that is gone
-
-
-def _prune(score: jax.Array, kept: jax.Array) -> jax.Array:
-    return jnp.where((kept != 0) & _is_left(score), score, jnp.asarray(PRUNED, score.dtype))
+    return score > PRUNED

@@ -32,6 +32,7 @@ PREDICTIONS_FILE = "predictions.safetensors"
 CONTROLS_FILE = "controls.json"
 SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report.html"
+CONNECTIVITY_FILE = "connectivity.json"
 LOCK_FILE = "run.lock"
 
 _MAGNITUDES = np.logspace(-4, 4, 65)

@@ -12,6 +12,7 @@ from cs_jax.report import comparison, front, plots, single
 from cs_jax.report.pages import write
 from cs_jax.report.recorded import read
 from cs_jax.run_directory import CONFIG_FILE
+from cs_jax.sweep.results import SweptTicket
 
 TABLE_FILE = "pareto.md"
 FIGURES_FILE = "pareto.json"
@@ -64,7 +65,13 @@ def write_comparison(runs: Sequence[Path], out: Path) -> list[Path]:
 
 
 def write_pareto(
-    name: str, results: Sequence[Result], missing: Sequence[str], out: Path, *, reference: str
+    name: str,
+    results: Sequence[Result],
+    missing: Sequence[str],
+    out: Path,
+    *,
+    reference: str,
+    tickets: Sequence[SweptTicket] = (),
 ) -> tuple[list[Path], str]:
     """Paths of the report, plots, table and figures of a sweep, written into `out`; and the table, as Markdown.
 
@@ -74,13 +81,14 @@ def write_pareto(
         missing: names of runs that have not ended.
         out: folder.
         reference: method that the others are compared with.
+        tickets: of its runs, whose masks are compared.
 
     Raises:
         ConfigError: the folder cannot be written.
     """
     cells = pareto.summarize(results, reference=reference)
     with plots.style():
-        page = front.page(f"Sweep {name}", cells, results, missing, f"{len(results)} networks")
+        page = front.page(f"Sweep {name}", cells, results, missing, f"{len(results)} networks", tickets)
     table = pareto.to_markdown(cells)
     written = write(out, page)
     contents = {

@@ -5,9 +5,11 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from cs_jax.pareto import Cell, Result, family, front, peer, references, shown_epochs, shown_p, shown_target
-from cs_jax.report import plots
+from cs_jax.report import overlaps, plots
+from cs_jax.report.overlaps import shown_share
 from cs_jax.report.pages import Page, Plot, Section, Table, percent, plot, points
 from cs_jax.report.plots import Band, Series
+from cs_jax.sweep.results import SweptTicket
 
 DENSE = "dense"  # the control that is not sparse
 LEVEL = 0.05
@@ -21,7 +23,14 @@ LONG_LIST = 10  # runs that are missing; more of them are folded
 LABEL = 22  # letters of a method in a legend
 
 
-def page(title: str, cells: Sequence[Cell], results: Sequence[Result], missing: Sequence[str], lead: str) -> Page:
+def page(
+    title: str,
+    cells: Sequence[Cell],
+    results: Sequence[Result],
+    missing: Sequence[str],
+    lead: str,
+    tickets: Sequence[SweptTicket] = (),
+) -> Page:
     """What a sweep has found, section by section. Called inside `plots.style()`.
 
     Args:
@@ -30,8 +39,10 @@ def page(title: str, cells: Sequence[Cell], results: Sequence[Result], missing: 
         results: that the cells were made of; drawn as dots.
         missing: a line for each run that has not finished.
         lead: stands under the title.
+        tickets: whose masks are compared.
     """
-    sections = [_front(cells, results), _controls(cells, results), _differences(cells), _cost(cells)]
+    figures = [_front(cells, results), _controls(cells, results), _differences(cells)]
+    sections = [*figures, *overlaps.sections(tickets), _cost(cells)]
     return Page(title, lead, _verdict(cells), [], [*filter(None, sections), _missing(cells, missing)])
 
 
@@ -93,11 +104,7 @@ def _winners(cells: Sequence[Cell], targets: Sequence[float]) -> str:
     by_winner: dict[str, list[float]] = {}
     for target in targets:
         by_winner.setdefault(_joined(_methods(_best(_of_target(cells, target)))), []).append(target)
-    return "; ".join(f"{winner} at {_joined([*map(_share, where)])}" for winner, where in by_winner.items())
-
-
-def _share(target: float) -> str:
-    return f"{100 * target:.4g}%"
+    return "; ".join(f"{winner} at {_joined([*map(shown_share, where)])}" for winner, where in by_winner.items())
 
 
 def _joined(words: Sequence[str]) -> str:
@@ -114,10 +121,12 @@ def _leads(cells: Sequence[Cell], targets: Sequence[float]) -> list[str]:
         tickets = _of_target(cells, target)
         best, others = _best(tickets), [cell for cell in tickets if cell.method != reference]
         if reference not in _methods(best):
-            found.setdefault(f"The lead over {reference}", {}).setdefault(_worth(best[0]), []).append(_share(target))
+            found.setdefault(f"The lead over {reference}", {}).setdefault(_worth(best[0]), []).append(
+                shown_share(target)
+            )
         elif len(best) == 1:
             lead, next_best = f"The lead of {reference} over the next best", _best(others)[0]
-            found.setdefault(lead, {}).setdefault(_worth(next_best, -1), []).append(_share(target))
+            found.setdefault(lead, {}).setdefault(_worth(next_best, -1), []).append(shown_share(target))
     told = [
         f"{lead} is {_joined([f'{worth} at {_joined(where)}' for worth, where in sorted(by_worth.items())])}"
         for lead, by_worth in found.items()
@@ -240,7 +249,7 @@ def _best_table(cells: Sequence[Cell]) -> Table:
             compared = [cell.beside, points(cell.difference, 0), shown_p(cell.p_adjusted), _worth(cell)]
             if not cell.beside:
                 compared = ["the reference" if cell.method in references(cells) else "-", "-", "-", "-"]
-            rows.append([_share(target), cell.method, _accuracy(cell), str(cell.n), *compared])
+            rows.append([shown_share(target), cell.method, _accuracy(cell), str(cell.n), *compared])
     return Table("Best at each target", head, rows, words=2, wide=True)
 
 
@@ -254,7 +263,7 @@ def _front_table(cells: Sequence[Cell]) -> Table:
 
 
 def _target(cell: Cell) -> str:
-    return shown_target(cell.target, cell.dial, _share)
+    return shown_target(cell.target, cell.dial, shown_share)
 
 
 def _controls(cells: Sequence[Cell], results: Sequence[Result]) -> Section | None:
@@ -393,7 +402,7 @@ def _missing(cells: Sequence[Cell], missing: Sequence[str]) -> Section:
     rows = [[cell.method, cell.control or "ticket", _target(cell), str(cell.n)] for cell in cells if cell.n < most]
     for method in _methods(cell for cell in _tickets(cells) if cell.target is not None):
         known = {cell.target for cell in _tickets(cells) if cell.method == method}
-        rows += [[method, "ticket", _share(target), "0"] for target in _targets(cells) if target not in known]
+        rows += [[method, "ticket", shown_share(target), "0"] for target in _targets(cells) if target not in known]
     if rows:
         section.parts.append(Table(f"Fewer than {most} seeds", ("Method", "Network", "Target", "Seeds"), rows, words=3))
     return section

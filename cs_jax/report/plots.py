@@ -167,7 +167,7 @@ def curves(
     if from_zero:
         axes.set_ylim(bottom=0)
     if log:
-        _log_scale(axes)
+        _log_scale(axes, percent=percent)
     _mark(axes, spans)
     if spans:  # the same for all figures of a run
         axes.set_xlim(spans[0].start - 0.5, spans[-1].end + 0.5)
@@ -183,7 +183,7 @@ def bars(names: Sequence[str], shares: Sequence[float]) -> Figure:
     places = np.arange(len(names))
     axes.barh(places, shares, height=0.75, color=BLUE)
     step = 1 + len(names) // MANY_LAYERS * 2
-    axes.set_yticks(places[::step], _layer_labels(names)[::step], fontsize=9)
+    axes.set_yticks(places[::step], layer_labels(names)[::step], fontsize=9)
     if not many:
         for place, share in zip(places, shares, strict=True):
             axes.annotate(f"{share:.1%}", (share, place), (3, 0), textcoords="offset points", va="center", fontsize=8.5)
@@ -196,7 +196,7 @@ def bars(names: Sequence[str], shares: Sequence[float]) -> Figure:
     return figure
 
 
-def _layer_labels(names: Sequence[str]) -> list[str]:
+def layer_labels(names: Sequence[str]) -> list[str]:
     """Layers' names, without the end that all have: where each is the kernel of something, of what."""
     alike = len(names) > 1 and all(name.endswith("/kernel") for name in names)
     return short([name.removesuffix("/kernel") if alike else name for name in names], kind="layer")
@@ -210,7 +210,7 @@ def heat(names: Sequence[str], shares: np.ndarray, spans: Sequence[Span]) -> Fig
     extent = (0.5, shares.shape[1] + 0.5, len(names) - 0.5, -0.5)
     image = axes.imshow(shares, aspect="auto", extent=extent, cmap="cividis", vmin=0, vmax=top, interpolation="nearest")
     step = 1 + len(names) // MANY_LAYERS * 2
-    axes.set_yticks(np.arange(len(names))[::step], _layer_labels(names)[::step], fontsize=9)
+    axes.set_yticks(np.arange(len(names))[::step], layer_labels(names)[::step], fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.grid(visible=False)
     axes.set_xlabel("epoch of the search")
@@ -285,6 +285,57 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
     axes.grid(visible=False)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
+    return figure
+
+
+def matrix(
+    rows: Sequence[str], columns: Sequence[str], shares: np.ndarray, texts: np.ndarray, *, log: bool = False
+) -> Figure:
+    """A table of shares in [0, 1] as colours, with a text in each cell where there is room.
+
+    Args:
+        rows: their names, the first on top.
+        columns: their names.
+        shares: (rows, columns); NaN leaves a cell empty.
+        texts: of the cells, (rows, columns).
+        log: colours go by the logarithm, from the least share above 0.
+    """
+    crowded = len(rows) > MANY_LAYERS or len(columns) > 10
+    lines = max(text.count("\n") + 1 for text in texts.flat)
+    figure, axes = _axes(1.2 + len(rows) * (0.09 if len(rows) > MANY_LAYERS else 0.12 + 0.16 * lines))
+    known = shares[shares > 0]
+    low, high = (known.min(), known.max()) if log and known.size else (0.0, 1.0)
+    norm = colors.LogNorm(low, high * (1 + 1e-9)) if log and known.size else colors.Normalize(low, high)
+    drawn = np.ma.masked_invalid(np.clip(shares, low, None))
+    image = axes.imshow(drawn, aspect="auto", cmap="cividis", norm=norm, interpolation="nearest")
+    step = 1 + len(rows) // MANY_LAYERS * 2
+    axes.set_yticks(np.arange(len(rows))[::step], rows[::step], fontsize=9)
+    turned: dict[str, Any] = {"rotation": 35, "ha": "right"} if max(map(len, columns)) * len(columns) > 40 else {}
+    axes.set_xticks(np.arange(len(columns)), columns, fontsize=9, **turned)
+    for (row, column), share in np.ndenumerate(shares) if not crowded else ():
+        if np.isfinite(share):
+            color = "white" if norm(max(share, low)) < 0.55 else INK
+            axes.text(column, row, str(texts[row, column]), ha="center", va="center", color=color, fontsize=8)
+    axes.grid(visible=False)
+    if crowded:
+        bar = figure.colorbar(image, ax=axes, location="right", format=FuncFormatter(_percent), fraction=0.06, pad=0.02)
+        bar.ax.yaxis.set_minor_locator(NullLocator())
+        bar.ax.grid(visible=False)
+    return figure
+
+
+def line_between(shares: Sequence[float], errors: Sequence[float], losses: Sequence[float]) -> Figure:
+    """Error and loss on the line between two networks, one above the other, with the means of the two ends."""
+    figure = Figure(figsize=(WIDTH, 4.2))
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    for axes, label, values in ((top, "test error", errors), (bottom, "test loss", losses)):
+        axes.axhline((values[0] + values[-1]) / 2, color=GREY, linestyle=":", linewidth=1.4)
+        axes.plot(shares, values, "-o", color=BLUE, markersize=4 if len(shares) <= 30 else 0)
+        axes.set_ylabel(label)
+        axes.margins(y=0.15)
+    top.yaxis.set_major_formatter(FuncFormatter(_percent))
+    bottom.set_xlabel("share of child 2 in the weights")
+    bottom.xaxis.set_major_locator(MaxNLocator(6))
     return figure
 
 
@@ -400,10 +451,10 @@ def _percent(share: float, _: int | None = None) -> str:
     return f"{100 * share:.4g}%"
 
 
-def _log_scale(axes: Axes) -> None:
+def _log_scale(axes: Axes, *, percent: bool = False) -> None:
     """A logarithmic y axis with plain numbers: those of matplotlib need mathematical text, which names must not get."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(_percent if percent else lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
 
 

@@ -1,33 +1,30 @@
 """What a run directory holds, read back and checked: its files are text from elsewhere."""
 
-import functools
-import json
+import math
 import os
-import reprlib
-import sys
-import types
-import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict, TypeVar, Union
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+from cs_jax.connectivity import CHILDREN, error_barrier
 from cs_jax.errors import ConfigError
 from cs_jax.methods import METHODS, NONE, Method
 from cs_jax.progress import SEARCH, TICKET
+from cs_jax.report.arrays import Masks, read_masks, read_predictions
+from cs_jax.report.checked import checked, content_of, optional, parsed
 from cs_jax.run_directory import (
     CONFIG_FILE,
+    CONNECTIVITY_FILE,
+    MASKS_FILE,
     METRICS_FILE,
     PREDICTIONS_FILE,
     SCORES_FILE,
     SUMMARY_FILE,
+    TICKET_FILE,
 )
-
-Kind = TypeVar("Kind")
 
 Share = Annotated[float, (0, 1)]
 Number = Annotated[float, (-3.5e38, 3.5e38)]  # float32, in which a run computes
@@ -100,6 +97,29 @@ class Summary(TypedDict):
     classes: NotRequired[list[str]]
 
 
+class PathEntry(TypedDict):
+    """A network on the line between two others."""
+
+    share: Share
+    error: Share
+    loss: Amount
+
+
+class Child(TypedDict):
+    """A training of the ticket."""
+
+    test_accuracy: Share
+
+
+class Connectivity(TypedDict):
+    """What the report needs of connectivity.json."""
+
+    points: list[PathEntry]
+    barrier: Share
+    loss_barrier: Amount
+    children: list[Child]
+
+
 class StoredRound(TypedDict):
     """Numbers of scores by bin, for each layer, at a round's start and end."""
 
@@ -140,7 +160,9 @@ class Run:
     epochs: list[Epoch]
     cut: bool  # the last line of metrics.jsonl was half-written, and is left out
     scores: Scores | None
+    masks: Masks | None
     predictions: dict[str, np.ndarray] | None
+    connectivity: Connectivity | None
     summary: Summary | None
 
     def phase(self, name: str) -> list[Epoch]:
@@ -184,38 +206,41 @@ def read(folder: Path) -> Run:
     Raises:
         ConfigError: the folder is no run, or a file in it is damaged.
     """
-    content = _bytes(folder / CONFIG_FILE)
+    content = content_of(folder / CONFIG_FILE)
     if content is None:
         raise ConfigError(f"run: got {folder}, which is no run: it has no {CONFIG_FILE}")
-    settings = _checked(folder / CONFIG_FILE, _json(folder / CONFIG_FILE, content), Settings)
+    settings = checked(folder / CONFIG_FILE, parsed(folder / CONFIG_FILE, content), Settings)
     epochs, cut = _read_metrics(folder / METRICS_FILE)
-    summary = _optional(folder / SUMMARY_FILE, Summary)
+    summary = optional(folder / SUMMARY_FILE, Summary)
     classes = None if summary is None else summary.get("classes")
+    scores = _read_scores(folder / SCORES_FILE)
     return Run(
         folder=folder,
         settings=settings,
         epochs=epochs,
         cut=cut,
-        scores=_read_scores(folder / SCORES_FILE),
-        predictions=_read_predictions(folder / PREDICTIONS_FILE, classes),
+        scores=scores,
+        masks=read_masks(folder / MASKS_FILE, folder / TICKET_FILE, scores.sizes if scores else {}),
+        predictions=read_predictions(folder / PREDICTIONS_FILE, classes),
+        connectivity=_read_connectivity(folder / CONNECTIVITY_FILE),
         summary=summary,
     )
 
 
 def _read_metrics(path: Path) -> tuple[list[Epoch], bool]:
     """The epochs, and whether a half-written last line was left out."""
-    lines = (_bytes(path) or b"").split(b"\n")
+    lines = (content_of(path) or b"").split(b"\n")
     epochs: list[Epoch] = []
     for number, line in enumerate(lines, 1):
         if not line.strip() and number == len(lines):
             break
         try:
-            value = _json(path, line, f", line {number}")
+            value = parsed(path, line, f", line {number}")
         except ConfigError:
             if any(rest.strip() for rest in lines[number:]):
                 raise
             return epochs, True
-        epoch = _checked(path, value, Epoch, f", line {number}")
+        epoch = checked(path, value, Epoch, f", line {number}")
         if (epoch["phase"] == SEARCH) != (epoch["round"] is not None):
             raise ConfigError(f"{path}, line {number}, round: wanted a round of the search, and null elsewhere")
         epochs.append(epoch)
@@ -223,7 +248,7 @@ def _read_metrics(path: Path) -> tuple[list[Epoch], bool]:
 
 
 def _read_scores(path: Path) -> Scores | None:
-    stored = _optional(path, StoredScores)
+    stored = optional(path, StoredScores)
     if stored is None:
         return None
     edges = np.array(stored["edges"], float)
@@ -250,123 +275,17 @@ def _totals(path: Path, counts: Mapping[str, list[Any]], bins: int) -> np.ndarra
     return table.sum(axis=0)
 
 
-def _read_predictions(path: Path, classes: Sequence[str] | None) -> dict[str, np.ndarray] | None:
-    content = _bytes(path)
-    if content is None:
+def _read_connectivity(path: Path) -> Connectivity | None:
+    stored = optional(path, Connectivity)
+    if stored is None:
         return None
-    try:
-        arrays = safetensors.numpy.load(content)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ConfigError(f"{path}: got a damaged file, wanted safetensors") from error
-    kinds = {"labels": "i", "predicted": "i", "confidence": "f", "mistakes": "i", "images": "u"}
-    for name, kind in kinds.items():
-        if name not in arrays or arrays[name].dtype.kind != kind or arrays[name].ndim != (4 if kind == "u" else 1):
-            raise ConfigError(f"{path}, {name}: got none or another kind of array, wanted what a run writes")
-    labels, predicted, confidence, mistakes = (arrays[name] for name in list(kinds)[:4])
-    images = arrays["images"]
-    fits = (
-        len(labels) == len(predicted) == len(confidence)
-        and len(mistakes) == len(images)
-        and 0 not in images.shape[1:]
-        and images.dtype == np.uint8
-        and np.isfinite(confidence).all()
-        and _inside(mistakes, len(labels))
-        and all(_inside(codes, len(classes) if classes else None) for codes in (labels, predicted))
-    )
-    if not fits:
-        raise ConfigError(f"{path}: got arrays that do not fit each other or the classes of {SUMMARY_FILE}")
-    return arrays
-
-
-def _inside(indices: np.ndarray, end: int | None) -> bool:
-    return not indices.size or bool(indices.min() >= 0 and (end is None or indices.max() < end))
-
-
-def _bytes(path: Path) -> bytes | None:
-    """A file's content; None where there is no such file."""
-    try:
-        if path.exists() and not path.is_file():
-            raise ConfigError(f"{path}: got no ordinary file, wanted one")
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _optional(path: Path, kind: type[Kind]) -> Kind | None:
-    content = _bytes(path)
-    return None if content is None else _checked(path, _json(path, content), kind)
-
-
-def _json(path: Path, content: bytes, where: str = "") -> Any:
-    def refuse(constant: str) -> None:
-        raise ValueError(constant)
-
-    try:
-        return json.loads(content, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}{where}: got damaged text, wanted JSON") from error
-
-
-def _checked(path: Path, value: Any, kind: type[Kind], where: str = "") -> Kind:
-    """`value`, which has the fields and types that `kind` declares.
-
-    Raises:
-        ConfigError: file, field, what came and what was wanted.
-    """
-    _check(value, kind, f"{path}{where}")
-    return value
-
-
-def _check(value: Any, kind: Any, where: str) -> None:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if typing.is_typeddict(kind):
-        _expect(isinstance(value, dict), value, "an object", where)
-        for name, inner in _fields(kind).items():
-            if name in value:
-                _check(value[name], inner, f"{where}, {name}")
-            else:
-                _expect(name in kind.__optional_keys__, None, "a value", f"{where}, {name}")
-    elif origin in (Union, types.UnionType):
-        if value is not None:
-            _check(value, arguments[0], where)
-    elif origin is NotRequired:
-        _check(value, arguments[0], where)
-    elif origin is Annotated:
-        _check(value, arguments[0], where)
-        low, high = arguments[1]
-        _expect(low <= value <= high, value, f"a number from {low} to {high}", where)
-    elif origin is Literal:
-        _expect(value in arguments, value, "one of " + ", ".join(arguments), where)
-    elif origin is dict:
-        _expect(isinstance(value, dict), value, "an object", where)
-        for name, inner in value.items():
-            _check(inner, arguments[1], f"{where}, {name!r}")
-    elif origin is list:
-        _expect(isinstance(value, list), value, "a list", where)
-        for inner in () if arguments[0] is Any else value:
-            _check(inner, arguments[0], where)
-    else:
-        wanted, holds = _SCALARS[kind]
-        _expect(holds(value), value, wanted, where)
-
-
-def _expect(holds: bool, value: Any, wanted: str, where: str) -> None:
-    if not holds:
-        raise ConfigError(f"{where}: got {reprlib.repr(value)}, wanted {wanted}")
-
-
-_fields = functools.cache(functools.partial(typing.get_type_hints, include_extras=True))
-
-_SCALARS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
-    str: ("text", lambda value: isinstance(value, str)),
-    bool: ("true or false", lambda value: isinstance(value, bool)),
-    int: ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
-    float: (
-        "a finite number",
-        lambda value: (
-            isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-        ),
-    ),
-}
+    shares = [point["share"] for point in stored["points"]]
+    if len(shares) < 2 or shares[0] != 0 or shares[-1] != 1 or (np.diff(shares) <= 0).any():
+        raise ConfigError(f"{path}, points: wanted increasing shares from 0 to 1")
+    if len(stored["children"]) != len(CHILDREN):
+        raise ConfigError(f"{path}, children: got {len(stored['children'])}, wanted {len(CHILDREN)}")
+    for name, barrier in (("error", stored["barrier"]), ("loss", stored["loss_barrier"])):
+        wanted = error_barrier([point[name] for point in stored["points"]])
+        if not math.isclose(barrier, wanted, rel_tol=1e-6, abs_tol=1e-9):
+            raise ConfigError(f"{path}: got a barrier of {name} {barrier:g}, wanted that of its points, {wanted:g}")
+    return stored

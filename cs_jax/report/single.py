@@ -3,7 +3,6 @@
 import io
 import itertools
 import json
-import math
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
@@ -16,32 +15,37 @@ from cs_jax import config as config_module
 from cs_jax.config import PRESETS, Config, flag
 from cs_jax.controls import CONTROLS
 from cs_jax.progress import SEARCH, TICKET
-from cs_jax.report import plots
-from cs_jax.report.pages import Example, Page, Plot, Section, Table, Tile, numbers, percent, plot, points, shown, told
-from cs_jax.report.plots import Line, Span
+from cs_jax.report import epochs, masks, plots
+from cs_jax.report.pages import Example, Page, Section, Table, Tile, percent, plot, points, shown
 from cs_jax.report.recorded import Epoch, Network, Run, Summary
 from cs_jax.run_directory import (
     CONFIG_FILE,
-    METRICS_FILE,
     PREDICTIONS_FILE,
-    SCORES_FILE,
 )
 
 MATRIX_CLASSES = 40
 """With more classes a confusion matrix cannot be read, and the most confused pairs stand alone."""
 
 CONFUSED_PAIRS = 12
-LONG_TABLE = 12  # rows; longer ones are folded
 EXAMPLE_SIDE = 96  # pixels, of an example's longer side at most
 
 
 def page(run: Run) -> Page:
     """What is known of a run, section by section."""
-    sections = [_results(run), _curves(run), _layers(run), _score_section(run), _test_section(run), _settings(run)]
+    sections = [
+        _results(run),
+        epochs.curves(run),
+        masks.layers(run),
+        masks.masks(run),
+        masks.scores(run),
+        _test_section(run),
+        masks.connectivity(run),
+        _settings(run),
+    ]
     names = {"dataset": "data set", "model": "model", "method": "method", "seed": "seed"}
     about = [run.settings.get(name) for name in names]
     lead = " · ".join(f"{name} {value}" for name, value in zip(names.values(), about, strict=True) if value is not None)
-    return Page(f"Run {run.name}", lead, _verdict(run), _tiles(run), sections)
+    return Page(f"Run {run.name}", lead, _verdict(run), _tiles(run), [*filter(None, sections)])
 
 
 def _verdict(run: Run) -> str:
@@ -119,143 +123,6 @@ def _time_row(phase: str, epochs: Sequence[Epoch]) -> list[str]:
     seconds = sum(epoch["seconds"] or 0 for epoch in epochs)
     speeds = [speed for epoch in epochs if (speed := epoch.get("images_per_second")) is not None]
     return [phase, str(len(epochs)), f"{seconds:,.1f}", f"{statistics.median(speeds):,.0f}" if speeds else "-"]
-
-
-def _curves(run: Run) -> Section:
-    section = Section("Epoch by epoch")
-    if not run.epochs:
-        section.notes.append(f"{METRICS_FILE} is missing or has no epochs yet: there is nothing to draw.")
-        return section
-    search = {SEARCH: ("search", plots.BLUE, "-")}
-    ticket = {TICKET: ("ticket", plots.ORANGE, "-")}
-    looks = ((plots.GREY, "--"), (plots.GREEN, "-."), (plots.PURPLE, ":"), (plots.SKY, "-."))
-    controls = {name: (name, *look) for name, look in zip(CONTROLS, looks, strict=True)}
-    hard = _lines(run, "hard_accuracy", {SEARCH: ("hard masks", plots.BLUE, "-"), **ticket, **controls})
-    soft = _lines(run, "soft_accuracy", {SEARCH: ("soft masks", plots.SKY, "--")})
-    loss = _lines(run, "loss", search | ticket | controls)
-    density = _lines(run, "density", search | ticket)
-    temperature = _lines(run, "temperature", search)
-    shares = {"percent": True}
-    drawn = [
-        _curve(run, "Loss", "mean over the training examples, penalty included", loss),
-        _curve(run, "Validation accuracy", "of the search, then of retraining", soft + hard, **shares),
-        _curve(run, "Density", "maskable weights that hard masks keep", density, from_zero=True, **shares),
-        _curve(run, "Temperature", "higher makes masks harder", temperature, log=True),
-    ]
-    section.parts.extend(plot for plot in drawn if plot is not None)
-    if not soft + hard:
-        section.notes.append("No epoch has a validation accuracy: the run set no validation examples aside.")
-    return section
-
-
-def _lines(run: Run, key: str, looks: Mapping[str, tuple[str, str, str]]) -> list[Line]:
-    """A field of the metrics by epoch; retraining goes on where the search ends."""
-    lines = []
-    for phase, (label, color, dashes) in looks.items():
-        epochs = run.phase(phase)
-        before = 0 if phase == SEARCH else len(run.phase(SEARCH))
-        places = [before + 1.0 + index for index in range(len(epochs))]
-        lines.append(Line(label, places, numbers(epochs, key), color, dashes))
-    return [line for line in lines if np.isfinite(line.y).any()]
-
-
-def _curve(run: Run, title: str, remark: str, lines: Sequence[Line], **options: Any) -> Plot | None:
-    if not lines:
-        return None
-    name = title.lower().split()[-1]
-    figure = plots.curves(lines, x_label="epoch", y_label=title.lower(), spans=_spans(run), **options)
-    return plot(name, title, remark, f"{title} by epoch. {told(lines, percents='percent' in options)}", figure)
-
-
-def _spans(run: Run) -> list[Span]:
-    """Rounds on the x axis, and the retraining behind them."""
-    spans = []
-    start = 1
-    for number, group in itertools.groupby(run.phase(SEARCH), key=lambda epoch: epoch["round"]):
-        length = len(list(group))
-        spans.append(Span(f"round {number}", start, start + length - 1))
-        start += length
-    length = max(len(run.phase(phase)) for phase in (TICKET, *CONTROLS))
-    return spans + ([Span("retraining", start, start + length - 1)] if length else [])
-
-
-def _layers(run: Run) -> Section:
-    section = Section("Layers")
-    known = [
-        (epoch, shares) for epoch in run.epochs if epoch["phase"] not in CONTROLS and (shares := _layer_shares(epoch))
-    ]
-    if not known:
-        section.notes.append(f"{METRICS_FILE} holds no densities by layer.")
-        return section
-    last, shares = known[-1]
-    empty = [name for name, share in shares.items() if share == 0]
-    if empty:
-        named = ", ".join(empty[:10]) + " …" * (len(empty) > 10)
-        section.notes.append(f"{len(empty)} of {len(shares)} layers keep no weight: {named}.")
-    title = "the ticket" if last["phase"] == TICKET else f"round {last['round']}, epoch {last['epoch']}"
-    alt = f"Bars of the weights that {len(shares)} layers keep: {percent(min(shares.values()))} to "
-    alt += f"{percent(max(shares.values()))}."
-    figure = plots.bars([*shares], [*shares.values()])
-    section.parts.append(plot("layers", f"Density of each layer, {title}", "from input to output", alt, figure))
-    if run.phase(SEARCH):
-        section.parts.append(_layers_by_epoch(run, [*shares]))
-    section.parts.append(_layer_table(run, shares))
-    return section
-
-
-def _layer_shares(epoch: Epoch) -> dict[str, float]:
-    return {name: share for name, share in epoch.get("layer_density", {}).items() if share is not None}
-
-
-def _layers_by_epoch(run: Run, names: Sequence[str]) -> Plot:
-    by_epoch = [_layer_shares(epoch) for epoch in run.phase(SEARCH)]
-    table = np.array([[shares.get(name, math.nan) for shares in by_epoch] for name in names])
-    figure = plots.heat(names, table, [span for span in _spans(run) if span.label != "retraining"])
-    alt = f"The density of {len(names)} layers as colours, over {len(by_epoch)} epochs of the search."
-    title, remark = "Density of each layer over the search", "hard masks; brighter keeps more"
-    return plot("layers-by-epoch", title, remark, alt, figure)
-
-
-def _layer_table(run: Run, shares: Mapping[str, float]) -> Table:
-    sizes = run.scores.sizes if run.scores else {}
-
-    def row(name: str) -> list[str]:
-        kept = f"{round(shares[name] * sizes[name]):,} of {sizes[name]:,}" if name in sizes else "-"
-        return [name, kept, percent(shares[name])]
-
-    folded = len(shares) > LONG_TABLE
-    return Table("All layers in figures", ("Layer", "Weights kept", "Density"), [*map(row, shares)], folded=folded)
-
-
-def _score_section(run: Run) -> Section:
-    section = Section("Scores")
-    if run.scores is None or not run.scores.rounds:
-        section.notes.append(f"{SCORES_FILE} is missing or has no round yet.")
-        return section
-    section.texts.append(
-        "A weight is kept where its score is above 0 (dotted line). Before: at the round's start, after the reset. "
-        "After: at its end, before the next reset."
-    )
-    edges, rounds, _ = run.scores
-    counts = [counts for entry in rounds for counts in (entry.before, entry.after) if counts is not None]
-    filled = np.flatnonzero(np.sum(counts, axis=0))
-    bins = (int(filled[0]), int(filled[-1])) if filled.size else (0, len(edges) - 2)
-    for number, before, after in rounds:
-        if after is None:
-            section.notes.append(f"Round {number} has not ended: its scores are those of its start.")
-        figure = plots.histogram(edges, before, after, bins)
-        alt = f"Histogram of {before.sum():,} scores in round {number}. {_kept(edges, before, after)}"
-        section.parts.append(plot(f"scores-round-{number}", f"Round {number}", "weights by score", alt, figure))
-    return section
-
-
-def _kept(edges: np.ndarray, before: np.ndarray, after: np.ndarray | None) -> str:
-    shares = [
-        f"{percent(counts[edges[1:] > 0].sum() / max(1, counts.sum()))} above 0 {when}"
-        for counts, when in ((before, "before"), (after, "after"))
-        if counts is not None
-    ]
-    return ", ".join(shares) + "."
 
 
 def _test_section(run: Run) -> Section:

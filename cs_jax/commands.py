@@ -3,15 +3,17 @@
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
 from rich.console import Console
 
-from cs_jax import console, experiment, flags, run_directory
+from cs_jax import connectivity, console, experiment, flags, run_directory
 from cs_jax import ticket as tickets
 from cs_jax.checkpoints import Checkpoints
 from cs_jax.config import Config
@@ -25,8 +27,8 @@ from cs_jax.search import NonFiniteLossError, Problem
 from cs_jax.sweep import scheduler
 from cs_jax.sweep.display import SweepDisplay
 from cs_jax.sweep.places import find_places
-from cs_jax.sweep.results import read_results
-from cs_jax.sweep.spec import read_spec
+from cs_jax.sweep.results import read_results, read_tickets
+from cs_jax.sweep.spec import Spec, read_spec
 from cs_jax.tracking import TensorBoard, Tracker, Tracking
 
 MODULE = "python -m cs_jax"
@@ -185,6 +187,41 @@ def report(arguments: Sequence[str], *, prog: str) -> None:
         say(Console(), str(path))
 
 
+def connect(arguments: Sequence[str], *, prog: str) -> None:
+    """train a finished run's ticket twice, on other batches, and measure the line between the two"""
+    parser = _parser(prog, connect)
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a finished run")
+    parser.add_argument("--points", type=int, default=11, help="networks on the line, with its two ends (11)")
+    parser.add_argument("--seed", type=int, default=0, help="of the batches of the two trainings (0)")
+    given = parser.parse_args(arguments)
+    connectivity.check(points=given.points, seed=given.seed)
+    settings, begun = connectivity.read_run(given.run)
+    terminal, path = Console(), given.run / run_directory.CONNECTIVITY_FILE
+    with (
+        Interrupts() as watch,
+        console.warnings_as_lines(terminal),
+        run_directory.opened(settings, new=False) as directory,
+    ):
+        problem, data = experiment.prepare(settings)
+        directory.check_same(fingerprint(data))
+        try:
+            with console.ProgressDisplay(connectivity.for_display(settings), terminal) as display:
+                observers = Observers(display, watch)
+                found = connectivity.measure(
+                    settings, problem, data.test, begun, observers, points=given.points, seed=given.seed
+                )
+        except Stopped as stop:
+            stop.hint = "; nothing was written"
+            raise
+        with watch.held():  # a signal that comes now is too late
+            connectivity.write(path, found)
+            reported = (given.run / run_directory.REPORT_FILE).exists()
+            written = write_report(given.run)[:1] if reported else []
+    terminal.print(connectivity.describe(found))
+    for file in (path, *written):
+        say(terminal, str(file))
+
+
 def sweep(arguments: Sequence[str], *, prog: str) -> None:
     """run a grid of methods, densities and seeds that a file names, or go on with it"""
     parser = _sweep_parser(prog, sweep)
@@ -192,12 +229,12 @@ def sweep(arguments: Sequence[str], *, prog: str) -> None:
     given = parser.parse_args(arguments)
     if given.jobs is not None and given.jobs < 1:
         raise ConfigError(f"--jobs: got {given.jobs}, wanted at least 1")
-    spec = read_spec(given.spec)
-    directory = given.out or Path("sweeps") / spec.name
+    spec, directory = _read_sweep(given)
     scheduler.check_same(directory, spec)
+    jax.config.update("jax_platforms", "cpu")  # the accelerators are the workers': to look is to take their memory
     experiment.prepare(spec.runs[0].config)  # what every run would fail with is told at once
     waiting = [run for run in spec.runs if not scheduler.is_done(directory, run)]
-    terminal, hint = Console(), f"the same command goes on: {MODULE} sweep {given.spec}"
+    terminal, hint = Console(), f"the same command goes on: {_words('sweep', given)}"
     with Interrupts(), SweepDisplay(terminal, len(spec.runs), waiting) as display:
         try:
             places = find_places(given.jobs, len(waiting)) if waiting else []
@@ -207,7 +244,7 @@ def sweep(arguments: Sequence[str], *, prog: str) -> None:
             raise
     if failures:
         raise OSError(f"{len(failures)} of {len(spec.runs)} runs failed, first {next(iter(failures))}; {hint}")
-    say(terminal, f"{directory}: all {len(spec.runs)} runs are done; {MODULE} pareto {given.spec} compares them")
+    say(terminal, f"{directory}: all {len(spec.runs)} runs are done; {_words('pareto', given)} compares them")
 
 
 def pareto(arguments: Sequence[str], *, prog: str) -> None:
@@ -215,15 +252,19 @@ def pareto(arguments: Sequence[str], *, prog: str) -> None:
     from cs_jax import report as reports
 
     given = _sweep_parser(prog, pareto).parse_args(arguments)
-    spec = read_spec(given.spec)
-    directory = given.out or Path("sweeps") / spec.name
+    jax.config.update("jax_platforms", "cpu")  # what is read needs no accelerator, and a sweep may be using it
+    spec, directory = _read_sweep(given)
     results, missing = read_results(spec, directory)
     if not results:
-        raise ConfigError(f"{directory}: has no finished run yet, wanted one at least: {MODULE} sweep {given.spec}")
-    written, table = reports.write_pareto(spec.name, results, missing, directory, reference=spec.reference)
+        raise ConfigError(f"{directory}: has no finished run yet, wanted one at least: {_words('sweep', given)}")
+    tickets = [*read_tickets(spec, directory)]
+    written, table = reports.write_pareto(
+        spec.name, results, missing, directory, reference=spec.reference, tickets=tickets
+    )
     print(table)
     if missing:
-        say(Console(), f"{len(missing)} of {len(spec.runs)} runs are not done: {', '.join(missing[:5])} ...")
+        shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+        say(Console(), f"{len(missing)} of {len(spec.runs)} runs are not done: {shown}")
     for path in written:
         say(Console(), str(path))
 
@@ -233,6 +274,18 @@ def _sweep_parser(prog: str, command: Callable[..., None]) -> argparse.ArgumentP
     parser.add_argument("spec", type=Path, metavar="SPEC", help="TOML file: see docs/sweeps.md")
     parser.add_argument("--out", type=Path, help="folder of the sweep (sweeps/NAME, for a file NAME.toml)")
     return parser
+
+
+def _read_sweep(given: argparse.Namespace) -> tuple[Spec, Path]:
+    """The spec that was given, and the folder of its sweep."""
+    spec = read_spec(given.spec)
+    return spec, (given.out or Path("sweeps") / spec.name).expanduser()
+
+
+def _words(command: str, given: argparse.Namespace) -> str:
+    """The command, about the same sweep, as a shell takes it."""
+    out = [] if given.out is None else ["--out", str(given.out)]
+    return f"{MODULE} {command} {shlex.join([str(given.spec), *out])}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -257,6 +310,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "ticket": ticket,
     "verify": verify,
     "report": report,
+    "connect": connect,
     "sweep": sweep,
     "pareto": pareto,
 }

@@ -35,7 +35,8 @@ class SweepDisplay(Watcher):
             refresh_per_second=1 / REFRESH_SECONDS,
             transient=True,
         )
-        self._whole = self._bars.add_task("", total=sum(run.epochs for run in waiting))
+        self._epochs = sum(run.epochs for run in waiting)
+        self._whole = self._bars.add_task("", total=self._epochs)
         self._tasks: dict[int, bars.TaskID] = {}
         self._done: dict[str, int] = {}
         self._describe()
@@ -55,12 +56,15 @@ class SweepDisplay(Watcher):
         self._tasks[worker] = self._bars.add_task(run.name, total=run.epochs)
 
     def on_epoch(self, worker: int, run: Planned, epoch: int) -> None:
+        if run.name not in self._done:  # what an earlier sweep did says nothing of the time left
+            self._bars.reset(self._tasks[worker], completed=epoch - 1)
+            self._leave_out(epoch - 1)
+        self._bars.advance(self._whole, epoch - self._done.get(run.name, epoch - 1))
         self._bars.update(self._tasks[worker], completed=epoch)
-        self._bars.advance(self._whole, epoch - self._done.get(run.name, 0))
         self._done[run.name] = epoch
 
     def on_end(self, worker: int, run: Planned, ticket: Mapping[str, Any] | None, failure: str) -> None:
-        self._bars.advance(self._whole, run.epochs - self._done.get(run.name, 0))
+        self._leave_out(run.epochs - self._done.get(run.name, 0))
         self._bars.remove_task(self._tasks.pop(worker))
         self._ended += 1
         self._describe()
@@ -70,6 +74,11 @@ class SweepDisplay(Watcher):
             result = f"density {ticket['density']:.2%}, test {percent(ticket['test_accuracy'])}"
         line = f"{self._ended} of {self._total}  {run.name}: {result}"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _leave_out(self, epochs: int) -> None:
+        """Epochs that this sweep will not train."""
+        self._epochs -= epochs
+        self._bars.update(self._whole, total=self._epochs)
 
     def _describe(self) -> None:
         self._bars.update(self._whole, description=f"{self._ended} of {self._total} runs")

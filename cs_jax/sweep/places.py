@@ -37,7 +37,7 @@ def find_places(jobs: int | None, runs: int) -> list[Place]:
             )
         return [Place((), {})]
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    count = min(jobs or len(cores) or 1, runs)
+    count = min(jobs or len(cores) or os.cpu_count() or 1, runs)
     if count > len(cores):
         return [Place((), {})] * count
     return [Place(tuple(cores[number::count]), {}) for number in range(count)]

@@ -3,14 +3,28 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from cs_jax import trees
 from cs_jax.controls import DENSE
 from cs_jax.errors import ConfigError
 from cs_jax.pareto import Result
-from cs_jax.run_directory import SUMMARY_FILE
+from cs_jax.run_directory import SUMMARY_FILE, TICKET_FILE
 from cs_jax.sweep import scheduler
 from cs_jax.sweep.spec import Planned, Spec
+from cs_jax.ticket import load_ticket
+
+
+class SweptTicket(NamedTuple):
+    """Masks of a ticket that a run of the sweep has found."""
+
+    method: str
+    target: float | None  # density that was asked for; None where it was left to the dial
+    dial: float | None  # initial score, where it was the axis of the sweep
+    seed: int
+    masks: dict[str, np.ndarray]  # whether each weight is kept, by name of the masked array
 
 
 def read_results(spec: Spec, directory: Path) -> tuple[list[Result], list[str]]:
@@ -36,6 +50,25 @@ def read_results(spec: Spec, directory: Path) -> tuple[list[Result], list[str]]:
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"{path}: is damaged: {type(error).__name__} {error}") from error
     return results, missing
+
+
+def read_tickets(spec: Spec, directory: Path) -> Iterator[SweptTicket]:
+    """Tickets of the runs that have ended; the dense network, as a method of its own, is nobody's ticket.
+
+    Args:
+        spec: the grid.
+        directory: of the sweep.
+
+    Raises:
+        ConfigError: a ticket is missing or damaged; says which file.
+    """
+    for run in spec.runs:
+        folder = scheduler.folder_of(directory, run)
+        if run.config.method == DENSE or not (folder / SUMMARY_FILE).exists():
+            continue
+        leaves = trees.leaves_by_path(load_ticket(folder / TICKET_FILE).variables["masks"])
+        masks = {trees.name(path): np.asarray(mask) != 0 for path, mask in leaves.items()}
+        yield SweptTicket(run.variant, run.config.target_density, run.dial, run.config.seed, masks)
 
 
 def _results(run: Planned, summary: Mapping[str, Any]) -> Iterator[Result]:

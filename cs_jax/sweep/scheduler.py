@@ -1,5 +1,6 @@
 """Runs of a sweep, on as many devices or cores as there are, each in a process that runs one after another."""
 
+import contextlib
 import json
 import os
 import selectors
@@ -68,7 +69,9 @@ def check_same(directory: Path, spec: Spec) -> None:
     """
     path = directory / SPEC_FILE
     if not path.exists():
-        if directory.exists() and not (directory.is_dir() and all(map(files.is_temporary, directory.iterdir()))):
+        if directory.exists() and not directory.is_dir():
+            raise ConfigError(f"--out: got {directory}, which is a file, wanted a folder")
+        if directory.exists() and not all(map(_is_left_over, directory.iterdir())):
             raise ConfigError(f"--out: got {directory}, which is not empty and holds no sweep, wanted another folder")
         return
     try:
@@ -84,6 +87,11 @@ def check_same(directory: Path, spec: Spec) -> None:
         if changed:
             differences = ", ".join(f"{name} {now[name]} (was {before[name]})" for name in changed)
             raise ConfigError(f"{directory}: holds another sweep: {run.name} has {differences}; give another --out")
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether a sweep that was killed, or is about, before its spec was there can have made this."""
+    return path.name == LOCK_FILE or files.is_temporary(path)
 
 
 def run_sweep(spec: Spec, directory: Path, places: Sequence[Place], watcher: Watcher) -> dict[str, str]:
@@ -103,10 +111,16 @@ def run_sweep(spec: Spec, directory: Path, places: Sequence[Place], watcher: Wat
     check_same(directory, spec)
     directory.mkdir(parents=True, exist_ok=True)
     with Lock(directory / LOCK_FILE):
+        check_same(directory, spec)  # again: another process may have begun one meanwhile
+        files.write_whole(directory / SPEC_FILE, (json.dumps(spec.content, indent=2) + "\n").encode())
         for folder in (RUNS_FOLDER, LOGS_FOLDER):
             (directory / folder).mkdir(exist_ok=True)
-        files.write_whole(directory / SPEC_FILE, (json.dumps(spec.content, indent=2) + "\n").encode())
-        waiting = deque(run for run in spec.runs if not is_done(directory, run))
+        waiting: deque[Planned] = deque()
+        for run in spec.runs:
+            if is_done(directory, run):
+                _forget_checkpoints(directory, run)  # a sweep that was killed may not have come to it
+            else:
+                waiting.append(run)
         pool = _Pool(directory, waiting, watcher)
         try:
             for place in places[: len(waiting)]:
@@ -115,6 +129,11 @@ def run_sweep(spec: Spec, directory: Path, places: Sequence[Place], watcher: Wat
         finally:
             pool.close()
         return pool.failures
+
+
+def _forget_checkpoints(directory: Path, run: Planned) -> None:
+    """Of a run that is done: nothing is left to go on from."""
+    shutil.rmtree(folder_of(directory, run) / run_directory.CHECKPOINTS_FOLDER, ignore_errors=True)
 
 
 class _Pool:
@@ -164,8 +183,8 @@ class _Pool:
     def _end(self, worker: "_Worker", run: Planned, ticket: Mapping[str, Any] | None, failure: str) -> None:
         if ticket is None:
             self.failures[run.name] = failure
-        else:  # nothing is left to go on from
-            shutil.rmtree(folder_of(self._directory, run) / run_directory.CHECKPOINTS_FOLDER, ignore_errors=True)
+        else:
+            _forget_checkpoints(self._directory, run)
         self._watcher.on_end(worker.number, run, ticket, failure)
 
     def _replace(self, worker: "_Worker") -> None:
@@ -175,7 +194,7 @@ class _Pool:
             self._end(worker, worker.run, None, f"its process ended with exit code {code}; see {worker.log}")
             if self._waiting:
                 self.add(worker.place)
-        elif code:
+        elif not worker.has_answered:
             raise OSError(f"a worker ended with exit code {code} before its first run; see {worker.log}")
 
 
@@ -185,6 +204,7 @@ class _Worker:
     def __init__(self, number: int, place: Place, directory: Path) -> None:
         self.number, self.place, self._directory = number, place, directory
         self.run: Planned | None = None
+        self.has_answered = False
         self.log = directory / LOGS_FOLDER / f"worker{number}.txt"
         words = [sys.executable, "-m", "cs_jax.sweep.worker"]
         with open(self.log, "ab") as log:
@@ -206,21 +226,28 @@ class _Worker:
         settings = {**config_module.to_json(run.config), "out": str(folder_of(self._directory, run))}
         job = {"config": settings, "log": str(self._directory / LOGS_FOLDER / f"{run.name}.txt")}
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(job).encode() + b"\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has died, which the end of its answers tells
+            self._process.stdin.write(json.dumps(job).encode() + b"\n")
+            self._process.stdin.flush()
 
     def read(self, hear: Callable[["_Worker", dict[str, Any]], None]) -> bool:
         """Passes on what it has said; whether it may say more."""
         part = os.read(self.answers.fileno(), 1 << 16)
         *lines, self._rest = (self._rest + part).split(b"\n")
         for line in lines:
+            self.has_answered = True
             hear(self, json.loads(line))
         return bool(part)
 
     def dismiss(self) -> None:
         """Lets it leave, after saving what it is at."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # what it was to do and, dead by then, has not read
+            self._process.stdin.close()
 
     def wait(self) -> int:
-        return self._process.wait()
+        """Its exit code, once it has left."""
+        code = self._process.wait()
+        self.dismiss()
+        self.answers.close()
+        return code

@@ -3,6 +3,7 @@
 import itertools
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,16 @@ LISTS: dict[str, tuple[type, ...]] = {
 KEYS = ("preset", *LISTS, "reference", "settings", "method")
 """What a spec can hold, at its top."""
 
-OF_THE_GRID = ("preset", "seed", "method", "target_density", "mask_initial_value", "out", "resume")
-"""Settings that the grid sets, or the sweep."""
+OF_THE_GRID = {
+    "preset": "preset above the tables",
+    "seed": "seeds above the tables, a list",
+    "method": "methods above the tables, a list",
+    "target_density": "densities above the tables, a list",
+    "mask_initial_value": "initial_scores above the tables, a list",
+    "out": "--out of the command, for all runs",
+    "resume": "the same command again, which goes on",
+}
+"""Settings that the grid sets, or the sweep, and what to give in their place."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ def make_spec(name: str, content: Mapping[str, Any]) -> Spec:
     if "densities" in content and "initial_scores" in content:
         raise ConfigError("initial_scores: got them beside densities, wanted one of the two")
     preset = content.get("preset", config_module.DEFAULT_PRESET)
-    if preset not in PRESETS:
+    if preset not in list(PRESETS):  # of any type, hashable or not
         raise ConfigError(f"preset: got {preset!r}, wanted {one_of(str(preset), PRESETS)}")
     for table in ("settings", "method"):
         if not isinstance(content.get(table, {}), dict):
@@ -99,6 +108,9 @@ def make_spec(name: str, content: Mapping[str, Any]) -> Spec:
     if "reference" in content and reference not in content["methods"]:
         raise ConfigError(f"reference: got {reference!r}, wanted {one_of(str(reference), content['methods'])}")
     runs = tuple(run for variant in content["methods"] for run in _runs(content, preset, variant))
+    ((name_of_most, most),) = Counter(run.name for run in runs).most_common(1)
+    if most > 1:
+        raise ConfigError(f"spec: got {most} runs that are called {name_of_most}, wanted names that differ")
     return Spec(name, content, runs, reference)
 
 
@@ -111,12 +123,14 @@ def _runs(content: Mapping[str, Any], preset: str, variant: str) -> Iterator[Pla
         raise ConfigError(f"method.{variant}: got {own!r}, wanted a table")
     own = dict(own)
     method = own.pop("method", variant)
-    if method not in METHODS:
+    if method not in list(METHODS):
         wanted = f"wanted {one_of(str(method), METHODS)}, or a [method.{variant}] that says its method"
         raise ConfigError(f"methods: got {method!r}, {wanted}")
     settings = {**content.get("settings", {}), **own}
     known = [name for name in config_module.to_json(Config()) if name not in OF_THE_GRID]
     for table, given in (("settings", content.get("settings", {})), (f"method.{variant}", own)):
+        for key in filter(OF_THE_GRID.__contains__, given):
+            raise ConfigError(f"{table}: got {key}, which is not for a table, wanted {OF_THE_GRID[key]}")
         _check_keys(table, given, known)
     base = {
         **config_module.to_json(PRESETS[preset]),

@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 from rich.console import Console
 
-from cs_jax import commands, config
+from cs_jax import commands, config, run_directory
 from cs_jax.errors import ConfigError
 from cs_jax.interrupts import Stopped
 from cs_jax.lock import LockedError
@@ -57,18 +57,24 @@ def main() -> int:
 def _jobs() -> Iterator[dict[str, Any]]:
     """Lines of the input. At its end a run under way gets SIGTERM, which saves it."""
     jobs: queue.Queue[dict[str, Any] | None] = queue.Queue()
-    busy = threading.Event()
+    busy, ended = threading.Event(), threading.Event()
 
     def listen() -> None:
-        for line in sys.stdin:
-            jobs.put(json.loads(line))
-        jobs.put(None)
-        if busy.is_set():
-            os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            with open(0, "rb", buffering=0, closefd=False) as lines:  # sys.stdin's lock would outlast the interpreter
+                for line in lines:
+                    jobs.put(json.loads(line))
+        finally:
+            ended.set()
+            jobs.put(None)
+            if busy.is_set():
+                os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=listen, daemon=True).start()
     while (job := jobs.get()) is not None:
         busy.set()
+        if ended.is_set():  # after the job came: the listener may not have seen that this one is busy
+            return
         yield job
         busy.clear()
 
@@ -77,9 +83,11 @@ def _answer(job: Mapping[str, Any], answers: IO[str]) -> dict[str, Any]:
     """What came of a run: its result, or why there is none."""
     started = time.monotonic()
     settings = config.from_json(job["config"])
+    path = settings.run_directory
     with open(job["log"], "a") as log:
         terminal = Console(file=log, width=120)
         while True:
+            had_begun = run_directory.holds_run(path)
             try:
                 summary = commands.run(settings, trackers=[Reporter(answers)], terminal=terminal)
                 return {"done": summary["ticket"]}
@@ -90,7 +98,9 @@ def _answer(job: Mapping[str, Any], answers: IO[str]) -> dict[str, Any]:
                     return {"failed": str(error)}
                 time.sleep(0.5)
             except (ConfigError, NonFiniteLossError, OSError) as error:
-                return {"failed": " ".join(str(error).split())}
+                begun_meanwhile = run_directory.holds_run(path) and not had_begun and isinstance(error, ConfigError)
+                if not begun_meanwhile:  # by a worker of an earlier sweep
+                    return {"failed": " ".join(str(error).split())}
 
 
 if __name__ == "__main__":

@@ -29,12 +29,13 @@ OF_THE_GRID = {
     "preset": "preset above the tables",
     "seed": "seeds above the tables, a list",
     "method": "methods above the tables, a list",
-    "target_density": "densities above the tables, a list",
-    "mask_initial_value": "initial_scores above the tables, a list",
     "out": "--out of the command, for all runs",
     "resume": "the same command again, which goes on",
 }
 """Settings that the grid sets, or the sweep, and what to give in their place."""
+
+DIALS = {"densities": "target_density", "initial_scores": "mask_initial_value"}
+"""Axes that may be there, and the settings that are theirs then."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,11 @@ def _runs(content: Mapping[str, Any], preset: str, variant: str) -> Iterator[Pla
         wanted = f"wanted {one_of(str(method), METHODS)}, or a [method.{variant}] that says its method"
         raise ConfigError(f"methods: got {method!r}, {wanted}")
     settings = {**content.get("settings", {}), **own}
-    known = [name for name in config_module.to_json(Config()) if name not in OF_THE_GRID]
+    taken = OF_THE_GRID | {DIALS[axis]: f"{axis} alone, which are there" for axis in DIALS if axis in content}
+    known = [name for name in config_module.to_json(Config()) if name not in taken]
     for table, given in (("settings", content.get("settings", {})), (f"method.{variant}", own)):
-        for key in filter(OF_THE_GRID.__contains__, given):
-            raise ConfigError(f"{table}: got {key}, which is not for a table, wanted {OF_THE_GRID[key]}")
+        for key in filter(taken.__contains__, given):
+            raise ConfigError(f"{table}: got {key}, which is not for a table, wanted {taken[key]}")
         _check_keys(table, given, known)
     base = {
         **config_module.to_json(PRESETS[preset]),
@@ -141,8 +143,8 @@ def _runs(content: Mapping[str, Any], preset: str, variant: str) -> Iterator[Pla
         "method": method,
     }
     for value, seed in itertools.product(_axis(content, method), content["seeds"]):
-        key, shown = ("target_density", "density") if "densities" in content else ("mask_initial_value", "score")
-        given = {} if value is None else {key: float(value)}
+        axis, shown = ("densities", "density") if "densities" in content else ("initial_scores", "score")
+        given = {} if value is None else {DIALS[axis]: float(value)}
         middle = "" if value is None else f"-{shown}{value:g}"
         name = f"{variant}{middle}-seed{seed}"
         try:
@@ -175,7 +177,9 @@ def _check_list(content: Mapping[str, Any], key: str, kinds: tuple[type, ...]) -
         if not isinstance(value, kinds) or isinstance(value, bool):
             wanted = {str: "names", int: "whole numbers"}.get(kinds[0], "numbers") if len(kinds) == 1 else "numbers"
             raise ConfigError(f"{key}: got {value!r}, wanted {wanted}")
+        if key != "methods" and not abs(value) < 2**64:
+            raise ConfigError(f"{key}: got {value!r:.40}, wanted finite numbers of a usual size")
         if key == "densities" and not 0 < value <= 1:
-            raise ConfigError(f"{key}: got {value:g}, wanted shares above 0 and at most 1")
+            raise ConfigError(f"{key}: got {value!r}, wanted shares above 0 and at most 1")
         if values.count(value) > 1:
             raise ConfigError(f"{key}: got {value!r} twice, wanted each once")

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from cs_jax import files, search, trees
+from cs_jax import files, masks, methods, search, training, trees
 from cs_jax.config import Config
 from cs_jax.errors import ConfigError
 from cs_jax.methods import REWIND
@@ -330,9 +330,11 @@ def abstract_state(config: Config, problem: Problem, phase: str) -> TrainState:
     """Shapes and dtypes of the state in a phase."""
 
     def make() -> TrainState:
-        if phase == SEARCH:
-            return search.init_state(config, problem)
-        return search.fixed_state(problem, problem.init_ticket())
+        state = search.fixed_state(problem, problem.init_ticket())
+        if phase != SEARCH or not methods.of(config).learns_masks:
+            return state
+        scores = masks.init_scores(state.masks, 0.0)
+        return training.init_state(problem.recipe, state.params, state.batch_stats, scores=scores, masks={})
 
     return jax.eval_shape(make)
 

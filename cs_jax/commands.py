@@ -232,7 +232,7 @@ def sweep(arguments: Sequence[str], *, prog: str) -> None:
     spec, directory = _read_sweep(given)
     scheduler.check_same(directory, spec)
     jax.config.update("jax_platforms", "cpu")  # the accelerators are the workers': to look is to take their memory
-    experiment.prepare(spec.runs[0].config)  # what every run would fail with is told at once
+    experiment.check_all(run.config for run in spec.runs)  # before anything is written
     waiting = [run for run in spec.runs if not scheduler.is_done(directory, run)]
     terminal, hint = Console(), f"the same command goes on: {_words('sweep', given)}"
     with Interrupts(), SweepDisplay(terminal, len(spec.runs), waiting) as display:

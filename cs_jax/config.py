@@ -182,16 +182,16 @@ class Config:
 
     def _check_method(self) -> None:
         self._check_choice("method", METHODS)
-        found_by, name = METHODS[self.method], f"of --method {self.method}"
+        found_by = METHODS[self.method]
         if self.after is not None:
             self._check_choice("after", AFTERS)
-            wanted = f"{' or '.join(found_by.afters)} {name}"
+            wanted = f"{' or '.join(found_by.afters)} with --method {self.method}, {found_by.why_these}"
             self._check("after", self.after in found_by.afters, wanted)
         wants, target = found_by.wants_target, self.target_density
-        self._check("target_density", target is not None or not wants, f"a share above 0 and at most 1, for {name[3:]}")
-        self._check(
-            "target_density", target is None or wants is not False, f"none beside {name[3:]}, which prunes nothing"
-        )
+        named = f"--method {self.method}"
+        self._check("target_density", target is not None or not wants, f"a share above 0 and at most 1, for {named}")
+        prunes = wants is not False
+        self._check("target_density", target is None or prunes, f"none beside {named}, which prunes nothing")
         rate = self.prune_rate
         self._check("prune_rate", rate is None or 0 < rate < 1, "a share above 0 and below 1")
         takers = " or ".join(other for other, method in METHODS.items() if method.takes_rate)
@@ -201,6 +201,8 @@ class Config:
             if control not in CONTROLS:
                 raise ConfigError(f"--controls: got {control!r}, wanted {one_of(control, CONTROLS)}")
         self._check("controls", len(set(self.controls)) == len(self.controls), "each of them once")
+        beside_itself = self.controls and self.method == DENSE
+        self._check("controls", not beside_itself, "none beside --method dense: give --controls with nothing behind it")
         others = [control for control in self.controls if control != DENSE]
         if others and self.retraining == NONE:
             raise ConfigError(
@@ -293,6 +295,9 @@ KINDS: dict[Any, str] = {
     tuple[str, ...]: "names",
     tuple[int, ...]: "whole numbers",
     tuple[float, ...]: "numbers",
+    Path | None: "a path",
+    Literal["paper", "released"]: "paper or released",
+    Literal["global", "layer"]: "global or layer",
 }
 """What a field of a type wants, in words."""
 

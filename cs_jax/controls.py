@@ -1,6 +1,6 @@
 """Networks trained beside a ticket, each with one thing about it changed: what the ticket owes to that.
 
-They train as a ticket does that is rewound, with the learning rate from its start, also beside one that is fine-tuned.
+Beside a ticket that is fine-tuned, those of `FRESH` weights have the whole schedule all the same.
 """
 
 from collections.abc import Callable
@@ -69,11 +69,14 @@ def random(config: "Config", problem: "Problem", ticket: Ticket) -> Ticket:
     return ticket._replace(masks=trees.nest(masks))
 
 
-DENSE = "dense"
+DENSE, REINIT = "dense", "reinit"
+
+FRESH = (DENSE, REINIT)
+"""Controls whose weights are new."""
 
 CONTROLS: dict[str, Callable[["Config", "Problem", Ticket], Ticket]] = {
     DENSE: dense,
-    "reinit": reinit,
+    REINIT: reinit,
     "shuffled": shuffled,
     "random": random,
 }

@@ -1,5 +1,6 @@
 """The whole experiment: data and network from a config, search, retraining, comparison, and the summary of it all."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -43,6 +44,7 @@ def prepare(config: Config) -> tuple[Problem, Data]:
     problem = Problem(recipe, data.train, data.validation, jax.random.key(config.seed))
     try:
         jax.eval_shape(lambda: _smallest_step(config, problem))
+        multiply_adds(problem.recipe.model, problem.train.images.shape[1:])
     except (TypeError, ValueError, ZeroDivisionError) as error:
         shape = data.train.images.shape[1:]
         reason = str(error).splitlines()[0]
@@ -54,11 +56,28 @@ def prepare(config: Config) -> tuple[Problem, Data]:
     return problem, data
 
 
+def check_all(configs: Iterable[Config]) -> None:
+    """Refuses what any of many runs would be refused for, as `prepare` does, but reads shared data once.
+
+    Raises:
+        ConfigError: as `prepare`, of the first that cannot be trained.
+    """
+    problems: dict[Any, Problem] = {}
+    for config in configs:
+        data = (config.dataset, config.data_dir, config.val_set_size, config.max_train_examples)
+        step = (*data, config.model, config.augment, config.batch_size)
+        if step not in problems:
+            problems[step], _ = prepare(config)
+        _check_target(config, problems[step])
+
+
 def _check_target(config: Config, problem: Problem) -> None:
     """Refuses a density that the network cannot have: the least, which is that of the last round."""
     density = methods.of(config).density(config, config.rounds - 1)
     try:
-        selection(config, jax.eval_shape(lambda: problem.init_variables()["masks"]), density)
+        chosen = selection(config, jax.eval_shape(lambda: problem.init_variables()["masks"]), density)
+        if any(budget.keep == 0 for budget in chosen.budgets):
+            raise ValueError(f"keeps none of {chosen.size} weights, wanted one at least")
     except ValueError as error:
         reason = str(error).removeprefix("target_density: ").replace("allow_empty_layers=True", "--allow-empty-layers")
         target, rounds = config.target_density, config.rounds

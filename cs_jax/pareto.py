@@ -1,7 +1,7 @@
 """Accuracy against density over a sweep: means, deviations, paired differences and what they are worth.
 
-Equal seeds share the split of the data, the initial weights and the order of batches, so two networks are compared seed
-by seed, which takes out most of what seeds differ in.
+Equal seeds share the split of the data, the initial weights and, in equal rounds, the order of batches, so two networks
+are compared seed by seed, which takes out most of what seeds differ in.
 """
 
 import statistics
@@ -97,7 +97,10 @@ def summarize(results: Sequence[Result], *, reference: str = "imp") -> list[Cell
     """
     groups = _grouped(results)
     cells = [_cell(key, groups, reference) for key in _ordered(groups)]
-    families = {is_control: iter(holm(family(cells, is_control))) for is_control in (False, True)}
+    families = {
+        is_control: iter(holm(family(cells, is_control), tests=count_tests(cells, is_control)))
+        for is_control in (False, True)
+    }
     return [
         cell if cell.p is None else cell._replace(p_adjusted=next(families[cell.control is not None])) for cell in cells
     ]
@@ -108,8 +111,17 @@ def family(cells: Iterable[Cell], is_control: bool) -> list[float]:
     return [cell.p for cell in cells if cell.p is not None and (cell.control is not None) == is_control]
 
 
-def holm(values: Sequence[float]) -> list[float]:
+def count_tests(cells: Iterable[Cell], is_control: bool) -> int:
+    """Comparisons of a family over two seeds at least: also those whose differences have no spread to test them by."""
+    return sum(cell.pairs > 1 and (cell.control is not None) == is_control for cell in cells)
+
+
+def holm(values: Sequence[float], tests: int | None = None) -> list[float]:
     """p-values adjusted for their number, in their order: below 0.05, no more than one family in twenty errs at all.
+
+    Args:
+        values: p-values.
+        tests: how many there would be; those that are not among the values count as well. None is their number.
 
     References:
         Holm, 1979, A simple sequentially rejective multiple test procedure.
@@ -117,9 +129,9 @@ def holm(values: Sequence[float]) -> list[float]:
     >>> holm([0.03, 0.01, 0.04])
     [0.06, 0.03, 0.06]
     """
-    adjusted, least = [0.0] * len(values), 0.0
+    adjusted, least, tests = [0.0] * len(values), 0.0, max(len(values), tests or 0)
     for place, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
-        least = max(least, min(1.0, (len(values) - place) * values[index]))
+        least = max(least, min(1.0, (tests - place) * values[index]))
         adjusted[index] = least
     return adjusted
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 import cs_jax
@@ -186,6 +187,26 @@ class RunDirectory(Observer):
                 "start anew"
             )
 
+        self._check_beside(progress)
+
+    def _check_beside(self, progress: Progress | None) -> None:
+        """Refuses files that lack what phases before have found, which nothing could make again."""
+        if progress is None:
+            return
+        lacking = []
+        again = progress.round if progress.epoch == self._config.epochs else None  # whose masks are written once more
+        found = {name.partition("/")[0] for name in self._read_masks()}
+        if any(str(number) not in found for number in range(len(progress.round_ends)) if number != again):
+            lacking.append(MASKS_FILE)
+        if progress.phase in self._config.controls:
+            done = self._config.controls[: self._config.controls.index(progress.phase)]
+            lacking += [CONTROLS_FILE for name in done if name not in self.read_controls()]
+        if lacking:
+            raise ConfigError(
+                f"{self.path}: its {lacking[0]} lacks what has been found before; remove {CHECKPOINTS_FOLDER} there to "
+                "start anew"
+            )
+
     def on_phase_start(self, progress: Progress) -> None:
         if progress.state.scores and progress.epoch == progress.step == 0:
             self._add_scores(progress, "start")
@@ -213,13 +234,18 @@ class RunDirectory(Observer):
 
     def _add_masks(self, progress: Progress) -> None:
         """Adds the masks that a round has ended with, after those of the rounds before it."""
-        path, number = self.path / MASKS_FILE, progress.number(self._config)
-        arrays = safetensors.numpy.load_file(path) if number and path.exists() else {}
-        arrays |= {
-            f"{number}/{trees.name(leaf)}": np.asarray(bits)
-            for leaf, bits in trees.leaves_by_path(progress.kept).items()
-        }
-        files.write_whole(path, safetensors.numpy.save(arrays))
+        number = progress.number(self._config)
+        arrays = self._read_masks() if number else {}
+        found = trees.leaves_by_path(progress.kept)
+        arrays |= {f"{number}/{trees.name(leaf)}": np.asarray(bits) for leaf, bits in found.items()}
+        files.write_whole(self.path / MASKS_FILE, safetensors.numpy.save(arrays))
+
+    def _read_masks(self) -> dict[str, np.ndarray]:
+        """Packed masks of the rounds so far, by round and name; nothing where they cannot be read."""
+        try:
+            return safetensors.numpy.load_file(self.path / MASKS_FILE)
+        except (OSError, safetensors.SafetensorError):
+            return {}
 
     def _rounds(self) -> list[dict[str, Any]]:
         """What scores.json has of each round; nothing where it cannot be read."""
@@ -245,9 +271,12 @@ class RunDirectory(Observer):
         files.write_whole(self.path / PREDICTIONS_FILE, safetensors.numpy.save(dict(arrays)))
 
     def read_controls(self) -> dict[str, Any]:
-        """What `write_controls` wrote; {} where there is none."""
-        path = self.path / CONTROLS_FILE
-        return json.loads(path.read_text()) if path.exists() else {}
+        """What `write_controls` wrote; {} where it cannot be read."""
+        try:
+            results = json.loads((self.path / CONTROLS_FILE).read_text())
+        except (OSError, ValueError):
+            return {}
+        return results if isinstance(results, dict) else {}
 
     def write_controls(self, results: Mapping[str, Any]) -> None:
         self._write_json(CONTROLS_FILE, results)

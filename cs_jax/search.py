@@ -18,6 +18,7 @@ from jax import lax
 
 from cs_jax import masks, methods, schedules, training, trees
 from cs_jax.config import Config
+from cs_jax.controls import FRESH
 from cs_jax.images import ImageSet
 from cs_jax.methods import FINETUNE, NONE, REWIND
 from cs_jax.progress import SEARCH, TICKET, EpochRecord, Observer, Progress, Snapshot, Ticket
@@ -186,10 +187,10 @@ def _epoch(config: Config, problem: Problem, progress: Progress, observer: Obser
     if progress.round == 0 and progress.epoch == config.rewind_epoch and progress.snapshot is None:
         progress = progress._replace(snapshot=take_snapshot(progress.state))
     progress = _steps(config, problem, progress, observer)
-    state = progress.state
+    started, state = time.perf_counter(), progress.state
     if progress.round is not None:
         state = methods.of(config).end_epoch(config, state, progress.round, progress.epoch)
-    record, kept = _record(config, problem, progress, state, observer)
+    record, kept = _record(config, problem, progress, state, started, observer)
     epoch, ends = progress.epoch + 1, progress.round_ends
     if progress.phase == SEARCH and epoch == config.epochs:
         ends = (*ends, record)
@@ -227,10 +228,10 @@ def _steps(config: Config, problem: Problem, progress: Progress, observer: Obser
 
 
 def _record(
-    config: Config, problem: Problem, progress: Progress, state: TrainState, observer: Observer
+    config: Config, problem: Problem, progress: Progress, state: TrainState, started: float, observer: Observer
 ) -> tuple[EpochRecord, PyTree]:
-    """What is reported of an epoch whose steps are done, and the masks that the next one is compared with."""
-    started, epoch = time.perf_counter(), progress.epoch
+    """What is reported of an epoch whose steps were done when it `started`, and the masks that it leaves."""
+    epoch = progress.epoch
     metrics = step_figures(progress)
     sizes = np.full(metrics.loss.shape, config.batch_size)
     sizes[-1] = len(problem.train) - sizes[:-1].sum()
@@ -244,7 +245,7 @@ def _record(
         phase=progress.phase,
         round=progress.round,
         epoch=epoch,
-        temperature=float(hyper.temperature) if searching and methods.of(config).learns_masks else None,
+        temperature=float(hyper.temperature) if searching and methods.of(config).anneals else None,
         learning_rate=float(hyper.learning_rate),
         loss=float(np.average(metrics.loss, weights=sizes)),
         penalty=float(np.average(metrics.penalty, weights=sizes)),
@@ -289,8 +290,8 @@ def hyperparams(config: Config, phase: str, epoch: int) -> Hyperparams:
 
 
 def learning_rate(config: Config, phase: str, epoch: int) -> float:
-    """That of the weights: of the schedule, or where the ticket is fine-tuned the last of it."""
-    finetunes = phase == TICKET and config.retraining == FINETUNE
+    """That of the weights: of the schedule; where the ticket is fine-tuned, for trained weights the last of it."""
+    finetunes = config.retraining == FINETUNE and phase not in (SEARCH, *FRESH)
     return _scheduled(config, config.epochs - 1 if finetunes else epoch, config.lr)
 
 

@@ -121,10 +121,13 @@ def test_drops_after_the_last_epoch_and_no_drops_are_allowed() -> None:
             "--after finetine",
             "--after: got 'finetine', wanted one of rewind, finetune, lr-rewind, none (did you mean finetune?)",
         ),
-        ("--method supermask --after finetune", "--after: got finetune, wanted none of --method supermask"),
+        (
+            "--method supermask --after finetune",
+            "--after: got finetune, wanted none with --method supermask, whose weights are frozen",
+        ),
         (
             "--method snip --target-density 0.1 --after lr-rewind",
-            "--after: got lr-rewind, wanted rewind of --method snip",
+            "--after: got lr-rewind, wanted rewind with --method snip, which has no search to go on from",
         ),
         ("--scope layers", "invalid choice 'layers' for argument '--scope'. Expected one of ('global', 'layer')"),
         ("--method gmp", "--target-density: got None, wanted a share above 0 and at most 1, for --method gmp"),

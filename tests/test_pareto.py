@@ -164,6 +164,13 @@ def test_holm_multiplies_by_the_tests_left_and_never_falls():
     assert pareto.holm([]) == []
 
 
+def test_differences_without_a_spread_count_among_the_tests():
+    cells = pareto.summarize([*IMP, *CS, *trio("iss", [entry.test_accuracy - 0.4 for entry in IMP])])
+    alone = pareto.summarize([*IMP, *CS])
+    (p,) = (cell.p for cell in alone if cell.method == "cs")
+    assert [cell.p_adjusted for cell in cells if cell.method in ("cs", "iss")] == [pytest.approx(2 * p), None]
+
+
 def test_tickets_and_controls_are_adjusted_as_two_families():
     random = trio("cs", (0.80, 0.83, 0.81), control="random")
     once = made("snip", 0.9)
@@ -320,7 +327,7 @@ def test_an_empty_ticket_is_drawn_at_density_zero():
         (
             (0.93, 0.94, 0.95),
             "Most accurate on the test set: cs at 10%. "
-            "The lead over imp is not tested at 10% (0.05 level, Holm's correction for 0 tests).",
+            "The lead over imp is not tested at 10% (0.05 level, Holm's correction for 1 test).",
         ),
         ((0.92, 0.91, 0.90), "Most accurate on the test set: imp and cs at 10%."),
     ],

@@ -419,7 +419,7 @@ def damage_predictions(run: Path, **changes: Any) -> None:
         (lambda run: edit(run / "summary.json", seconds=10**400), "seconds: got 1000.*, wanted a finite number"),
         (lambda run: edit(run / "summary.json", classes=[1]), "classes: got 1, wanted text"),
         (lambda run: damage_metrics(run, density=1.5), "line 3, density: got 1.5, wanted a number from 0 to 1"),
-        (lambda run: damage_metrics(run, phase="sleep"), "line 3, phase: got 'sleep', wanted one of search, ticket"),
+        (lambda run: damage_metrics(run, phase=3), "line 3, phase: got 3, wanted text"),
         (lambda run: damage_metrics(run, round=None), "line 3, round: wanted a round of the search"),
         (lambda run: damage_metrics(run, loss=10**400), "line 3, loss: got 1000.*, wanted a finite number"),
         (lambda run: damage_metrics(run, loss=True), "line 3, loss: got True, wanted a finite number"),

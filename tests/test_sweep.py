@@ -126,6 +126,19 @@ def test_methods_without_a_density_have_one_run_a_seed() -> None:
     assert len(runs) == 6 and runs[0].config.target_density is None
 
 
+def test_a_dial_that_is_no_axis_is_a_setting_like_others() -> None:
+    runs = grid(methods=["cs"], densities=[0.5], settings={"mask_initial_value": 0.2}).runs
+    assert (runs[0].config.target_density, runs[0].config.mask_initial_value, runs[0].dial) == (0.5, 0.2, None)
+    assert grid(methods=["gmp"], settings={"target_density": 0.3}).runs[0].config.target_density == 0.3
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "examples" / "sweeps").glob("*.toml")), ids=lambda path: path.stem
+)
+def test_the_specs_among_the_examples_can_be_used(path: Path) -> None:
+    assert read_spec(path).runs
+
+
 def test_initial_scores_are_for_methods_that_learn_masks() -> None:
     runs = grid(methods=["cs", "imp"], initial_scores=[-0.1, 0, 0.25]).runs
     assert [(run.name, run.dial, run.config.mask_initial_value) for run in runs] == [
@@ -170,11 +183,14 @@ BASE = 'methods = ["cs", "imp"]\nseeds = [0]\n'
         (BASE + "[method]\ncs = 3", "method.cs: got 3, wanted a table"),
         (BASE + "settings = 3", "settings: got 3, wanted a table"),
         (BASE + "[settings]\nseed = 3", "settings: got seed, which is not for a table, wanted seeds above the tables*"),
-        (BASE + "[settings]\ntarget_density = 0.1", "settings: got target_density, *, wanted densities above the*"),
+        (
+            "densities = [0.5]\n" + BASE + "[settings]\ntarget_density = 0.1",
+            "settings: got target_density, *, wanted densities alone, which are there",
+        ),
         (BASE + "[method.cs]\nout = 'here'", "method.cs: got out, *, wanted --out of the command, for all runs"),
         (
-            BASE + "[method.cs]\nmask_initial_value = 0.1",
-            "method.cs: got mask_initial_value, *, wanted initial_scores*",
+            "initial_scores = [0.0]\n" + BASE + "[method.cs]\nmask_initial_value = 0.1",
+            "method.cs: got mask_initial_value, *, wanted initial_scores alone, which are there",
         ),
         (BASE + "[settings]\nmethod = 'imp'", "settings: got method, *, wanted methods above the tables, a list"),
         (BASE + "preset = 'digit'", "preset: got 'digit', wanted one of digits, * (did you mean digits?)"),
@@ -197,9 +213,9 @@ BASE = 'methods = ["cs", "imp"]\nseeds = [0]\n'
         ("methods = ['cs']\nseeds = [true]", "seeds: got True, wanted whole numbers"),
         ("methods = ['cs']\nseeds = [1, 1]", "seeds: got 1 twice, wanted each once"),
         ("methods = ['cs']\nseeds = [-1]", "cs-seed-1: --seed: got -1, wanted 0 to 4294967295"),
-        (BASE + "densities = [0.0]", "densities: got 0, wanted shares above 0 and at most 1"),
+        (BASE + "densities = [0.0]", "densities: got 0.0, wanted shares above 0 and at most 1"),
         (BASE + "densities = [0.1, 1.5]", "densities: got 1.5, wanted shares above 0 and at most 1"),
-        (BASE + "densities = [nan]", "densities: got nan, wanted shares above 0 and at most 1"),
+        (BASE + "densities = [nan]", "densities: got nan, wanted finite numbers of a usual size"),
         (BASE + "densities = ['0.1']", "densities: got '0.1', wanted numbers"),
         (BASE + "densities = [1, 1.0]", "densities: got 1 twice, wanted each once"),
         (BASE + "densities = []", "densities: got [], wanted a list"),
@@ -208,13 +224,13 @@ BASE = 'methods = ["cs", "imp"]\nseeds = [0]\n'
             "spec: got 2 runs that are called cs-density0.123457-seed0, wanted names that differ",
         ),
         (BASE + "densities = [0.1]\ninitial_scores = [0.1]", "initial_scores: got them beside densities, wanted one *"),
-        (BASE + "initial_scores = [inf]", "cs-scoreinf-seed0: --mask-initial-value: got inf, wanted a finite number *"),
+        (BASE + "initial_scores = [inf]", "initial_scores: got inf, wanted finite numbers of a usual size"),
         (BASE + "[settings]\nepochs = 'x'", "cs-seed0: settings have epochs 'x', wanted a whole number"),
         (BASE + "[settings]\nepochs = 0", "cs-seed0: --epochs: got 0, wanted at least 1"),
         (BASE + "[method.imp]\ncontrols = 'x'", "imp-seed0: settings have controls 'x', wanted names"),
         (
             "methods = ['cs', 'supermask']\nseeds = [3]\n[settings]\nafter = 'finetune'",
-            "supermask-seed3: --after: got finetune, wanted none of --method supermask",
+            "supermask-seed3: --after: got finetune, wanted none with --method supermask, whose weights are frozen",
         ),
         ("methods = ['imp', 'gmp']\nseeds = [0]", "gmp-seed0: --target-density: got None, wanted a share above 0 *"),
         (BASE + "[settings", "is no TOML: *"),

@@ -28,6 +28,7 @@ class ContinuousSparsification(Method):
     """
 
     learns_masks = True
+    anneals = True
 
     def density(self, config: "Config", round: int) -> float | None:
         target = config.target_density

@@ -10,5 +10,6 @@ class Dense(Method):
     """
 
     afters = (REWIND,)
+    why_these = "which has no search to go on from"
     wants_target = False
     searches = False

@@ -25,7 +25,8 @@ class IterativeMagnitudePruning(Method):
     """A round trains, prunes the smallest of the weights that are left, and puts the others back to early values.
 
     The rate is the same in each round: that of the config, or the one which reaches the target in the last round.
-    The early values are those of the snapshot: initialisation where that is taken at epoch 0.
+    The early values are those of the snapshot: initialisation where that is taken at epoch 0. The learning rate starts
+    again with every round, from epoch 0 also where the values are later ones, as it does for every method here.
 
     References:
         Frankle and Carbin, "The Lottery Ticket Hypothesis", ICLR 2019, arXiv:1803.03635; Frankle et al., "Linear Mode

@@ -33,17 +33,21 @@ class Method:
 
     Attributes:
         afters: of `AFTERS`, which make sense; the first is the default.
+        why_these: alone, where not all do, as a clause about the method.
         wants_target: whether a target density is needed (True), taken (None) or has no meaning (False).
         takes_rate: whether a prune rate can stand in for the target density.
         searches: whether there are rounds; otherwise masks are found before any training.
-        learns_masks: whether a step changes masks; otherwise there is no penalty.
+        learns_masks: whether a step trains scores; otherwise masks are fixed in it, and there is no penalty.
+        anneals: whether masks have a temperature.
     """
 
     afters: ClassVar[tuple[str, ...]] = AFTERS
+    why_these: ClassVar[str] = "which the others make no sense with"
     wants_target: ClassVar[bool | None] = None
     takes_rate: ClassVar[bool] = False
     searches: ClassVar[bool] = True
     learns_masks: ClassVar[bool] = False
+    anneals: ClassVar[bool] = False
 
     def density(self, config: "Config", round: int) -> float | None:
         """Density that a round ends with; None where that is left to the search."""
@@ -119,8 +123,8 @@ def selection(config: "Config", masks: PyTree, density: float | None) -> Selecti
 def keep_highest(config: "Config", ranks: PyTree, density: float) -> PyTree:
     """Masks of 1 for the highest ranks, just as many as a density has, and of 0 for the others.
 
-    Of equal ranks the first ones are kept, in the order of arrays and entries. Each array keeps one at least, unless
-    the config allows empty ones.
+    Of equal ranks the first ones are kept, in the order of the arrays' names and of entries. Each array keeps one at
+    least, unless the config allows empty ones.
 
     Args:
         config: scope and empty layers.

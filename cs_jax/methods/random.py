@@ -22,6 +22,7 @@ class RandomPruning(Method):
     """
 
     afters = (REWIND,)
+    why_these = "which has no search to go on from"
     wants_target = True
     searches = False
 

@@ -34,6 +34,7 @@ class Snip(Method):
     """
 
     afters = (REWIND,)
+    why_these = "which has no search to go on from"
     wants_target = True
     searches = False
 

@@ -19,6 +19,7 @@ class Supermask(ContinuousSparsification):
     """
 
     afters = (NONE,)
+    why_these = "whose weights are frozen"
 
     def recipe(self, recipe: Recipe) -> Recipe:
         return dataclasses.replace(super().recipe(recipe), moves_weights=False)
@@ -32,6 +33,7 @@ class StochasticSupermask(IterativeStochasticSparsification):
     """
 
     afters = (NONE,)
+    why_these = "whose weights are frozen"
 
     def recipe(self, recipe: Recipe) -> Recipe:
         return dataclasses.replace(super().recipe(recipe), moves_weights=False)

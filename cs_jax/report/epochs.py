@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from cs_jax.controls import CONTROLS
 from cs_jax.progress import SEARCH, TICKET
 from cs_jax.report import plots
 from cs_jax.report.pages import Plot, Section, numbers, plot, told
@@ -23,7 +22,7 @@ def curves(run: Run) -> Section:
     search = {SEARCH: ("search", plots.BLUE, "-")}
     ticket = {TICKET: ("ticket", plots.ORANGE, "-")}
     looks = ((plots.GREY, "--"), (plots.GREEN, "-."), (plots.PURPLE, ":"), (plots.SKY, "-."))
-    controls = {name: (name, *look) for name, look in zip(CONTROLS, looks, strict=True)}
+    controls = {name: (name, *look) for name, look in zip(run.controls, itertools.cycle(looks), strict=False)}
     hard = by_epoch(run, "hard_accuracy", {SEARCH: ("hard masks", plots.BLUE, "-"), **ticket, **controls})
     soft = by_epoch(run, "soft_accuracy", {SEARCH: ("soft masks", plots.SKY, "--")})
     loss = by_epoch(run, "loss", search | ticket | controls)
@@ -69,5 +68,5 @@ def spans(run: Run) -> list[Span]:
         length = len(list(group))
         spans.append(Span(f"round {number}", start, start + length - 1))
         start += length
-    length = max(len(run.phase(phase)) for phase in (TICKET, *CONTROLS))
+    length = max(len(run.phase(phase)) for phase in (TICKET, *run.controls))
     return spans + ([Span("retraining", start, start + length - 1)] if length else [])

@@ -4,14 +4,14 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-from cs_jax.pareto import Cell, Result, family, front, peer, references, shown_epochs, shown_p, shown_target
+from cs_jax.controls import DENSE
+from cs_jax.pareto import Cell, Result, count_tests, front, peer, references, shown_epochs, shown_p, shown_target
 from cs_jax.report import overlaps, plots
 from cs_jax.report.overlaps import shown_share
 from cs_jax.report.pages import Page, Plot, Section, Table, percent, plot, points
 from cs_jax.report.plots import Band, Series
 from cs_jax.sweep.results import SweptTicket
 
-DENSE = "dense"  # the control that is not sparse
 LEVEL = 0.05
 TIE = 1e-9  # means of the same accuracies in another order may differ by their last digit
 
@@ -115,7 +115,7 @@ def _leads(cells: Sequence[Cell], targets: Sequence[float]) -> list[str]:
     """What the lead of the most accurate tickets over the reference is worth, or the reference's over the next."""
     if not references(cells):
         return ["None of them has been compared with a reference."]
-    reference, tests = references(cells)[0], len(family(cells, False))
+    reference, tests = references(cells)[0], count_tests(cells, False)
     found: dict[str, dict[str, list[str]]] = {}
     for target in targets:
         tickets = _of_target(cells, target)
@@ -288,12 +288,12 @@ def _differences(cells: Sequence[Cell]) -> Section | None:
     if not cells:
         return None
     section = Section("Figures and differences")
-    tickets, controls, seeds = len(family(cells, False)), len(family(cells, True)), max(cell.n for cell in cells)
+    tickets, controls, seeds = count_tests(cells, False), count_tests(cells, True), max(cell.n for cell in cells)
     section.texts += [
         "Points are the mean difference of test accuracies over the seeds that both networks have, in percentage "
         "points, with its 95% t interval; p is that of the two-sided paired t-test, then adjusted by Holm for "
         f"{_counted(tickets, 'test')} of tickets, and for {controls} of controls. Equal seeds share the split, the "
-        "initial weights and the order of batches.",
+        "initial weights and, in equal rounds, the order of batches.",
         f"With {_counted(seeds, 'seed')} only large differences can be told from chance: one that is not "
         "significant may still be there. Without a p there are fewer than two pairs, or their differences are all "
         "the same and not 0.",

@@ -7,7 +7,6 @@ import numpy as np
 
 from cs_jax import analysis
 from cs_jax.analysis import Overlap
-from cs_jax.controls import CONTROLS
 from cs_jax.progress import SEARCH, TICKET
 from cs_jax.report import plots
 from cs_jax.report.arrays import Bits, Masks
@@ -23,9 +22,8 @@ DECADES = 10.0  # from this ratio of the highest to the lowest on, a curve is dr
 
 def layers(run: Run) -> Section:
     section = Section("Layers")
-    known = [
-        (epoch, shares) for epoch in run.epochs if epoch["phase"] not in CONTROLS and (shares := _layer_shares(epoch))
-    ]
+    of_ticket = [epoch for epoch in run.epochs if epoch["phase"] in (SEARCH, TICKET)]
+    known = [(epoch, shares) for epoch in of_ticket if (shares := _layer_shares(epoch))]
     if not known:
         section.notes.append(f"{METRICS_FILE} holds no densities by layer.")
         return section

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class Settings(TypedDict):
 class Epoch(TypedDict):
     """A line of metrics.jsonl; null where a figure has no meaning."""
 
-    phase: Literal["search", "ticket", "dense", "reinit", "shuffled", "random"]
+    phase: str  # search, ticket or a control
     round: Count | None
     epoch: Count
     temperature: Temperature | None
@@ -165,6 +165,11 @@ class Run:
     connectivity: Connectivity | None
     summary: Summary | None
 
+    @property
+    def controls(self) -> list[str]:
+        """Networks trained beside the ticket."""
+        return self.settings.get("controls", [])
+
     def phase(self, name: str) -> list[Epoch]:
         return [epoch for epoch in self.epochs if epoch["phase"] == name]
 
@@ -188,7 +193,7 @@ class Run:
         phases = [(SEARCH, "The search", self.search_epochs)]
         if (self.settings.get("after") or self._method.afters[0]) != NONE:
             phases += [(TICKET, "The ticket's retraining", epochs)]
-        phases += [(name, f"The training of the control {name}", epochs) for name in self.settings.get("controls", ())]
+        phases += [(name, f"The training of the control {name}", epochs) for name in self.controls]
         notes = [f"The last line of {METRICS_FILE} is cut off, and left out."] if self.cut else []
         for phase, name, wanted in phases:
             done = len(self.phase(phase))

@@ -13,7 +13,6 @@ from PIL import Image
 
 from cs_jax import config as config_module
 from cs_jax.config import PRESETS, Config, flag
-from cs_jax.controls import CONTROLS
 from cs_jax.progress import SEARCH, TICKET
 from cs_jax.report import epochs, masks, plots
 from cs_jax.report.pages import Example, Page, Section, Table, Tile, percent, plot, points, shown
@@ -79,7 +78,7 @@ def _results(run: Run) -> Section:
     section = Section("Results", run.unfinished())
     if run.summary is not None:
         section.parts.append(_network_table(run.summary))
-    times = [(phase, run.phase(phase)) for phase in (SEARCH, TICKET, *CONTROLS) if run.phase(phase)]
+    times = [(phase, run.phase(phase)) for phase in (SEARCH, TICKET, *run.controls) if run.phase(phase)]
     if times:
         head = ("Phase", "Epochs", "Seconds", "Images a second")
         rows = [_time_row(phase, epochs) for phase, epochs in times]

@@ -87,10 +87,16 @@ def _result(run: Planned, control: str | None, network: Mapping[str, Any]) -> Re
         target=run.config.target_density,
         dial=run.dial,
         seed=run.config.seed,
-        density=network["density"],
-        test_accuracy=network["test_accuracy"],
+        density=_share(network["density"]),
+        test_accuracy=_share(network["test_accuracy"]),
         val_accuracy=network["val_accuracy"],
         epochs=network["epochs"],
         training_flops=network["training_flops"],
         seconds=network["seconds"],
     )
+
+
+def _share(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"got {value!r}, wanted a share in [0, 1]")
+    return value

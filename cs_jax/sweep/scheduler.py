@@ -76,7 +76,7 @@ def check_same(directory: Path, spec: Spec) -> None:
         return
     try:
         begun = make_spec(spec.name, json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: cannot be used: {' '.join(str(error).split())}") from error
     planned = {run.name: run.config for run in spec.runs}
     for run in begun.runs:

@@ -1,6 +1,7 @@
 """`python -m cs_jax`, signals, and runs that go on, as users meet them."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -20,7 +21,15 @@ import safetensors.numpy
 
 import cs_jax
 from cs_jax import commands, experiment, flags, run_directory
-from cs_jax.run_directory import METRICS_FILE, PREDICTIONS_FILE, SCORE_EDGES, SCORES_FILE, TICKET_FILE
+from cs_jax.run_directory import (
+    CONTROLS_FILE,
+    MASKS_FILE,
+    METRICS_FILE,
+    PREDICTIONS_FILE,
+    SCORE_EDGES,
+    SCORES_FILE,
+    TICKET_FILE,
+)
 from cs_jax.tracking import Tracker
 
 QUICK = "--model lenet300100 --epochs 2 --rounds 2 --rewind-epoch 1 --lr 0.01 --controls --no-report".split()
@@ -335,6 +344,35 @@ def test_scores_that_lack_rounds_are_told_before_anything_is_trained(
     (folder / SCORES_FILE).write_text(content)
     assert commands.main(["train", "--resume", str(folder)]) == 2
     assert f"{folder}: its scores.json lacks rounds that are done; remove checkpoints" in one_line(capsys)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}"])
+def test_masks_that_lack_rounds_are_told_before_anything_is_trained(
+    content: bytes | None, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = unfinished(run, tmp_path) / MASKS_FILE
+    path.unlink() if content is None else path.write_bytes(content)
+    assert commands.main(["train", "--resume", str(path.parent)]) == 2
+    told = "its masks.safetensors lacks what has been found before; remove checkpoints there to start anew"
+    assert f"{path.parent}: {told}" in one_line(capsys)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"reinit": {}}'])
+def test_results_of_controls_that_are_lost_are_told_before_anything_is_trained(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], run_with_controls: Path
+) -> None:
+    folder = unfinished(run_with_controls, tmp_path)
+    (folder / CONTROLS_FILE).write_text(content)
+    assert commands.main(["train", "--resume", str(folder)]) == 2
+    assert f"{folder}: its controls.json lacks what has been found before" in one_line(capsys)
+
+
+@pytest.fixture(scope="module")
+def run_with_controls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("controls") / "run"
+    settings = flags.parse([*QUICK, "--rounds", "1", "--out", str(folder)])
+    commands.run(dataclasses.replace(settings, controls=("dense", "reinit")))
+    return folder
 
 
 def test_without_a_checkpoint_a_run_begins_again_and_says_so(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import small
 
-from cs_jax import experiment, flags, search
+from cs_jax import commands, experiment, flags, search
 from cs_jax.config import Config
 from cs_jax.controls import CONTROLS, DENSE
 from cs_jax.data import Data
@@ -239,3 +239,11 @@ def test_a_control_is_added_by_one_line(problem: Problem, tmp_path: Path, monkey
     assert summary["controls"]["first-half"]["density"] == 0.5
     assert [line["density"] for line in metrics] == [0.2, 0.2, 0.5, 0.5]
     assert_equal(phases.starts["first-half"].params, phases.starts["ticket"].params)
+
+
+def test_a_control_of_ones_own_is_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CONTROLS, "first-half", first_half)
+    words = "--model lenet300100 --method snip --target-density 0.2 --epochs 2 --rewind-epoch 0 --lr 0.01 --controls"
+    settings = flags.parse([*words.split(), "first-half", "--out", str(tmp_path / "run")])
+    commands.run(settings)
+    assert "first-half" in (tmp_path / "run" / "report.html").read_text()

@@ -1,37 +1,30 @@
 """The commands `python -m cs_jax COMMAND`: what each does between its words and its exit code."""
 
-import argparse
 import contextlib
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jax
 from rich.console import Console
 
 from cs_jax import connectivity, console, experiment, flags, run_directory
 from cs_jax import ticket as tickets
 from cs_jax.checkpoints import Checkpoints
 from cs_jax.config import Config
+from cs_jax.console import say
 from cs_jax.data import Data, fingerprint
 from cs_jax.errors import ConfigError, one_of
+from cs_jax.flags import MODULE, command_parser
 from cs_jax.health import Health
 from cs_jax.interrupts import Interrupts, Stopped
 from cs_jax.progress import Observer, Observers
 from cs_jax.run_directory import RunDirectory
 from cs_jax.search import NonFiniteLossError, Problem
-from cs_jax.sweep import scheduler
-from cs_jax.sweep.display import SweepDisplay
-from cs_jax.sweep.places import find_places
-from cs_jax.sweep.results import read_results, read_tickets
-from cs_jax.sweep.spec import Spec, read_spec
+from cs_jax.sweep.commands import pareto, sweep
 from cs_jax.tracking import TensorBoard, Tracker, Tracking
-
-MODULE = "python -m cs_jax"
 
 ROUNDING = 0.002
 """Difference in accuracy that another device's rounding explains."""
@@ -144,7 +137,7 @@ def train(arguments: Sequence[str], *, prog: str) -> None:
 
 def ticket(arguments: Sequence[str], *, prog: str) -> None:
     """print what is in a ticket's file"""
-    parser = _parser(prog, ticket)
+    parser = command_parser(prog, ticket)
     parser.add_argument("file", type=Path, metavar="FILE", help="ticket.safetensors of a run")
     path = parser.parse_args(arguments).file
     loaded = tickets.load_ticket(path)
@@ -153,7 +146,7 @@ def ticket(arguments: Sequence[str], *, prog: str) -> None:
 
 def verify(arguments: Sequence[str], *, prog: str) -> None:
     """check a ticket's file, and measure its accuracy on the test set of a data set"""
-    parser = _parser(prog, verify)
+    parser = command_parser(prog, verify)
     parser.add_argument("file", type=Path, metavar="FILE", help="ticket.safetensors of a run")
     parser.add_argument("dataset", metavar="DATASET", help="digits, or a name in TensorFlow Datasets")
     parser.add_argument("--data-dir", type=Path, help="folder of prepared data sets")
@@ -173,7 +166,7 @@ def verify(arguments: Sequence[str], *, prog: str) -> None:
 
 def report(arguments: Sequence[str], *, prog: str) -> None:
     """write report.html and its plots for one run, or compare several"""
-    parser = _parser(prog, report)
+    parser = command_parser(prog, report)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
     parser.add_argument("--out", type=Path, help="folder for the comparison of several runs (comparison)")
     given = parser.parse_args(arguments)
@@ -189,7 +182,7 @@ def report(arguments: Sequence[str], *, prog: str) -> None:
 
 def connect(arguments: Sequence[str], *, prog: str) -> None:
     """train a finished run's ticket twice, on other batches, and measure the line between the two"""
-    parser = _parser(prog, connect)
+    parser = command_parser(prog, connect)
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a finished run")
     parser.add_argument("--points", type=int, default=11, help="networks on the line, with its two ends (11)")
     parser.add_argument("--seed", type=int, default=0, help="of the batches of the two trainings (0)")
@@ -220,89 +213,6 @@ def connect(arguments: Sequence[str], *, prog: str) -> None:
     terminal.print(connectivity.describe(found))
     for file in (path, *written):
         say(terminal, str(file))
-
-
-def sweep(arguments: Sequence[str], *, prog: str) -> None:
-    """run a grid of methods, densities and seeds that a file names, or go on with it"""
-    parser = _sweep_parser(prog, sweep)
-    parser.add_argument("--jobs", type=int, help="runs at a time (one for each GPU, or for each core without one)")
-    given = parser.parse_args(arguments)
-    if given.jobs is not None and given.jobs < 1:
-        raise ConfigError(f"--jobs: got {given.jobs}, wanted at least 1")
-    spec, directory = _read_sweep(given)
-    scheduler.check_same(directory, spec)
-    jax.config.update("jax_platforms", "cpu")  # the accelerators are the workers': to look is to take their memory
-    experiment.check_all(run.config for run in spec.runs)  # before anything is written
-    waiting = [run for run in spec.runs if not scheduler.is_done(directory, run)]
-    terminal, hint = Console(), f"the same command goes on: {_words('sweep', given)}"
-    with Interrupts(), SweepDisplay(terminal, len(spec.runs), waiting) as display:
-        try:
-            places = find_places(given.jobs, len(waiting)) if waiting else []
-            failures = scheduler.run_sweep(spec, directory, places, display)
-        except Stopped as stop:
-            stop.hint = f"; runs under way are saved; {hint}"
-            raise
-    if failures:
-        raise OSError(f"{len(failures)} of {len(spec.runs)} runs failed, first {next(iter(failures))}; {hint}")
-    say(terminal, f"{directory}: all {len(spec.runs)} runs are done; {_words('pareto', given)} compares them")
-
-
-def pareto(arguments: Sequence[str], *, prog: str) -> None:
-    """table and plot of accuracy against density over a sweep's runs"""
-    from cs_jax import report as reports
-
-    given = _sweep_parser(prog, pareto).parse_args(arguments)
-    jax.config.update("jax_platforms", "cpu")  # what is read needs no accelerator, and a sweep may be using it
-    spec, directory = _read_sweep(given)
-    results, missing = read_results(spec, directory)
-    if not results:
-        raise ConfigError(f"{directory}: has no finished run yet, wanted one at least: {_words('sweep', given)}")
-    tickets = [*read_tickets(spec, directory)]
-    written, table = reports.write_pareto(
-        spec.name, results, missing, directory, reference=spec.reference, tickets=tickets
-    )
-    print(table)
-    if missing:
-        shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-        say(Console(), f"{len(missing)} of {len(spec.runs)} runs are not done: {shown}")
-    for path in written:
-        say(Console(), str(path))
-
-
-def _sweep_parser(prog: str, command: Callable[..., None]) -> argparse.ArgumentParser:
-    parser = _parser(prog, command)
-    parser.add_argument("spec", type=Path, metavar="SPEC", help="TOML file: see docs/sweeps.md")
-    parser.add_argument("--out", type=Path, help="folder of the sweep (sweeps/NAME, for a file NAME.toml)")
-    return parser
-
-
-def _read_sweep(given: argparse.Namespace) -> tuple[Spec, Path]:
-    """The spec that was given, and the folder of its sweep."""
-    spec = read_spec(given.spec)
-    return spec, (given.out or Path("sweeps") / spec.name).expanduser()
-
-
-def _words(command: str, given: argparse.Namespace) -> str:
-    """The command, about the same sweep, as a shell takes it."""
-    out = [] if given.out is None else ["--out", str(given.out)]
-    return f"{MODULE} {command} {shlex.join([str(given.spec), *out])}"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
-def _parser(prog: str, command: Callable[..., None]) -> argparse.ArgumentParser:
-    return _Parser(prog=prog, description=_about(command))
-
-
-def _about(command: Callable[..., None]) -> str:
-    return (command.__doc__ or "").capitalize() + "."
-
-
-def say(terminal: Console, line: str) -> None:
-    terminal.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

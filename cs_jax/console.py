@@ -34,6 +34,11 @@ _WARNINGS = (
 _HEADER = "phase     epoch     loss      lr   temp  density  val soft  val hard  seconds"
 
 
+def say(terminal: Console, line: str) -> None:
+    """Prints a line as it is."""
+    terminal.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextlib.contextmanager
 def warnings_as_lines(console: Console) -> Iterator[None]:
     """Shows warnings as lines between those of the epochs: those of this package every time, but no layer twice."""

@@ -1,18 +1,32 @@
-"""The command line: flags generated from the config, and complaints about them in one line."""
+"""The command line: flags of a run, generated from the config, parsers of other commands, complaints in one line."""
 
+import argparse
 import contextlib
 import dataclasses
 import io
 import itertools
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import tyro
 
 from cs_jax.config import CONFIG_FILE, DEFAULT_PRESET, KINDS, PRESETS, Config, flag, from_json, read_stored
 from cs_jax.errors import ConfigError, one_of
+
+MODULE = "python -m cs_jax"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def command_parser(prog: str, command: Callable[..., None]) -> argparse.ArgumentParser:
+    """A parser for the words of a command, whose docstring says what it does; it raises ConfigError."""
+    return _Parser(prog=prog, description=(command.__doc__ or "").capitalize() + ".")
 
 
 def parse(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> Config:

@@ -1,0 +1,86 @@
+"""The commands `sweep` and `pareto`."""
+
+import argparse
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from cs_jax import experiment
+from cs_jax.console import say
+from cs_jax.errors import ConfigError
+from cs_jax.flags import MODULE, command_parser
+from cs_jax.interrupts import Interrupts, Stopped
+from cs_jax.sweep import scheduler
+from cs_jax.sweep.display import SweepDisplay
+from cs_jax.sweep.places import find_places
+from cs_jax.sweep.results import read_results, read_tickets
+from cs_jax.sweep.spec import Spec, read_spec
+
+
+def sweep(arguments: Sequence[str], *, prog: str) -> None:
+    """run a grid of methods, densities and seeds that a file names, or go on with it"""
+    parser = _sweep_parser(prog, sweep)
+    parser.add_argument("--jobs", type=int, help="runs at a time (one for each GPU, or for each core without one)")
+    given = parser.parse_args(arguments)
+    if given.jobs is not None and given.jobs < 1:
+        raise ConfigError(f"--jobs: got {given.jobs}, wanted at least 1")
+    spec, directory = _read_sweep(given)
+    scheduler.check_same(directory, spec)
+    jax.config.update("jax_platforms", "cpu")  # the accelerators are the workers': to look is to take their memory
+    experiment.check_all(run.config for run in spec.runs)  # before anything is written
+    waiting = [run for run in spec.runs if not scheduler.is_done(directory, run)]
+    terminal, hint = Console(), f"the same command goes on: {_words('sweep', given)}"
+    with Interrupts(), SweepDisplay(terminal, len(spec.runs), waiting) as display:
+        try:
+            places = find_places(given.jobs, len(waiting)) if waiting else []
+            failures = scheduler.run_sweep(spec, directory, places, display)
+        except Stopped as stop:
+            stop.hint = f"; runs under way are saved; {hint}"
+            raise
+    if failures:
+        raise OSError(f"{len(failures)} of {len(spec.runs)} runs failed, first {next(iter(failures))}; {hint}")
+    say(terminal, f"{directory}: all {len(spec.runs)} runs are done; {_words('pareto', given)} compares them")
+
+
+def pareto(arguments: Sequence[str], *, prog: str) -> None:
+    """table and plot of accuracy against density over a sweep's runs"""
+    from cs_jax import report as reports
+
+    given = _sweep_parser(prog, pareto).parse_args(arguments)
+    jax.config.update("jax_platforms", "cpu")  # what is read needs no accelerator, and a sweep may be using it
+    spec, directory = _read_sweep(given)
+    results, missing = read_results(spec, directory)
+    if not results:
+        raise ConfigError(f"{directory}: has no finished run yet, wanted one at least: {_words('sweep', given)}")
+    tickets = [*read_tickets(spec, directory)]
+    written, table = reports.write_pareto(
+        spec.name, results, missing, directory, reference=spec.reference, tickets=tickets
+    )
+    print(table)
+    if missing:
+        shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+        say(Console(), f"{len(missing)} of {len(spec.runs)} runs are not done: {shown}")
+    for path in written:
+        say(Console(), str(path))
+
+
+def _sweep_parser(prog: str, command: Callable[..., None]) -> argparse.ArgumentParser:
+    parser = command_parser(prog, command)
+    parser.add_argument("spec", type=Path, metavar="SPEC", help="TOML file: see docs/sweeps.md")
+    parser.add_argument("--out", type=Path, help="folder of the sweep (sweeps/NAME, for a file NAME.toml)")
+    return parser
+
+
+def _read_sweep(given: argparse.Namespace) -> tuple[Spec, Path]:
+    """The spec that was given, and the folder of its sweep."""
+    spec = read_spec(given.spec)
+    return spec, (given.out or Path("sweeps") / spec.name).expanduser()
+
+
+def _words(command: str, given: argparse.Namespace) -> str:
+    """The command, about the same sweep, as a shell takes it."""
+    out = [] if given.out is None else ["--out", str(given.out)]
+    return f"{MODULE} {command} {shlex.join([str(given.spec), *out])}"

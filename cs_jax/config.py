@@ -314,6 +314,11 @@ def _json_value(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names of the settings, as `to_json` gives them, that differ and decide what a run ends with."""
+    return [name for name in now if name not in FREE and before[name] != now[name]]
+
+
 def from_json(fields: Mapping[str, Any], source: str = "stored settings") -> Config:
     """The config that `to_json` gave.
 

@@ -57,6 +57,22 @@ def warnings_as_lines(console: Console) -> Iterator[None]:
         yield
 
 
+def progress_bars(console: Console, *, width: int, elapsed_when_finished: bool = False) -> bars.Progress:
+    """Bars that are drawn on a terminal alone, with what has gone by and what is left, and vanish at the end."""
+    return bars.Progress(
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(bar_width=width),
+        bars.TaskProgressColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TextColumn("left"),
+        bars.TimeRemainingColumn(elapsed_when_finished=elapsed_when_finished),
+        console=console,
+        disable=not console.is_terminal,
+        refresh_per_second=1 / REFRESH_SECONDS,
+        transient=True,
+    )
+
+
 class ProgressDisplay(Observer):
     """Prints a line an epoch and, on a terminal, a bar below with the current step.
 
@@ -66,18 +82,7 @@ class ProgressDisplay(Observer):
     def __init__(self, config: Config, console: Console) -> None:
         self._config, self._console = config, console
         self._next_refresh = 0.0
-        self._bar = bars.Progress(
-            bars.TextColumn("{task.description}"),
-            bars.BarColumn(bar_width=16),
-            bars.TaskProgressColumn(),
-            bars.TimeElapsedColumn(),
-            bars.TextColumn("left"),
-            bars.TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            refresh_per_second=1 / REFRESH_SECONDS,
-            transient=True,
-        )
+        self._bar = progress_bars(console, width=16)
         phases = config.search_rounds + len(config.retrainings)
         self._task = self._bar.add_task("starting", total=config.epochs * phases)
 

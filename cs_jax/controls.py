@@ -47,13 +47,11 @@ def shuffled(config: "Config", problem: "Problem", ticket: Ticket) -> Ticket:
         ICLR 2021, arXiv:2009.08576, section 5.
     """
     del config
-    leaves = trees.leaves_by_path(ticket.masks)
-    keys = jax.random.split(problem.key_for("shuffled"), len(leaves))
 
     def shuffle(key: jax.Array, mask: jax.Array) -> jax.Array:
         return jax.random.permutation(key, mask.ravel()).reshape(mask.shape)
 
-    return ticket._replace(masks=trees.nest({path: shuffle(keys[i], leaves[path]) for i, path in enumerate(leaves)}))
+    return ticket._replace(masks=trees.map_with_keys(shuffle, problem.key_for("shuffled"), ticket.masks))
 
 
 def random(config: "Config", problem: "Problem", ticket: Ticket) -> Ticket:

@@ -129,7 +129,11 @@ def run(
         start = progress.snapshot
         state = search.retrain(config, problem, progress, observer)
         _write_ticket(config, problem, data, directory, start, state, observer)
-    controls = _train_controls(config, problem, data, directory, observer, progress._replace(round_ends=round_ends))
+    saved = load_ticket(directory.path / run_directory.TICKET_FILE)  # here too where this process has made it
+    start = saved.rewound or saved.variables
+    ticket = Ticket(Snapshot(start["params"], start["batch_stats"]), saved.variables["masks"])
+    progress = progress._replace(round_ends=round_ends)
+    controls = _train_controls(config, problem, data, directory, ticket, observer, progress)
     return {
         "dataset": config.dataset,
         "classes": list(data.classes),
@@ -138,7 +142,11 @@ def run(
         "after": config.retraining,
         "seed": config.seed,
         "search": [_summarize_round(record) for record in round_ends],
-        "ticket": {**_summarize_ticket(directory), **_cost(config, problem, directory, SEARCH, TICKET)},
+        "ticket": {
+            **count_weights(ticket),
+            **saved.metadata["accuracy"],
+            **_cost(config, problem, directory, SEARCH, TICKET),
+        },
         "dense": controls.pop(DENSE, None),
         "controls": controls,
         "seconds": directory.seconds(),
@@ -146,12 +154,15 @@ def run(
 
 
 def _train_controls(
-    config: Config, problem: Problem, data: Data, directory: RunDirectory, observer: Observer, progress: Progress
+    config: Config,
+    problem: Problem,
+    data: Data,
+    directory: RunDirectory,
+    ticket: Ticket,
+    observer: Observer,
+    progress: Progress,
 ) -> dict[str, Any]:
     """What came of each control: those that an earlier process has trained are read."""
-    saved = load_ticket(directory.path / run_directory.TICKET_FILE)  # here too where this process has made it
-    start = saved.rewound or saved.variables
-    ticket = Ticket(Snapshot(start["params"], start["batch_stats"]), saved.variables["masks"])
     done = config.controls[: config.controls.index(progress.phase)] if progress.phase in config.controls else ()
     results = {name: result for name, result in directory.read_controls().items() if name in done}
     for name in config.controls[len(done) :]:
@@ -235,14 +246,6 @@ def _predictions(logits: np.ndarray, images: ImageSet) -> dict[str, np.ndarray]:
         "mistakes": mistakes,
         "images": np.asarray(images.images[mistakes]),
     }
-
-
-def _summarize_ticket(directory: RunDirectory) -> dict[str, Any]:
-    """What the ticket's file says of it."""
-    saved = load_ticket(directory.path / run_directory.TICKET_FILE)
-    variables = saved.variables
-    ticket = Ticket(Snapshot(variables["params"], variables["batch_stats"]), variables["masks"])
-    return {**count_weights(ticket), **saved.metadata["accuracy"]}
 
 
 def verify(config: Config, ticket: LoadedTicket, name: str) -> float:

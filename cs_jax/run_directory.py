@@ -17,7 +17,7 @@ import safetensors.numpy
 import cs_jax
 from cs_jax import config as config_module
 from cs_jax import files, methods, trees
-from cs_jax.config import CONFIG_FILE, FREE, Config, flag
+from cs_jax.config import CONFIG_FILE, Config, flag
 from cs_jax.errors import ConfigError
 from cs_jax.lock import Lock
 from cs_jax.progress import EpochRecord, Observer, Progress
@@ -56,7 +56,7 @@ def check_same(config: Config) -> None:
     stored, asked = config_module.read_stored(path, "--out"), config_module.to_json(config)
     if stored.keys() != asked.keys():
         raise ConfigError(f"{path}: its {CONFIG_FILE} has other settings: made by another version; give another --out")
-    changed = [name for name in asked if name not in FREE and asked[name] != stored[name]]
+    changed = config_module.changed_settings(stored, asked)
     if changed:
         differences = ", ".join(f"{flag(name)} {_shown(asked[name])} (was {_shown(stored[name])})" for name in changed)
         raise ConfigError(

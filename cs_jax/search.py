@@ -239,7 +239,9 @@ def _record(
     searching = progress.phase == SEARCH
     hard_masks = methods.of(config).hard_masks(config, state) if searching else state.masks
     soft_masks = methods.of(config).soft_masks(state, hyper) if searching else None
-    soft, hard = _evaluate(config, problem, state, soft_masks, hard_masks, observer)
+    density = masks.density(hard_masks)
+    has_hard = soft_masks is None or density > 0  # those that are learned may be empty for a while
+    soft, hard = _evaluate(config, problem, state, soft_masks, hard_masks if has_hard else None, observer)
     kept = jax.tree.map(_packed, hard_masks) if searching else None
     record = EpochRecord(
         phase=progress.phase,
@@ -249,7 +251,7 @@ def _record(
         learning_rate=float(hyper.learning_rate),
         loss=float(np.average(metrics.loss, weights=sizes)),
         penalty=float(np.average(metrics.penalty, weights=sizes)),
-        density=masks.density(hard_masks),
+        density=density,
         layer_density=layer_density(hard_masks),
         flip_rate=None if kept is None or progress.kept is None else _flip_rate(kept, progress.kept, hard_masks),
         soft_accuracy=soft,
@@ -302,17 +304,17 @@ def _scheduled(config: Config, epoch: int, base: float) -> float:
 def _evaluate(
     config: Config, problem: Problem, state: TrainState, soft_masks: PyTree, hard_masks: PyTree, observer: Observer
 ) -> tuple[float | None, float | None]:
-    """Validation accuracy with soft masks and with hard ones; None without meaning."""
+    """Validation accuracy with soft masks and with hard ones; None where there are none."""
     images = problem.validation
     if images is None:
         return None, None
 
-    def measure(some_masks: PyTree) -> float:
+    def measure(some_masks: PyTree) -> float | None:
+        if some_masks is None:
+            return None
         return training.share_right(logits(config, problem, state, some_masks, images, observer), images)
 
-    if soft_masks is None:
-        return None, measure(hard_masks)
-    return measure(soft_masks), measure(hard_masks) if masks.density(hard_masks) > 0 else None
+    return measure(soft_masks), measure(hard_masks)
 
 
 def layer_density(some_masks: PyTree) -> dict[str, float]:

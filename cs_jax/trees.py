@@ -4,7 +4,7 @@ A leaf's name is its path as text, "encoder/layers/0/kernel": dictionary keys, a
 same for a weight in a Flax, Haiku, NNX or Equinox tree and for its mask in nested dictionaries.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -71,6 +71,13 @@ def nest(leaves: Mapping[Path, Any]) -> PyTree:
             node = node.setdefault(key, {})
         node[path[-1]] = leaf
     return tree
+
+
+def map_with_keys(function: Callable[[jax.Array, Any], Any], key: jax.Array, tree: PyTree) -> PyTree:
+    """`function` of a PRNG key of its own and each leaf, in nested dictionaries along the leaves' paths."""
+    leaves = leaves_by_path(tree)
+    keys = jax.random.split(key, len(leaves))
+    return nest({path: function(keys[index], leaf) for index, (path, leaf) in enumerate(leaves.items())})
 
 
 def replace_leaves(tree: PyTree, leaves: Mapping[Path, Any]) -> PyTree:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 
 from cs_jax import budget, masks, schedules
-from cs_jax.methods.method import Method, selection
+from cs_jax.methods.method import Method, round_density, selection
 from cs_jax.progress import Snapshot
 from cs_jax.training import Hyperparams, TrainState
 
@@ -31,8 +31,7 @@ class ContinuousSparsification(Method):
     anneals = True
 
     def density(self, config: "Config", round: int) -> float | None:
-        target = config.target_density
-        return None if target is None else budget.round_density(target, round, config.rounds)
+        return round_density(config, round)
 
     def begin(self, config: "Config", problem: "Problem", variables: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
         return masks.init_scores(variables["masks"], config.mask_initial_value), {}

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from cs_jax import budget, training
+from cs_jax import training
 from cs_jax.methods.magnitude import magnitudes
-from cs_jax.methods.method import Method, keep_highest
+from cs_jax.methods.method import Method, keep_highest, round_density
 from cs_jax.progress import Snapshot
 from cs_jax.training import TrainState
 
@@ -38,7 +38,7 @@ class IterativeMagnitudePruning(Method):
 
     def density(self, config: "Config", round: int) -> float | None:
         if config.target_density is not None:
-            return budget.round_density(config.target_density, round, config.rounds)
+            return round_density(config, round)
         rate = DEFAULT_RATE if config.prune_rate is None else config.prune_rate
         return (1 - rate) ** (round + 1)
 

@@ -101,6 +101,20 @@ class Method:
         return 1.0
 
 
+class AtInitialization(Method):
+    """A method that finds its masks before any training: the ticket is the initial network, and trains from there."""
+
+    afters = (REWIND,)
+    why_these = "which has no search to go on from"
+    searches = False
+
+
+def round_density(config: "Config", round: int) -> float | None:
+    """Density that a round ends with where each keeps the same share of what is left; None without a target."""
+    target = config.target_density
+    return None if target is None else budget.round_density(target, round, config.rounds)
+
+
 def selection(config: "Config", masks: PyTree, density: float | None) -> Selection:
     """Every masked array, and how many weights may be kept at a density.
 

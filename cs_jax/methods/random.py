@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from cs_jax import trees
-from cs_jax.methods.method import REWIND, Method, keep_highest
+from cs_jax.methods.method import AtInitialization, keep_highest
 
 if TYPE_CHECKING:
     from cs_jax.config import Config
@@ -14,17 +14,14 @@ if TYPE_CHECKING:
 PyTree = Any
 
 
-class RandomPruning(Method):
+class RandomPruning(AtInitialization):
     """Keeps weights drawn at random before any training: what every other method has to beat.
 
     The ticket's weights are the initial ones. Over all layers, each has the target density but for chance; with the
     layer as scope, exactly.
     """
 
-    afters = (REWIND,)
-    why_these = "which has no search to go on from"
     wants_target = True
-    searches = False
 
     def begin(self, config: "Config", problem: "Problem", variables: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
         assert config.target_density is not None
@@ -34,6 +31,4 @@ class RandomPruning(Method):
 
 def random_ranks(key: jax.Array, masks: PyTree) -> PyTree:
     """Independent uniform numbers in [0, 1) in place of every entry."""
-    leaves = trees.leaves_by_path(masks)
-    keys = jax.random.split(key, len(leaves))
-    return trees.nest({path: jax.random.uniform(keys[i], mask.shape) for i, (path, mask) in enumerate(leaves.items())})
+    return trees.map_with_keys(lambda key, mask: jax.random.uniform(key, mask.shape), key, masks)

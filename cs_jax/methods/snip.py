@@ -9,7 +9,7 @@ import numpy as np
 
 from cs_jax import training
 from cs_jax.images import ImageSet, normalize
-from cs_jax.methods.method import REWIND, Method, keep_highest
+from cs_jax.methods.method import AtInitialization, keep_highest
 from cs_jax.training import Recipe
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ MAX_BATCHES = 10
 """Batches whose gradients are added up: one, as in the paper, ranks many weights by chance."""
 
 
-class Snip(Method):
+class Snip(AtInitialization):
     """Keeps the weights whose removal would change the loss most at initialisation: `|weight * gradient|`.
 
     The gradient, with respect to masks of one, is that of the mean loss over the first batches of an epoch, at most
@@ -33,10 +33,7 @@ class Snip(Method):
         arXiv:1810.02340.
     """
 
-    afters = (REWIND,)
-    why_these = "which has no search to go on from"
     wants_target = True
-    searches = False
 
     def begin(self, config: "Config", problem: "Problem", variables: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
         assert config.target_density is not None

@@ -9,7 +9,7 @@ import optax
 from jax import lax
 
 from cs_jax import budget, masks, trees
-from cs_jax.methods.method import Method, keep_highest
+from cs_jax.methods.method import Method, keep_highest, round_density
 from cs_jax.progress import Snapshot
 from cs_jax.training import Hyperparams, Recipe, TrainState
 
@@ -38,8 +38,7 @@ class IterativeStochasticSparsification(Method):
     learns_masks = True
 
     def density(self, config: "Config", round: int) -> float | None:
-        target = config.target_density
-        return None if target is None else budget.round_density(target, round, config.rounds)
+        return round_density(config, round)
 
     def recipe(self, recipe: Recipe) -> Recipe:
         return dataclasses.replace(recipe, step_masks=draw_masks)
@@ -92,15 +91,13 @@ class IterativeStochasticSparsification(Method):
 def draw_masks(scores: PyTree, hyper: Hyperparams, key: jax.Array) -> PyTree:
     """Masks of 0 and 1, 1 with the probability `sigmoid(score)`, whose gradient is that of the probability."""
     del hyper
-    leaves = trees.leaves_by_path(scores)
-    keys = jax.random.split(key, len(leaves))
 
     def draw(key: jax.Array, score: jax.Array) -> jax.Array:
         probability = jax.nn.sigmoid(score)
         drawn = jax.random.bernoulli(key, probability).astype(score.dtype)
         return drawn + (probability - lax.stop_gradient(probability))  # exactly what was drawn
 
-    return trees.nest({path: draw(keys[i], score) for i, (path, score) in enumerate(leaves.items())})
+    return trees.map_with_keys(draw, key, scores)
 
 
 def _is_left(score: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ from typing import Any
 from rich import progress as bars
 from rich.console import Console
 
-from cs_jax.console import REFRESH_SECONDS, percent
+from cs_jax.console import percent, progress_bars
 from cs_jax.sweep.scheduler import Watcher
 from cs_jax.sweep.spec import Planned
 
@@ -23,18 +23,7 @@ class SweepDisplay(Watcher):
 
     def __init__(self, console: Console, total: int, waiting: list[Planned]) -> None:
         self._console, self._total, self._ended = console, total, total - len(waiting)
-        self._bars = bars.Progress(
-            bars.TextColumn("{task.description}"),
-            bars.BarColumn(bar_width=24),
-            bars.TaskProgressColumn(),
-            bars.TimeElapsedColumn(),
-            bars.TextColumn("left"),
-            bars.TimeRemainingColumn(elapsed_when_finished=True),
-            console=console,
-            disable=not console.is_terminal,
-            refresh_per_second=1 / REFRESH_SECONDS,
-            transient=True,
-        )
+        self._bars = progress_bars(console, width=24, elapsed_when_finished=True)
         self._epochs = sum(run.epochs for run in waiting)
         self._whole = self._bars.add_task("", total=self._epochs)
         self._tasks: dict[int, bars.TaskID] = {}

@@ -83,7 +83,7 @@ def check_same(directory: Path, spec: Spec) -> None:
         if run.name not in planned:
             raise ConfigError(f"{directory}: holds another sweep: {run.name} is not in this one; give another --out")
         before, now = (config_module.to_json(config) for config in (run.config, planned[run.name]))
-        changed = [name for name in before if name not in config_module.FREE and before[name] != now[name]]
+        changed = config_module.changed_settings(before, now)
         if changed:
             differences = ", ".join(f"{name} {now[name]} (was {before[name]})" for name in changed)
             raise ConfigError(f"{directory}: holds another sweep: {run.name} has {differences}; give another --out")

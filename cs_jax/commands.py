@@ -55,6 +55,9 @@ def run(settings: Config, *, trackers: Sequence[Tracker] = (), terminal: Console
     with Interrupts() as watch, console.warnings_as_lines(terminal), contextlib.ExitStack() as stack:
         figures = TensorBoard(path / run_directory.TENSORBOARD_FOLDER)
         tracking = stack.enter_context(Tracking(settings, [figures, *trackers]))
+        unused = settings.without_effect()
+        if unused:
+            say(terminal, f"without effect: {', '.join(unused)}, which --method {settings.method} makes no use of")
         new = not run_directory.holds_run(path)
         if new:
             run_directory.check_free(settings)

@@ -1,16 +1,12 @@
-"""What a run is asked to do: one frozen dataclass, its presets, and its form on disk."""
+"""What a run is asked to do: one frozen dataclass, and its presets."""
 
-import dataclasses
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
 
-import cs_jax
 from cs_jax.controls import CONTROLS, DENSE
 from cs_jax.errors import ConfigError, one_of
 from cs_jax.images import AUGMENTATIONS
@@ -19,13 +15,17 @@ from cs_jax.methods import AFTERS, METHODS, NONE
 from cs_jax.models import MODELS
 from cs_jax.progress import TICKET
 
-CONFIG_FILE = "config.json"
-"""In a run directory: what was asked. The other names are in `run_directory`."""
-
 
 def flag(name: str) -> str:
     """A field's flag: `--batch-size` of `batch_size`."""
     return "--" + name.replace("_", "-")
+
+
+def _shown(value: Any) -> str:
+    """A value as it is given on the command line."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return "nothing" if value is None else str(value)
 
 
 def _is_finite(value: float) -> bool:
@@ -195,8 +195,8 @@ class Config:
         rate = self.prune_rate
         self._check("prune_rate", rate is None or 0 < rate < 1, "a share above 0 and below 1")
         takers = " or ".join(other for other, method in METHODS.items() if method.takes_rate)
-        self._check("prune_rate", rate is None or found_by.takes_rate, f"None, or --method {takers}")
-        self._check("prune_rate", rate is None or target is None, f"None beside --target-density {target}")
+        self._check("prune_rate", rate is None or found_by.takes_rate, f"none, or --method {takers}")
+        self._check("prune_rate", rate is None or target is None, f"none beside --target-density {target}")
         for control in self.controls:
             if control not in CONTROLS:
                 raise ConfigError(f"--controls: got {control!r}, wanted {one_of(control, CONTROLS)}")
@@ -226,8 +226,7 @@ class Config:
     def _check(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:
             value = getattr(self, name)
-            shown = " ".join(f"{entry}" for entry in value) if isinstance(value, tuple) else value
-            raise ConfigError(f"{flag(name)}: got {shown}, wanted {wanted}")
+            raise ConfigError(f"{flag(name)}: got {_shown(value)}, wanted {wanted}")
 
     @property
     def retraining(self) -> str:
@@ -244,15 +243,24 @@ class Config:
         """Phases after the search: the ticket's retraining, where it has one, and the controls."""
         return (*(() if self.retraining == NONE else (TICKET,)), *self.controls)
 
+    def without_effect(self) -> list[str]:
+        """Flags, with their values, that are not the preset's and that the method makes no use of."""
+        method, usual = METHODS[self.method], PRESETS.get(self.preset, PRESETS[DEFAULT_PRESET])
+        unused = (
+            *(() if method.learns_masks else ("score_lr", "lmbda", "mask_initial_value")),
+            *(() if method.anneals else ("final_temp", "reset")),
+            *(() if method.searches else ("rounds", "rewind_epoch")),
+            *(() if method.wants_target is not False else ("scope", "allow_empty_layers")),
+        )
+        given = [name for name in unused if getattr(self, name) != getattr(usual, name)]
+        return [f"{flag(name)} {_shown(getattr(self, name))}" for name in given]
+
     @property
     def run_directory(self) -> Path:
         """Where the run's files go."""
         name = self.preset if self.method == "cs" else f"{self.preset}-{self.method}"
         return (self.out or Path("runs") / f"{name}-seed{self.seed}").expanduser()
 
-
-FREE = ("preset", "data_dir", "out", "keep", "checkpoint_steps", "checkpoint_seconds", "report")
-"""Fields that do not change a run's result, and may differ where it goes on."""
 
 PRESETS: dict[str, Config] = {
     "digits": Config(
@@ -282,107 +290,3 @@ PRESETS: dict[str, Config] = {
 """What `train.py PRESET` starts from. Flags override."""
 
 DEFAULT_PRESET = "digits"
-
-
-KINDS: dict[Any, str] = {
-    int: "a whole number",
-    int | None: "a whole number",
-    float: "a number",
-    float | None: "a number",
-    bool: "true or false",
-    str: "a name",
-    str | None: "a name",
-    tuple[str, ...]: "names",
-    tuple[int, ...]: "whole numbers",
-    tuple[float, ...]: "numbers",
-    Path | None: "a path",
-    Literal["paper", "released"]: "paper or released",
-    Literal["global", "layer"]: "global or layer",
-}
-"""What a field of a type wants, in words."""
-
-
-def to_json(config: Config) -> dict[str, Any]:
-    """The config's fields as JSON values."""
-    fields = dataclasses.asdict(config)
-    return {name: _json_value(value) for name, value in fields.items()}
-
-
-def _json_value(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return list(value)
-    return str(value) if isinstance(value, Path) else value
-
-
-def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Names of the settings, as `to_json` gives them, that differ and decide what a run ends with."""
-    return [name for name in now if name not in FREE and before[name] != now[name]]
-
-
-def from_json(fields: Mapping[str, Any], source: str = "stored settings") -> Config:
-    """The config that `to_json` gave.
-
-    Args:
-        fields: every one of them.
-        source: what they are called where they cannot be used.
-
-    Raises:
-        ConfigError: a field is missing, unknown, or has a value of another type or out of range.
-    """
-    kinds = get_type_hints(Config)
-    for wrong, names in (("lack", kinds.keys() - fields.keys()), ("have the unknown", fields.keys() - kinds.keys())):
-        if names:
-            raise ConfigError(f"{source} {wrong} {min(names)!r}: made by another version")
-    values = {name: _restored(fields[name], kind) for name, kind in kinds.items()}
-    for name, kind in kinds.items():
-        if not _fits(values[name], kind):
-            raise ConfigError(f"{source} have {name} {fields[name]!r}, wanted {KINDS.get(kind, kind)}")
-    return Config(**values)
-
-
-def _restored(value: Any, kind: Any) -> Any:
-    """A JSON value as the field of this type has it."""
-    if isinstance(value, list):
-        return tuple(value)
-    return Path(value) if kind == Path | None and isinstance(value, str) else value
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    origin, options = get_origin(kind), get_args(kind)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(entry, options[0]) for entry in value)
-    if origin is Literal:
-        return value in options
-    if options:
-        return any(_fits(value, option) for option in options)
-    if isinstance(value, bool) or kind is bool:
-        return kind is bool and isinstance(value, bool)
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
-def read_stored(path: Path, given_by: str) -> dict[str, Any]:
-    """The settings in the config.json of a run directory, of this version, as `to_json` gave them.
-
-    Args:
-        path: the directory.
-        given_by: the flag that names it, for messages.
-
-    Raises:
-        ConfigError: it holds no run, one of another version, or one that cannot be read.
-    """
-    try:
-        stored = json.loads((path / CONFIG_FILE).read_text())
-        version = stored.pop("versions")["cs_jax"]
-        stored.pop("data")
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{given_by}: got {path}, which holds no run, wanted a folder with {CONFIG_FILE}") from None
-    except OSError as error:
-        raise ConfigError(f"{given_by}: got {path}, which cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f"{given_by}: got {path}, whose {CONFIG_FILE} is damaged: give another --out") from None
-    if version != cs_jax.__version__:
-        raise ConfigError(
-            f"{given_by}: got {path}, a run of cs_jax {version}, wanted one of {cs_jax.__version__}: go on with "
-            f"that version, or give another --out"
-        )
-    return stored

@@ -25,8 +25,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from cs_jax import config as config_module
-from cs_jax import files, run_directory, search, training, trees
+from cs_jax import files, run_directory, search, stored_config, training, trees
 from cs_jax.analysis import check_alike
 from cs_jax.config import Config
 from cs_jax.errors import ConfigError
@@ -171,8 +170,8 @@ def read_run(path: Path) -> tuple[Config, Ticket]:
         ConfigError: it holds no finished run, or one that does not retrain its ticket, or whose file has lost what the
             retraining began with.
     """
-    stored = config_module.read_stored(path, "run")
-    config = dataclasses.replace(config_module.from_json(stored, f"{path}: its settings"), out=path)
+    stored = stored_config.read_stored(path, "run")
+    config = dataclasses.replace(stored_config.from_json(stored, f"{path}: its settings"), out=path)
     if run_directory.read_summary(path) is None:
         raise ConfigError(f"run: got {path}, which has not finished, wanted a finished run")
     if config.retraining == NONE:

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from cs_jax import config as config_module
 from cs_jax import data as data_module
-from cs_jax import masks, methods, run_directory, search, training
-from cs_jax.config import FREE, Config
+from cs_jax import masks, methods, run_directory, search, stored_config, training
+from cs_jax.config import Config
 from cs_jax.controls import CONTROLS, DENSE
 from cs_jax.data import Data
 from cs_jax.errors import ConfigError
@@ -22,6 +21,7 @@ from cs_jax.multiply_adds import multiply_adds
 from cs_jax.progress import SEARCH, TICKET, EpochRecord, Observer, Progress, Snapshot, Ticket
 from cs_jax.run_directory import RunDirectory
 from cs_jax.search import Problem
+from cs_jax.stored_config import FREE
 from cs_jax.ticket import LoadedTicket, load_ticket, save_ticket
 from cs_jax.training import Recipe, TrainState
 
@@ -207,7 +207,7 @@ def _write_ticket(
 ) -> None:
     """Writes the trained ticket, what its retraining began with, and what it makes of the test set."""
     logits = search.logits(config, problem, state, state.masks, data.test, observer)
-    fields = config_module.to_json(config)
+    fields = stored_config.to_json(config)
     metadata = {
         "dataset": config.dataset,
         "classes": list(data.classes),

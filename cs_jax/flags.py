@@ -13,8 +13,9 @@ from typing import NoReturn
 
 import tyro
 
-from cs_jax.config import CONFIG_FILE, DEFAULT_PRESET, KINDS, PRESETS, Config, flag, from_json, read_stored
+from cs_jax.config import DEFAULT_PRESET, PRESETS, Config, flag
 from cs_jax.errors import ConfigError, one_of
+from cs_jax.stored_config import CONFIG_FILE, KINDS, from_json, read_stored
 
 MODULE = "python -m cs_jax"
 

@@ -15,12 +15,12 @@ import safetensors
 import safetensors.numpy
 
 import cs_jax
-from cs_jax import config as config_module
-from cs_jax import files, methods, trees
-from cs_jax.config import CONFIG_FILE, Config, flag
+from cs_jax import files, methods, stored_config, trees
+from cs_jax.config import Config, flag
 from cs_jax.errors import ConfigError
 from cs_jax.lock import Lock
 from cs_jax.progress import EpochRecord, Observer, Progress
+from cs_jax.stored_config import CONFIG_FILE
 from cs_jax.ticket import TicketError, load_ticket
 
 METRICS_FILE = "metrics.jsonl"
@@ -53,10 +53,10 @@ def check_same(config: Config) -> None:
         ConfigError: which flags differ, or what is wrong with the directory.
     """
     path = config.run_directory
-    stored, asked = config_module.read_stored(path, "--out"), config_module.to_json(config)
+    stored, asked = stored_config.read_stored(path, "--out"), stored_config.to_json(config)
     if stored.keys() != asked.keys():
         raise ConfigError(f"{path}: its {CONFIG_FILE} has other settings: made by another version; give another --out")
-    changed = config_module.changed_settings(stored, asked)
+    changed = stored_config.changed_settings(stored, asked)
     if changed:
         differences = ", ".join(f"{flag(name)} {_shown(asked[name])} (was {_shown(stored[name])})" for name in changed)
         raise ConfigError(
@@ -136,7 +136,7 @@ class RunDirectory(Observer):
         Raises:
             ConfigError: it cannot be written.
         """
-        asked = {**config_module.to_json(self._config), "data": fingerprint, "versions": versions()}
+        asked = {**stored_config.to_json(self._config), "data": fingerprint, "versions": versions()}
         try:
             (self.path / METRICS_FILE).write_bytes(b"")
             self._write_rounds([])

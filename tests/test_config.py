@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import cs_jax
-from cs_jax import config
+from cs_jax import config, stored_config
 from cs_jax.config import Config
 from cs_jax.errors import ConfigError
 from cs_jax.flags import parse
@@ -130,17 +130,17 @@ def test_drops_after_the_last_epoch_and_no_drops_are_allowed() -> None:
             "--after: got lr-rewind, wanted rewind with --method snip, which has no search to go on from",
         ),
         ("--scope layers", "invalid choice 'layers' for argument '--scope'. Expected one of ('global', 'layer')"),
-        ("--method gmp", "--target-density: got None, wanted a share above 0 and at most 1, for --method gmp"),
-        ("--method random", "--target-density: got None, wanted a share above 0 and at most 1, for --method random"),
+        ("--method gmp", "--target-density: got nothing, wanted a share above 0 and at most 1, for --method gmp"),
+        ("--method random", "--target-density: got nothing, wanted a share above 0 and at most 1, for --method random"),
         (
             "--method dense --target-density 0.1",
             "--target-density: got 0.1, wanted none beside --method dense, which prunes nothing",
         ),
-        ("--prune-rate 0.1", "--prune-rate: got 0.1, wanted None, or --method imp or imp-c"),
-        ("--method iss --prune-rate 0.1", "--prune-rate: got 0.1, wanted None, or --method imp or imp-c"),
+        ("--prune-rate 0.1", "--prune-rate: got 0.1, wanted none, or --method imp or imp-c"),
+        ("--method iss --prune-rate 0.1", "--prune-rate: got 0.1, wanted none, or --method imp or imp-c"),
         (
             "--method imp --prune-rate 0.1 --target-density 0.2",
-            "--prune-rate: got 0.1, wanted None beside --target-density 0.2",
+            "--prune-rate: got 0.1, wanted none beside --target-density 0.2",
         ),
         ("--method imp --prune-rate 0", "--prune-rate: got 0.0, wanted a share above 0 and below 1"),
         ("--method imp-c --prune-rate 1", "--prune-rate: got 1.0, wanted a share above 0 and below 1"),
@@ -242,7 +242,7 @@ def test_a_config_made_in_python_is_checked_too() -> None:
     ],
 )
 def test_a_stored_config_is_the_same_when_it_is_read(settings: Config) -> None:
-    assert config.from_json(json.loads(json.dumps(config.to_json(settings)))) == settings
+    assert stored_config.from_json(json.loads(json.dumps(stored_config.to_json(settings)))) == settings
 
 
 @pytest.mark.parametrize(
@@ -265,14 +265,14 @@ def test_a_stored_config_is_the_same_when_it_is_read(settings: Config) -> None:
 )
 def test_a_stored_config_of_another_type_is_told(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"stored settings have {name} "):
-        config.from_json({**config.to_json(Config()), name: value})
+        stored_config.from_json({**stored_config.to_json(Config()), name: value})
 
 
 def begun(folder: Path) -> Config:
     stored = Config(epochs=3, seed=8)
     folder.mkdir()
-    content = {**config.to_json(stored), "versions": {"cs_jax": cs_jax.__version__}, "data": ""}
-    (folder / config.CONFIG_FILE).write_text(json.dumps(content))
+    content = {**stored_config.to_json(stored), "versions": {"cs_jax": cs_jax.__version__}, "data": ""}
+    (folder / stored_config.CONFIG_FILE).write_text(json.dumps(content))
     return stored
 
 
@@ -298,3 +298,19 @@ def test_what_resume_cannot_mean_is_told(words: str, message: str, tmp_path: Pat
     with pytest.raises(ConfigError) as error:
         parse(words.format(tmp_path / "run").split())
     assert str(error.value).startswith(message.format(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("words", "unused"),
+    [
+        ("", []),
+        ("--score-lr 0.5 --rounds 3 --reset released", []),
+        ("--method imp --rounds 3 --rewind-epoch 1", []),
+        ("--method imp --score-lr 0.5 --final-temp 50", ["--score-lr 0.5", "--final-temp 50.0"]),
+        ("--method iss --score-lr 0.5 --reset released", ["--reset released"]),
+        ("--method snip --target-density 0.1 --rounds 3 --lmbda 0", ["--lmbda 0.0", "--rounds 3"]),
+        ("--method dense --controls --scope layer", ["--scope layer"]),
+    ],
+)
+def test_flags_that_a_method_makes_no_use_of_are_known(words: str, unused: list[str]) -> None:
+    assert parse(words.split()).without_effect() == unused

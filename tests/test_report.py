@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from cs_jax import config, flags, report, run_directory
+from cs_jax import flags, report, run_directory, stored_config
 from cs_jax.errors import ConfigError
 
 EDGES = run_directory.SCORE_EDGES
@@ -43,7 +43,10 @@ def make_run(
     given = ["digits", "--epochs", str(epochs), "--rounds", str(rounds), "--rewind-epoch", "0", "--seed", str(seed)]
     given += [] if dense else ["--controls"]
     given += [] if validation else ["--val-set-size", "0"]
-    write(folder / "config.json", {**config.to_json(flags.parse(given)), "versions": {"cs_jax": "0.1", "jax": "0.9"}})
+    write(
+        folder / "config.json",
+        {**stored_config.to_json(flags.parse(given)), "versions": {"cs_jax": "0.1", "jax": "0.9"}},
+    )
     sizes = {layer: 200 * (index % 7 + 1) for index, layer in enumerate(layers)}
     shares = 0.0 if empty else rng.uniform(0.05, 0.2, len(layers)) / rounds
     kept = {
@@ -374,7 +377,7 @@ def test_a_run_that_has_only_begun_has_a_report_of_its_settings(tmp_path: Path) 
 def test_the_command_in_the_page_repeats_the_run(given: str, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", thin=True)
     settings = flags.parse([*given.split(), "--data-dir", "a b'c", "--out", str(run)])
-    write(run / "config.json", config.to_json(settings))
+    write(run / "config.json", stored_config.to_json(settings))
     report.write_report(run)
     found = re.search(r"<pre><code>(.*?)</code></pre>", page(run))
     assert found

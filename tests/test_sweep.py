@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.text import Text
 
 from cs_jax import commands, run_directory
-from cs_jax.config import PRESETS, Config, to_json
+from cs_jax.config import PRESETS, Config
 from cs_jax.errors import ConfigError
 from cs_jax.lock import Lock
 from cs_jax.run_directory import TICKET_FILE
+from cs_jax.stored_config import to_json
 from cs_jax.sweep import places, scheduler
 from cs_jax.sweep.display import SweepDisplay
 from cs_jax.sweep.places import find_places
@@ -232,7 +233,7 @@ BASE = 'methods = ["cs", "imp"]\nseeds = [0]\n'
             "methods = ['cs', 'supermask']\nseeds = [3]\n[settings]\nafter = 'finetune'",
             "supermask-seed3: --after: got finetune, wanted none with --method supermask, whose weights are frozen",
         ),
-        ("methods = ['imp', 'gmp']\nseeds = [0]", "gmp-seed0: --target-density: got None, wanted a share above 0 *"),
+        ("methods = ['imp', 'gmp']\nseeds = [0]", "gmp-seed0: --target-density: got nothing, wanted a share above 0 *"),
         (BASE + "[settings", "is no TOML: *"),
         ("methods = ['cs']\nmethods = ['imp']", "is no TOML: Cannot overwrite a value (at *"),
     ],

@@ -8,12 +8,12 @@ from typing import Any, cast
 
 import numpy as np
 
-from cs_jax.config import FREE
 from cs_jax.progress import SEARCH, TICKET
 from cs_jax.report import plots
 from cs_jax.report.pages import Page, Plot, Section, Table, numbers, percent, plot, points, shown, told
 from cs_jax.report.plots import Line, Point
 from cs_jax.report.recorded import Run, Summary, TicketNetwork
+from cs_jax.stored_config import FREE
 
 LABEL = 44  # letters of a run's name in a legend
 RESULTS = ("density", "test_accuracy")

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
-from cs_jax import config as config_module
+from cs_jax import stored_config
 from cs_jax.config import PRESETS, Config, flag
 from cs_jax.progress import SEARCH, TICKET
 from cs_jax.report import epochs, masks, plots
@@ -181,7 +181,7 @@ def _settings(run: Run) -> Section:
     section = Section("Settings")
     preset = run.settings.get("preset")
     known = preset in PRESETS
-    defaults = _plain(config_module.to_json(PRESETS[cast(str, preset)] if known else Config()))
+    defaults = _plain(stored_config.to_json(PRESETS[cast(str, preset)] if known else Config()))
     values = {name: value for name, value in run.settings.items() if name not in ("versions", "preset")}
     changed = [name for name, value in values.items() if name != "out" and value != defaults.get(name)]
     base = f"preset {preset}" if known else "class defaults"

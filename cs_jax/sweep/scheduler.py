@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cs_jax import config as config_module
-from cs_jax import files, run_directory
+from cs_jax import files, run_directory, stored_config
 from cs_jax.errors import ConfigError
 from cs_jax.lock import Lock
 from cs_jax.sweep.spec import Planned, Spec, make_spec
@@ -82,8 +81,8 @@ def check_same(directory: Path, spec: Spec) -> None:
     for run in begun.runs:
         if run.name not in planned:
             raise ConfigError(f"{directory}: holds another sweep: {run.name} is not in this one; give another --out")
-        before, now = (config_module.to_json(config) for config in (run.config, planned[run.name]))
-        changed = config_module.changed_settings(before, now)
+        before, now = (stored_config.to_json(config) for config in (run.config, planned[run.name]))
+        changed = stored_config.changed_settings(before, now)
         if changed:
             differences = ", ".join(f"{name} {now[name]} (was {before[name]})" for name in changed)
             raise ConfigError(f"{directory}: holds another sweep: {run.name} has {differences}; give another --out")
@@ -223,7 +222,7 @@ class _Worker:
         self._rest = b""
 
     def give(self, run: Planned) -> None:
-        settings = {**config_module.to_json(run.config), "out": str(folder_of(self._directory, run))}
+        settings = {**stored_config.to_json(run.config), "out": str(folder_of(self._directory, run))}
         job = {"config": settings, "log": str(self._directory / LOGS_FOLDER / f"{run.name}.txt")}
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has died, which the end of its answers tells

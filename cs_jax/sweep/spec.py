@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cs_jax import config as config_module
-from cs_jax.config import PRESETS, Config
+from cs_jax import stored_config
+from cs_jax.config import DEFAULT_PRESET, PRESETS, Config
 from cs_jax.errors import ConfigError, one_of
 from cs_jax.methods import METHODS
 
@@ -98,7 +98,7 @@ def make_spec(name: str, content: Mapping[str, Any]) -> Spec:
             raise ConfigError(f"{key}: got nothing, wanted a list")
     if "densities" in content and "initial_scores" in content:
         raise ConfigError("initial_scores: got them beside densities, wanted one of the two")
-    preset = content.get("preset", config_module.DEFAULT_PRESET)
+    preset = content.get("preset", DEFAULT_PRESET)
     if preset not in list(PRESETS):  # of any type, hashable or not
         raise ConfigError(f"preset: got {preset!r}, wanted {one_of(str(preset), PRESETS)}")
     for table in ("settings", "method"):
@@ -129,13 +129,13 @@ def _runs(content: Mapping[str, Any], preset: str, variant: str) -> Iterator[Pla
         raise ConfigError(f"methods: got {method!r}, {wanted}")
     settings = {**content.get("settings", {}), **own}
     taken = OF_THE_GRID | {DIALS[axis]: f"{axis} alone, which are there" for axis in DIALS if axis in content}
-    known = [name for name in config_module.to_json(Config()) if name not in taken]
+    known = [name for name in stored_config.to_json(Config()) if name not in taken]
     for table, given in (("settings", content.get("settings", {})), (f"method.{variant}", own)):
         for key in filter(taken.__contains__, given):
             raise ConfigError(f"{table}: got {key}, which is not for a table, wanted {taken[key]}")
         _check_keys(table, given, known)
     base = {
-        **config_module.to_json(PRESETS[preset]),
+        **stored_config.to_json(PRESETS[preset]),
         "controls": [],
         "report": False,
         "keep": 1,
@@ -148,7 +148,7 @@ def _runs(content: Mapping[str, Any], preset: str, variant: str) -> Iterator[Pla
         middle = "" if value is None else f"-{shown}{value:g}"
         name = f"{variant}{middle}-seed{seed}"
         try:
-            config = config_module.from_json({**base, **given, "seed": seed}, "settings")
+            config = stored_config.from_json({**base, **given, "seed": seed}, "settings")
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
         yield Planned(name, variant, given.get("mask_initial_value"), config)

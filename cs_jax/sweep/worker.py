@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 from rich.console import Console
 
-from cs_jax import commands, config, run_directory
+from cs_jax import commands, run_directory, stored_config
 from cs_jax.errors import ConfigError
 from cs_jax.interrupts import Stopped
 from cs_jax.lock import LockedError
@@ -82,7 +82,7 @@ def _jobs() -> Iterator[dict[str, Any]]:
 def _answer(job: Mapping[str, Any], answers: IO[str]) -> dict[str, Any]:
     """What came of a run: its result, or why there is none."""
     started = time.monotonic()
-    settings = config.from_json(job["config"])
+    settings = stored_config.from_json(job["config"])
     path = settings.run_directory
     with open(job["log"], "a") as log:
         terminal = Console(file=log, width=120)

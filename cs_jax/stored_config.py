@@ -1,0 +1,120 @@
+"""A config's form on disk: written as JSON beside a run, read again, compared."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import cs_jax
+from cs_jax.config import Config
+from cs_jax.errors import ConfigError
+
+CONFIG_FILE = "config.json"
+"""In a run directory: what was asked. The other names are in `run_directory`."""
+
+FREE = ("preset", "data_dir", "out", "keep", "checkpoint_steps", "checkpoint_seconds", "report")
+"""Fields that do not change a run's result, and may differ where it goes on."""
+
+KINDS: dict[Any, str] = {
+    int: "a whole number",
+    int | None: "a whole number",
+    float: "a number",
+    float | None: "a number",
+    bool: "true or false",
+    str: "a name",
+    str | None: "a name",
+    tuple[str, ...]: "names",
+    tuple[int, ...]: "whole numbers",
+    tuple[float, ...]: "numbers",
+    Path | None: "a path",
+    Literal["paper", "released"]: "paper or released",
+    Literal["global", "layer"]: "global or layer",
+}
+"""What a field of a type wants, in words."""
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The config's fields as JSON values."""
+    fields = dataclasses.asdict(config)
+    return {name: _json_value(value) for name, value in fields.items()}
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names of the settings, as `to_json` gives them, that differ and decide what a run ends with."""
+    return [name for name in now if name not in FREE and before[name] != now[name]]
+
+
+def from_json(fields: Mapping[str, Any], source: str = "stored settings") -> Config:
+    """The config that `to_json` gave.
+
+    Args:
+        fields: every one of them.
+        source: what they are called where they cannot be used.
+
+    Raises:
+        ConfigError: a field is missing, unknown, or has a value of another type or out of range.
+    """
+    kinds = get_type_hints(Config)
+    for wrong, names in (("lack", kinds.keys() - fields.keys()), ("have the unknown", fields.keys() - kinds.keys())):
+        if names:
+            raise ConfigError(f"{source} {wrong} {min(names)!r}: made by another version")
+    values = {name: _restored(fields[name], kind) for name, kind in kinds.items()}
+    for name, kind in kinds.items():
+        if not _fits(values[name], kind):
+            raise ConfigError(f"{source} have {name} {fields[name]!r}, wanted {KINDS.get(kind, kind)}")
+    return Config(**values)
+
+
+def _restored(value: Any, kind: Any) -> Any:
+    """A JSON value as the field of this type has it."""
+    if isinstance(value, list):
+        return tuple(value)
+    return Path(value) if kind == Path | None and isinstance(value, str) else value
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, options = get_origin(kind), get_args(kind)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(entry, options[0]) for entry in value)
+    if origin is Literal:
+        return value in options
+    if options:
+        return any(_fits(value, option) for option in options)
+    if isinstance(value, bool) or kind is bool:
+        return kind is bool and isinstance(value, bool)
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def read_stored(path: Path, given_by: str) -> dict[str, Any]:
+    """The settings in the config.json of a run directory, of this version, as `to_json` gave them.
+
+    Args:
+        path: the directory.
+        given_by: the flag that names it, for messages.
+
+    Raises:
+        ConfigError: it holds no run, one of another version, or one that cannot be read.
+    """
+    try:
+        stored = json.loads((path / CONFIG_FILE).read_text())
+        version = stored.pop("versions")["cs_jax"]
+        stored.pop("data")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{given_by}: got {path}, which holds no run, wanted a folder with {CONFIG_FILE}") from None
+    except OSError as error:
+        raise ConfigError(f"{given_by}: got {path}, which cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(f"{given_by}: got {path}, whose {CONFIG_FILE} is damaged: give another --out") from None
+    if version != cs_jax.__version__:
+        raise ConfigError(
+            f"{given_by}: got {path}, a run of cs_jax {version}, wanted one of {cs_jax.__version__}: go on with "
+            f"that version, or give another --out"
+        )
+    return stored

@@ -45,7 +45,7 @@ def make_run(
     given += [] if validation else ["--val-set-size", "0"]
     write(
         folder / "config.json",
-        {**stored_config.to_json(flags.parse(given)), "versions": {"cs_jax": "0.1", "jax": "0.9"}},
+        {**stored_config.to_json(flags.parse(given)), "data": "ab" * 32, "versions": {"cs_jax": "0.1", "jax": "0.9"}},
     )
     sizes = {layer: 200 * (index % 7 + 1) for index, layer in enumerate(layers)}
     shares = 0.0 if empty else rng.uniform(0.05, 0.2, len(layers)) / rounds
@@ -377,7 +377,7 @@ def test_a_run_that_has_only_begun_has_a_report_of_its_settings(tmp_path: Path) 
 def test_the_command_in_the_page_repeats_the_run(given: str, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", thin=True)
     settings = flags.parse([*given.split(), "--data-dir", "a b'c", "--out", str(run)])
-    write(run / "config.json", stored_config.to_json(settings))
+    write(run / "config.json", {**stored_config.to_json(settings), "data": "ab" * 32})
     report.write_report(run)
     found = re.search(r"<pre><code>(.*?)</code></pre>", page(run))
     assert found

@@ -117,6 +117,25 @@ def test_a_method_without_a_search_misses_no_masks(run: Path) -> None:
     assert "masks were made before any training" in text and f"{MASKS_FILE} is missing" not in text
 
 
+def test_a_method_without_scores_has_no_section_on_them(run: Path) -> None:
+    (run / "scores.json").unlink()
+    report.write_report(run)
+    assert "scores.json is missing" in words(page(run))
+    edit(run / "config.json", method="imp")
+    report.write_report(run)
+    text = words(page(run))
+    assert "scores.json" not in text and "Scores" not in text
+
+
+def test_without_scores_the_ticket_tells_how_many_weights_each_layer_has(run: Path) -> None:
+    (run / "scores.json").unlink()
+    report.write_report(run)
+    assert " of 400 " not in words(page(run))
+    write_ticket(run)
+    report.write_report(run)
+    assert re.search(r"block/conv1/kernel \d+ of 400 \d", words(page(run)))
+
+
 def test_rounds_wait_for_the_sizes_of_layers(run: Path) -> None:
     write_masks(run, FIRST, SECOND)
     (run / "scores.json").unlink()

@@ -60,10 +60,10 @@ def read_predictions(path: Path, classes: Sequence[str] | None) -> dict[str, np.
 
 
 def read_masks(path: Path, ticket: Path, sizes: Mapping[str, int]) -> Masks | None:
-    """Masks at the ends of the rounds and those of the ticket; None where no round has left any.
+    """Masks at the ends of the rounds and those of the ticket; None where there are neither.
 
     Args:
-        path: of the file that holds those of the rounds.
+        path: of the file that holds those of the rounds, which need not be there.
         ticket: of the ticket's file, which need not be there.
         sizes: numbers of weights of each layer, as far as they are known.
 
@@ -71,10 +71,10 @@ def read_masks(path: Path, ticket: Path, sizes: Mapping[str, int]) -> Masks | No
         ConfigError: a file is damaged, or masks do not fit the layers or each other.
     """
     arrays = _load(path)
-    if arrays is None:
+    if arrays is None and not ticket.exists():
         return None
     rounds: dict[int, Bits] = {}
-    for name, bits in arrays.items():
+    for name, bits in (arrays or {}).items():
         found = re.fullmatch(r"(0|[1-9]\d{0,8})/(.+)", name, re.DOTALL)
         if found is None or bits.dtype != np.uint8 or bits.ndim != 1:
             raise ConfigError(f"{path}, {name!r}: got another name or kind of array, wanted what a run writes")

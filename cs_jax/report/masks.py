@@ -7,6 +7,7 @@ import numpy as np
 
 from cs_jax import analysis
 from cs_jax.analysis import Overlap
+from cs_jax.methods import METHODS
 from cs_jax.progress import SEARCH, TICKET
 from cs_jax.report import plots
 from cs_jax.report.arrays import Bits, Masks
@@ -57,7 +58,7 @@ def _layers_by_epoch(run: Run, names: Sequence[str]) -> Plot:
 
 
 def _layer_table(run: Run, shares: Mapping[str, float]) -> Table:
-    sizes = run.scores.sizes if run.scores else {}
+    sizes = (run.masks and run.masks.sizes) or (run.scores and run.scores.sizes) or {}
 
     def row(name: str) -> list[str]:
         kept = f"{round(shares[name] * sizes[name]):,} of {sizes[name]:,}" if name in sizes else "-"
@@ -73,7 +74,7 @@ def masks(run: Run) -> Section:
     flips = _flips(run)
     if flips is not None:
         section.parts.append(flips)
-    if run.masks is None:
+    if run.masks is None or not run.masks.rounds:
         if run.search_epochs:
             section.notes.append(f"{MASKS_FILE} is missing: no round has ended, or the run is of an earlier version.")
         else:
@@ -162,7 +163,11 @@ def connectivity(run: Run) -> Section | None:
     return section
 
 
-def scores(run: Run) -> Section:
+def scores(run: Run) -> Section | None:
+    """How scores lie at each round's start and end; None where the method has none."""
+    method = METHODS.get(run.settings.get("method", ""))
+    if run.scores is None and method is not None and not method.learns_masks:
+        return None
     section = Section("Scores")
     if run.scores is None or not run.scores.rounds:
         section.notes.append(f"{SCORES_FILE} is missing or has no round yet.")

@@ -48,6 +48,7 @@ class Settings(TypedDict):
     controls: NotRequired[list[str]]
     val_set_size: NotRequired[Count]
     versions: NotRequired[dict[str, str]]
+    data: NotRequired[str]  # a fingerprint
 
 
 class Epoch(TypedDict):

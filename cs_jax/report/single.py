@@ -86,9 +86,10 @@ def _results(run: Run) -> Section:
         section.parts.append(Table("Time", head, rows))
     ends = [list(group)[-1] for _, group in itertools.groupby(run.phase(SEARCH), key=lambda epoch: epoch["round"])]
     if ends:
-        section.texts.append(
-            "Soft masks are those of the round's temperature; hard masks keep a weight or not, as the ticket does."
-        )
+        if any(end["soft_accuracy"] is not None for end in ends):
+            section.texts.append(
+                "Soft masks are those of the round's temperature; hard masks keep a weight or not, as the ticket does."
+            )
         head = ("Round", "Epochs", "Density", "Soft masks", "Hard masks")
         caption = "Search: density and validation accuracy at the end of each round"
         section.parts.append(Table(caption, head, [_round_row(run, end) for end in ends]))
@@ -182,7 +183,7 @@ def _settings(run: Run) -> Section:
     preset = run.settings.get("preset")
     known = preset in PRESETS
     defaults = _plain(stored_config.to_json(PRESETS[cast(str, preset)] if known else Config()))
-    values = {name: value for name, value in run.settings.items() if name not in ("versions", "preset")}
+    values = {name: value for name, value in run.settings.items() if name not in ("versions", "data", "preset")}
     changed = [name for name, value in values.items() if name != "out" and value != defaults.get(name)]
     base = f"preset {preset}" if known else "class defaults"
     if known and values.keys() <= defaults.keys():
@@ -196,7 +197,8 @@ def _settings(run: Run) -> Section:
         section.parts.append(Table("Changed settings", ("Setting", "This run", base.capitalize()), rows, words=3))
     versions = [list(pair) for pair in run.settings.get("versions", {}).items()]
     if versions:
-        section.parts.append(Table("Versions", ("Package", "Version"), versions, words=2))
+        data = [["data", run.settings["data"]]] if "data" in run.settings else []
+        section.parts.append(Table("Versions", ("Package", "Version"), [*versions, *data], words=2))
     else:
         section.notes.append(f"{CONFIG_FILE} has no versions.")
     rest = [[name, shown(value)] for name, value in values.items() if name not in changed]

@@ -8,7 +8,7 @@ import numpy as np
 import tyro
 
 from cs_jax.controls import CONTROLS, DENSE
-from cs_jax.errors import ConfigError, one_of
+from cs_jax.errors import ConfigError, in_words, one_of
 from cs_jax.images import AUGMENTATIONS
 from cs_jax.masks import MIN_INIT_VALUE
 from cs_jax.methods import AFTERS, METHODS, NONE
@@ -19,13 +19,6 @@ from cs_jax.progress import TICKET
 def flag(name: str) -> str:
     """A field's flag: `--batch-size` of `batch_size`."""
     return "--" + name.replace("_", "-")
-
-
-def _shown(value: Any) -> str:
-    """A value as it is given on the command line."""
-    if isinstance(value, tuple):
-        return " ".join(map(str, value))
-    return "nothing" if value is None else str(value)
 
 
 def _is_finite(value: float) -> bool:
@@ -172,7 +165,8 @@ class Config:
         target = self.target_density
         self._check("target_density", target is None or 0 < target <= 1, "a share above 0 and at most 1")
         inside = f"0 to {self.epochs - 1}, inside a round of {self.epochs} epochs"
-        self._check("rewind_epoch", 0 <= self.rewind_epoch < self.epochs, inside)
+        searches = self.method not in METHODS or METHODS[self.method].searches
+        self._check("rewind_epoch", 0 <= self.rewind_epoch < self.epochs or not searches, inside)
         self._check_schedule()
         self._check_choice("model", MODELS)
         self._check_choice("augment", AUGMENTATIONS)
@@ -201,9 +195,8 @@ class Config:
             if control not in CONTROLS:
                 raise ConfigError(f"--controls: got {control!r}, wanted {one_of(control, CONTROLS)}")
         self._check("controls", len(set(self.controls)) == len(self.controls), "each of them once")
-        beside_itself = self.controls and self.method == DENSE
-        self._check("controls", not beside_itself, "none beside --method dense: give --controls with nothing behind it")
         others = [control for control in self.controls if control != DENSE]
+        self._check("controls", not others or self.method != DENSE, "none beside --method dense, which has no masks")
         if others and self.retraining == NONE:
             raise ConfigError(
                 f"--controls: got {' '.join(others)}, wanted dense alone where no retraining follows the search, which "
@@ -226,7 +219,7 @@ class Config:
     def _check(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:
             value = getattr(self, name)
-            raise ConfigError(f"{flag(name)}: got {_shown(value)}, wanted {wanted}")
+            raise ConfigError(f"{flag(name)}: got {in_words(value)}, wanted {wanted}")
 
     @property
     def retraining(self) -> str:
@@ -241,7 +234,12 @@ class Config:
     @property
     def retrainings(self) -> tuple[str, ...]:
         """Phases after the search: the ticket's retraining, where it has one, and the controls."""
-        return (*(() if self.retraining == NONE else (TICKET,)), *self.controls)
+        return (*(() if self.retraining == NONE else (TICKET,)), *self.trained_controls)
+
+    @property
+    def trained_controls(self) -> tuple[str, ...]:
+        """Controls that are trained: with the dense network as the method, itself, none."""
+        return () if self.method == DENSE else self.controls
 
     def without_effect(self) -> list[str]:
         """Flags, with their values, that are not the preset's and that the method makes no use of."""
@@ -253,7 +251,7 @@ class Config:
             *(() if method.wants_target is not False else ("scope", "allow_empty_layers")),
         )
         given = [name for name in unused if getattr(self, name) != getattr(usual, name)]
-        return [f"{flag(name)} {_shown(getattr(self, name))}" for name in given]
+        return [f"{flag(name)} {in_words(getattr(self, name))}" for name in given]
 
     @property
     def run_directory(self) -> Path:

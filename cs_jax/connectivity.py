@@ -280,6 +280,9 @@ def describe(found: Mapping[str, Any]) -> RenderableType:
     accuracies = " and ".join(f"{child['test_accuracy']:.2%}" for child in found["children"])
     children = f"children: right on {accuracies} of the test set"
     barrier = f"barrier: {100 * found['barrier']:.2f} points of error, {found['loss_barrier']:.4f} of loss"
+    errors = [point["error"] for point in found["points"]]
+    if max(errors) in (errors[0], errors[-1]):
+        barrier += "; the error is highest at an end, so this is half the difference of the ends"
     return Group(table, children, barrier)
 
 

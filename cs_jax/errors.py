@@ -17,3 +17,10 @@ def closest(value: str, choices: Any) -> str:
     """ " (did you mean a?)", or nothing where no choice is alike."""
     close = difflib.get_close_matches(value, list(choices), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def in_words(value: Any) -> str:
+    """A setting's value as it is given on a command line; "nothing" where there is none."""
+    if isinstance(value, tuple | list):
+        return " ".join(map(str, value)) or "nothing"
+    return "nothing" if value is None else str(value)

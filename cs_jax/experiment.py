@@ -163,9 +163,10 @@ def _train_controls(
     progress: Progress,
 ) -> dict[str, Any]:
     """What came of each control: those that an earlier process has trained are read."""
-    done = config.controls[: config.controls.index(progress.phase)] if progress.phase in config.controls else ()
+    names = config.trained_controls
+    done = names[: names.index(progress.phase)] if progress.phase in names else ()
     results = {name: result for name, result in directory.read_controls().items() if name in done}
-    for name in config.controls[len(done) :]:
+    for name in names[len(done) :]:
         begun = CONTROLS[name](config, problem, ticket)
         if progress.phase != name:
             progress = search.begin_retraining(problem, begun, phase=name, round_ends=progress.round_ends)

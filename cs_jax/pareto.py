@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+LEVEL = 0.05  # of p, below which a difference is called significant
 CONFIDENCE = 0.95
 EQUAL = 1e-6
 """Accuracies this near are one: float32 is off by less, and an image of a million by as much."""
 
 HEAD = ("method", "control", "target", "n", "density", "test accuracy", "epochs", "training FLOPs", "seconds",
         "difference", "p (Holm)")  # fmt: skip
-ABSENT = "not measured"
+ABSENT = "-"  # of what is compared with nothing
 
 
 class Result(NamedTuple):
@@ -168,8 +169,8 @@ def to_markdown(cells: Sequence[Cell]) -> str:
     """Cells as a table of GitHub's Markdown, one row each.
 
     Accuracy is mean ± deviation, the difference is followed by its 95% interval in brackets and by what it is to.
-    Epochs are followed by those of the other network where they are not the same. What has no figure is "not
-    measured"; "no spread" stands where all differences are the same, and a test has nothing to go by.
+    Epochs are followed by those of the other network where they are not the same. What is compared with nothing
+    has "-"; "no spread" stands where all differences are the same, and a test has nothing to go by.
     """
     rows = [HEAD, ["---"] * len(HEAD), *(_row(cell, cells) for cell in cells)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -56,17 +56,12 @@ def check_same(config: Config) -> None:
     stored, asked = stored_config.read_stored(path, "--out"), stored_config.to_json(config)
     if stored.keys() != asked.keys():
         raise ConfigError(f"{path}: its {CONFIG_FILE} has other settings: made by another version; give another --out")
-    changed = stored_config.changed_settings(stored, asked)
-    if changed:
-        differences = ", ".join(f"{flag(name)} {_shown(asked[name])} (was {_shown(stored[name])})" for name in changed)
+    differences = stored_config.differences(stored, asked, flag)
+    if differences:
         raise ConfigError(
             f"{path}: holds a run with other settings: {differences}; give another --out, or "
             f"--resume {path} alone to go on with it"
         )
-
-
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def check_free(config: Config) -> None:
@@ -198,8 +193,8 @@ class RunDirectory(Observer):
         found = {name.partition("/")[0] for name in self._read_masks()}
         if any(str(number) not in found for number in range(len(progress.round_ends)) if number != again):
             lacking.append(MASKS_FILE)
-        if progress.phase in self._config.controls:
-            done = self._config.controls[: self._config.controls.index(progress.phase)]
+        if progress.phase in self._config.trained_controls:
+            done = self._config.trained_controls[: self._config.trained_controls.index(progress.phase)]
             lacking += [CONTROLS_FILE for name in done if name not in self.read_controls()]
         if lacking:
             raise ConfigError(

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import cs_jax
 from cs_jax.config import Config
-from cs_jax.errors import ConfigError
+from cs_jax.errors import ConfigError, in_words
+from cs_jax.methods import METHODS
 
 CONFIG_FILE = "config.json"
 """In a run directory: what was asked. The other names are in `run_directory`."""
@@ -46,9 +47,25 @@ def _json_value(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Names of the settings, as `to_json` gives them, that differ and decide what a run ends with."""
-    return [name for name in now if name not in FREE and before[name] != now[name]]
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], name_of: Callable[[str], str] = str) -> str:
+    """Settings that are not the same and decide what a run ends with, in words; "" where there are none.
+
+    Args:
+        before: settings as `to_json` gives them.
+        now: those to compare.
+        name_of: what a setting is called.
+    """
+    before, now = effective(before), effective(now)
+    changed = [name for name in now if name not in FREE and before[name] != now[name]]
+    return ", ".join(f"{name_of(name)} {in_words(now[name])} (was {in_words(before[name])})" for name in changed)
+
+
+def effective(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as `to_json` gives them, with what follows the search named where it was left to the method."""
+    method = METHODS.get(settings.get("method", ""))
+    if method is None or settings.get("after", "") is not None:
+        return dict(settings)
+    return {**settings, "after": method.afters[0]}
 
 
 def from_json(fields: Mapping[str, Any], source: str = "stored settings") -> Config:

@@ -314,3 +314,27 @@ def test_what_resume_cannot_mean_is_told(words: str, message: str, tmp_path: Pat
 )
 def test_flags_that_a_method_makes_no_use_of_are_known(words: str, unused: list[str]) -> None:
     assert parse(words.split()).without_effect() == unused
+
+
+def test_epochs_to_rewind_to_are_asked_of_methods_with_a_search_alone() -> None:
+    assert parse("--method random --target-density 0.1 --epochs 1".split()).rewind_epoch == 2
+    with pytest.raises(ConfigError, match="--rewind-epoch: got 2, wanted 0 to 0"):
+        parse("--method imp --epochs 1".split())
+
+
+def test_dense_beside_the_dense_network_is_itself() -> None:
+    asked = parse(["--method", "dense"])
+    assert asked.controls == ("dense",) and asked.retrainings == ("ticket",)
+    with pytest.raises(ConfigError, match="--controls: got dense reinit, wanted none beside --method dense"):
+        parse("--method dense --controls dense reinit".split())
+
+
+def test_what_follows_a_search_is_the_same_whether_named_or_left_to_the_method() -> None:
+    left, named, other = (
+        stored_config.to_json(parse(["--method", "imp", *words]))
+        for words in ([], ["--after", "rewind"], ["--after", "finetune"])
+    )
+    assert stored_config.differences(left, named) == ""
+    assert stored_config.differences(left, other) == "after finetune (was rewind)"
+    no_controls = left | {"controls": []}
+    assert stored_config.differences(left, no_controls, config.flag) == "--controls nothing (was dense)"

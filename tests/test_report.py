@@ -189,7 +189,7 @@ def test_the_page_says_what_came_out(tmp_path: Path) -> None:
     report.write_report(run)
     text = words(page(run))
     assert "The ticket keeps 3.12% of the maskable weights and is right on 96.11% of the test set" in text
-    assert "the dense network, trained for as long, on 97.22%" in text
+    assert "the dense network on 97.22%. Epochs: ticket 8 of search and 4 of retraining; dense 4." in text
     assert "−1.11 points beside dense" in text
     assert "ticket 1,234 3.12% 95.00% 96.11% dense 1,250 100.00% 95.00% 97.22%" in text
     assert "0 4 of 4 52.08% 80.79% 70.79% 1 4 of 4 4.17% 86.55% 76.55%" in text  # rounds
@@ -501,7 +501,7 @@ def test_a_comparison_puts_runs_side_by_side(tmp_path: Path) -> None:
     text = words(page(out))
     assert "The most accurate ticket is that of a: 97.00% of the test set at density 5.00%" in text
     assert "The sparsest is that of b: 94.00% of the test set at density 2.10%" in text
-    assert "a 5.00% 100 95.00% 97.00% 97.22% −0.22 34 b 2.10% 100 95.00% 94.00% - - 34" in text
+    assert "a cs 9 5.00% 100 95.00% 97.00% 97.22% −0.22 34 b cs 12 2.10% 100 95.00% 94.00% - - 34" in text
     assert "Run controls epochs a dense 3 b none 4" in text
     assert "Versions that differ: none." in text
     assert "standard deviation" not in text

@@ -205,10 +205,10 @@ BASE = 'methods = ["cs", "imp"]\nseeds = [0]\n'
         ("methods = 'cs'\nseeds = [0]", "methods: got 'cs', wanted a list"),
         ("methods = [1]\nseeds = [0]", "methods: got 1, wanted names"),
         ("methods = ['cs', 'cs']\nseeds = [0]", "methods: got 'cs' twice, wanted each once"),
-        ("methods = []\nseeds = [0]", "methods: got [], wanted a list"),
+        ("methods = []\nseeds = [0]", "methods: got [], wanted a list of one at least"),
         ("seeds = [0]", "methods: got nothing, wanted a list"),
         ("methods = ['cs']", "seeds: got nothing, wanted a list"),
-        ("methods = ['cs']\nseeds = []", "seeds: got [], wanted a list"),
+        ("methods = ['cs']\nseeds = []", "seeds: got [], wanted a list of one at least"),
         ("methods = ['cs']\nseeds = 3", "seeds: got 3, wanted a list"),
         ("methods = ['cs']\nseeds = [0.5]", "seeds: got 0.5, wanted whole numbers"),
         ("methods = ['cs']\nseeds = [true]", "seeds: got True, wanted whole numbers"),
@@ -216,13 +216,13 @@ BASE = 'methods = ["cs", "imp"]\nseeds = [0]\n'
         ("methods = ['cs']\nseeds = [-1]", "cs-seed-1: --seed: got -1, wanted 0 to 4294967295"),
         (BASE + "densities = [0.0]", "densities: got 0.0, wanted shares above 0 and at most 1"),
         (BASE + "densities = [0.1, 1.5]", "densities: got 1.5, wanted shares above 0 and at most 1"),
-        (BASE + "densities = [nan]", "densities: got nan, wanted finite numbers of a usual size"),
+        (BASE + "densities = [nan]", "densities: got nan, wanted shares above 0 and at most 1"),
         (BASE + "densities = ['0.1']", "densities: got '0.1', wanted numbers"),
         (BASE + "densities = [1, 1.0]", "densities: got 1 twice, wanted each once"),
-        (BASE + "densities = []", "densities: got [], wanted a list"),
+        (BASE + "densities = []", "densities: got [], wanted a list of one at least"),
         (
             BASE + "densities = [0.12345678, 0.12345679]",
-            "spec: got 2 runs that are called cs-density0.123457-seed0, wanted names that differ",
+            "spec: got 2 runs that are called cs-density0.123457-seed0, wanted values that differ in their *",
         ),
         (BASE + "densities = [0.1]\ninitial_scores = [0.1]", "initial_scores: got them beside densities, wanted one *"),
         (BASE + "initial_scores = [inf]", "initial_scores: got inf, wanted finite numbers of a usual size"),
@@ -342,7 +342,7 @@ def test_a_spec_with_one_more_seed_trains_that_alone(copied: Path, capsys: pytes
     "old, new, told",
     [
         ("epochs = 2", "epochs = 3", "imp-density0.1-seed0 has epochs 3 (was 2)"),
-        ("lr_schedule = [1]", "lr_schedule = [0]", "imp-density0.1-seed0 has lr_schedule [0] (was [1])"),
+        ("lr_schedule = [1]", "lr_schedule = [0]", "imp-density0.1-seed0 has lr_schedule 0 (was 1)"),
         ("[0.1]", "[0.2]", "imp-density0.1-seed0 is not in this one"),
     ],
 )
@@ -390,8 +390,10 @@ def test_pareto_says_what_is_not_done(copied: Path, capsys: pytest.CaptureFixtur
     (copied / "out" / "runs" / "imp-density0.1-seed1" / "summary.json").unlink()
     assert commands.main(words) == 0
     shown = capsys.readouterr().out
-    assert "\n1 of 4 runs are not done: imp-density0.1-seed1\n" in shown
-    assert shown.startswith("| method |") and (copied / "out" / "pareto.md").exists()
+    assert "\nnot done: imp-density0.1-seed1\n" in shown
+    assert "1 run of the sweep has not finished." in (copied / "out" / "report.html").read_text()
+    assert re.search(r"^ *random +ticket +0.1 +2 +10.00% ", shown, re.MULTILINE)
+    assert (copied / "out" / "pareto.md").read_text().startswith("| method |")
     (copied / "out" / "runs" / "random-density0.1-seed0" / "summary.json").write_text("[]")
     assert commands.main(words) == 2
     assert "random-density0.1-seed0/summary.json: is damaged: " in one_line(capsys)
@@ -445,9 +447,22 @@ def test_failures_and_killed_workers_do_not_stop_the_other_runs_and_are_tried_ag
     assert failed == f"2 of 3  wild-density0.1-seed0: failed: {failures['wild-density0.1-seed0']}"
     assert done.startswith("3 of 3  slow-density0.1-seed0: density 10.00%, test ")
     goes_on = f"the same command goes on: python -m cs_jax sweep {spec} --out {out}"
-    told = f"1 of 3 runs failed, first wild-density0.1-seed0; {goes_on}"
+    log = out / "logs" / "wild-density0.1-seed0.txt"
+    told = f"1 of 3 runs failed, first wild-density0.1-seed0: see {log}; {goes_on}"
+    assert log.read_text().endswith(f"\nfailed: {failures['wild-density0.1-seed0']}\n")
     assert shown.err == f"python -m cs_jax sweep: error: {told}\n"
     assert "goes on from search 0, epoch " in (out / "logs" / "slow-density0.1-seed0.txt").read_text()
+    assert (out / "runs" / "random-density0.1-seed0" / TICKET_FILE).stat().st_mtime_ns == before
+    assert commands.main(["pareto", str(spec), "--out", str(out)]) == 0
+    assert f"not done: wild-density0.1-seed0 failed: {failures['wild-density0.1-seed0']}\n" in capsys.readouterr().out
+    # What has failed may be asked for differently, what is done may not.
+    written(spec, TROUBLE.replace("lr = 1e30", "lr = 0.05").replace("epochs = 10", "epochs = 9"))
+    assert sweep(spec, "--jobs", "1") == 2
+    assert "holds another sweep: slow-density0.1-seed0 has epochs 9 (was 10); " in one_line(capsys)
+    written(spec, TROUBLE.replace("lr = 1e30", "lr = 0.05"))
+    assert sweep(spec, "--jobs", "1") == 0
+    assert "3 of 3  wild-density0.1-seed0: density 10.00%, test " in capsys.readouterr().out
+    assert scheduler.read_failures(out) == {}
     assert (out / "runs" / "random-density0.1-seed0" / TICKET_FILE).stat().st_mtime_ns == before
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cs_jax import files, pareto
 from cs_jax.errors import ConfigError
-from cs_jax.pareto import Result
+from cs_jax.pareto import Cell, Result
 from cs_jax.report import comparison, front, plots, single
 from cs_jax.report.pages import write
 from cs_jax.report.recorded import read
@@ -72,13 +72,13 @@ def write_pareto(
     *,
     reference: str,
     tickets: Sequence[SweptTicket] = (),
-) -> tuple[list[Path], str]:
-    """Paths of the report, plots, table and figures of a sweep, written into `out`; and the table, as Markdown.
+) -> tuple[list[Path], list[Cell]]:
+    """Paths of the report, plots, table and figures of a sweep, written into `out`; and the table's rows.
 
     Args:
         name: of the sweep.
         results: of its networks.
-        missing: names of runs that have not ended.
+        missing: a line for each run that has not ended.
         out: folder.
         reference: method that the others are compared with.
         tickets: of its runs, whose masks are compared.
@@ -89,11 +89,10 @@ def write_pareto(
     cells = pareto.summarize(results, reference=reference)
     with plots.style():
         page = front.page(f"Sweep {name}", cells, results, missing, f"{len(results)} networks", tickets)
-    table = pareto.to_markdown(cells)
     written = write(out, page)
     contents = {
-        out / TABLE_FILE: table.encode(),
+        out / TABLE_FILE: pareto.to_markdown(cells).encode(),
         out / FIGURES_FILE: (json.dumps(pareto.to_json(cells), indent=2) + "\n").encode(),
     }
     files.write_all(contents)
-    return [*written, *contents], table
+    return [*written, *contents], cells

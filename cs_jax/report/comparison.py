@@ -34,12 +34,14 @@ def _best(done: Mapping[str, Summary]) -> str:
     if not tickets:
         return "No run has ended yet."
     best = max(tickets, key=lambda pair: (pair[1]["test_accuracy"] or 0, -pair[1]["density"]))
-    sparsest = min(tickets, key=lambda pair: pair[1]["density"])
-    if best == sparsest:
+    lowest = min(ticket["density"] for _, ticket in tickets)
+    sparsest = [pair for pair in tickets if pair[1]["density"] == lowest]
+    if [best] == sparsest:
         return f"The most accurate ticket, and the sparsest, is that of {_at_density(*best)}."
-    return (
-        f"The most accurate ticket is that of {_at_density(*best)}. The sparsest is that of {_at_density(*sparsest)}."
-    )
+    told = f"The most accurate ticket is that of {_at_density(*best)}."
+    if len(sparsest) > 1:
+        return f"{told} {len(sparsest)} are the sparsest, at density {percent(lowest)}."
+    return f"{told} The sparsest is that of {_at_density(*sparsest[0])}."
 
 
 def _at_density(name: str, ticket: TicketNetwork) -> str:
@@ -48,9 +50,14 @@ def _at_density(name: str, ticket: TicketNetwork) -> str:
 
 def _tickets(runs: Mapping[str, Run], done: Mapping[str, Summary]) -> Section:
     section = Section("Results", [f"{name}: {note}" for name, run in runs.items() for note in run.unfinished()])
-    head = ("Run", "Density", "Weights", "Validation", "Test", "Dense, test", "Points beside dense", "Seconds")
-    rows = [[name, *(_ticket_row(done[name]) if name in done else ["-"] * 7)] for name in runs]
-    section.parts.append(Table("Tickets", head, rows, wide=True))
+    head = ("Run", "Method", "Epochs", "Density", "Weights", "Validation", "Test", "Dense, test")
+    head += ("Points beside dense", "Seconds")
+    rows = [
+        [name, run.settings.get("method", "-"), *(_ticket_row(run, done[name]) if name in done else ["-"] * 8)]
+        for name, run in runs.items()
+    ]
+    section.texts.append("Epochs of a ticket are those of its search and its retraining.")
+    section.parts.append(Table("Tickets", head, rows, words=2, wide=True))
     labels = plots.short([*done], length=LABEL, kind="run")
     points = [point for label, summary in zip(labels, done.values(), strict=True) if (point := _point(label, summary))]
     if points:
@@ -72,10 +79,11 @@ def _point(label: str, summary: Summary) -> Point | None:
     return Point(label, ticket["density"], ticket["test_accuracy"], dense["test_accuracy"] if dense else None)
 
 
-def _ticket_row(summary: Summary) -> list[str]:
+def _ticket_row(run: Run, summary: Summary) -> list[str]:
     ticket, dense = summary["ticket"], summary["dense"]
     reference = dense["test_accuracy"] if dense else None
     return [
+        str(len(run.phase(SEARCH)) + len(run.phase(TICKET))),
         percent(ticket["density"]),
         f"{ticket['num_weights']:,}",
         percent(ticket["val_accuracy"]),

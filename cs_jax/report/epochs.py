@@ -21,7 +21,7 @@ def curves(run: Run) -> Section:
         return section
     search = {SEARCH: ("search", plots.BLUE, "-")}
     ticket = {TICKET: ("ticket", plots.ORANGE, "-")}
-    looks = ((plots.GREY, "--"), (plots.GREEN, "-."), (plots.PURPLE, ":"), (plots.SKY, "-."))
+    looks = ((plots.GREY, "--"), (plots.GREEN, "-."), (plots.PURPLE, ":"), (plots.INK, "-."))
     controls = {name: (name, *look) for name, look in zip(run.controls, itertools.cycle(looks), strict=False)}
     hard = by_epoch(run, "hard_accuracy", {SEARCH: ("hard masks", plots.BLUE, "-"), **ticket, **controls})
     soft = by_epoch(run, "soft_accuracy", {SEARCH: ("soft masks", plots.SKY, "--")})

@@ -5,18 +5,20 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from cs_jax.controls import DENSE
-from cs_jax.pareto import Cell, Result, count_tests, front, peer, references, shown_epochs, shown_p, shown_target
+from cs_jax.pareto import LEVEL, Cell, Result, count_tests, front, peer, references, shown_epochs, shown_p, shown_target
 from cs_jax.report import overlaps, plots
 from cs_jax.report.overlaps import shown_share
 from cs_jax.report.pages import Page, Plot, Section, Table, percent, plot, points
 from cs_jax.report.plots import Band, Series
 from cs_jax.sweep.results import SweptTicket
 
-LEVEL = 0.05
+SECONDS = (
+    "Seconds are those of all epochs, with evaluation, and with compilation where a network is the first of its kind "
+    "in its process: they say little of short runs."
+)
 TIE = 1e-9  # means of the same accuracies in another order may differ by their last digit
 
 COLORS = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.PURPLE, plots.INK, plots.SKY, "#e69f00", "#882255")
-MARKERS = "os^DvPX*"
 CONTROL_DASHES = ("--", ":", "-.")
 FEW_CONTROLS = 4  # lines; more of them hide the methods, and have plots of their own
 LONG_LIST = 10  # runs that are missing; more of them are folded
@@ -43,7 +45,9 @@ def page(
     """
     figures = [_front(cells, results), _controls(cells, results), _differences(cells)]
     sections = [*figures, *overlaps.sections(tickets), _cost(cells)]
-    return Page(title, lead, _verdict(cells), [], [*filter(None, sections), _missing(cells, missing)])
+    gaps = f" {_counted(len(missing), 'run')} of the sweep {'have' if len(missing) > 1 else 'has'} not finished."
+    verdict = _verdict(cells) + gaps * bool(missing)
+    return Page(title, lead, verdict, [], [*filter(None, sections), _missing(cells, missing)])
 
 
 def _tickets(cells: Iterable[Cell]) -> list[Cell]:
@@ -159,7 +163,7 @@ def _front(cells: Sequence[Cell], results: Sequence[Result]) -> Section:
     drawn = [*lines, *(controls if len(controls) <= FEW_CONTROLS else [])]
     bands = _bands(cells)
     section.texts.append(
-        "Means over seeds; bars are one standard deviation up and down, dots are single networks. "
+        "Means over seeds; of methods, bars are one standard deviation up and down and dots are single networks. "
         "Networks of one density are drawn side by side. " + ("Grey: dense, mean and deviation." if bands else "")
     )
     if drawn or bands:
@@ -210,7 +214,7 @@ def _series(cells: Sequence[Cell], results: Sequence[Result], everything: Sequen
                     if (result.method, result.control) == (method, control)
                 ],
                 COLORS[place % len(COLORS)],
-                MARKERS[place % len(MARKERS)],
+                plots.MARKERS[place % len(plots.MARKERS)],
                 CONTROL_DASHES[kinds.index(control) % len(CONTROL_DASHES)] if control else "-",
                 control is not None,
             )
@@ -226,7 +230,10 @@ def _bands(cells: Sequence[Cell]) -> list[Band]:
             found.setdefault((cell.accuracy, cell.deviation or 0.0), cell.method)
     alone = len(found) == 1
     names = plots.short([*found.values()], length=LABEL, kind="method")
-    return [Band(DENSE if alone else f"{DENSE}, {name}", *pair) for name, pair in zip(names, found, strict=True)]
+    return [
+        Band(DENSE if alone or name == DENSE else f"{DENSE}, {name}", *pair)
+        for name, pair in zip(names, found, strict=True)
+    ]
 
 
 def _floor(lines: Sequence[Series], bands: Sequence[Band]) -> float | None:
@@ -333,7 +340,7 @@ def _difference_row(cell: Cell, cells: Sequence[Cell]) -> list[str]:
 def _cost(cells: Sequence[Cell]) -> Section | None:
     if not cells:
         return None
-    section = Section("Cost", texts=[_budgets(cells)])
+    section = Section("Cost", texts=[_budgets(cells), SECONDS])
     head = ("Method", "Epochs", "Training FLOPs", "Seconds")
     by_method = [[method, *_ranges([cell for cell in cells if cell.method == method])] for method in _methods(cells)]
     section.parts.append(Table("For one network, lowest to highest", head, by_method, wide=True))

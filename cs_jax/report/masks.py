@@ -7,7 +7,6 @@ import numpy as np
 
 from cs_jax import analysis
 from cs_jax.analysis import Overlap
-from cs_jax.methods import METHODS
 from cs_jax.progress import SEARCH, TICKET
 from cs_jax.report import plots
 from cs_jax.report.arrays import Bits, Masks
@@ -33,7 +32,7 @@ def layers(run: Run) -> Section:
     if empty:
         named = ", ".join(empty[:10]) + " …" * (len(empty) > 10)
         section.notes.append(f"{len(empty)} of {len(shares)} layers keep no weight: {named}.")
-    title = "the ticket" if last["phase"] == TICKET else f"round {last['round']}, epoch {last['epoch']}"
+    title = "the ticket" if last["phase"] == TICKET or run.summary else f"round {last['round']}, epoch {last['epoch']}"
     alt = f"Bars of the weights that {len(shares)} layers keep: {percent(min(shares.values()))} to "
     alt += f"{percent(max(shares.values()))}."
     figure = plots.bars([*shares], [*shares.values()])
@@ -86,9 +85,9 @@ def masks(run: Run) -> Section:
     rows = _overlap_rows(run.masks, run.masks.sizes)
     if rows:
         section.texts.append(
-            "Of two masks, both keep so many weights, a share of those that the smaller one keeps. By chance is what "
-            "that share is on average where each layer's kept weights are drawn at random, as many as it has; z is how "
-            "many standard deviations the masks are above it. Flipped weights are kept by one of the two alone."
+            "Both keep: weights that are in both masks; shared: their share of the smaller mask. By chance: what masks "
+            "share on average that are drawn at random and keep as many weights in each layer; z: how many standard "
+            "deviations these are above that. Flipped: weights that one of the two keeps alone."
         )
         head = ("Masks of", "And of", "Both keep", "Shared", "By chance", "z", "Flipped")
         caption = "Overlap between the ends of rounds and the ticket"
@@ -104,7 +103,7 @@ def _flips(run: Run) -> Plot | None:
         return None
     flipped = [rate for rate in known if rate > 0]
     log = bool(flipped) and max(flipped) >= DECADES * min(flipped)
-    remark = "share of weights that enter or leave the hard masks in an epoch"
+    remark = "share of weights that enter or leave the hard masks in an epoch" + ", on a logarithmic axis" * log
     if log and len(flipped) < len(known):
         remark += f"; {len(known) - len(flipped)} epochs without a flip have no point"
         rates = [rate if rate > 0 else math.nan for rate in rates]
@@ -165,8 +164,7 @@ def connectivity(run: Run) -> Section | None:
 
 def scores(run: Run) -> Section | None:
     """How scores lie at each round's start and end; None where the method has none."""
-    method = METHODS.get(run.settings.get("method", ""))
-    if run.scores is None and method is not None and not method.learns_masks:
+    if run.scores is None and not run.found_by.learns_masks:
         return None
     section = Section("Scores")
     if run.scores is None or not run.scores.rounds:

@@ -23,6 +23,8 @@ CYCLE = [(color, dashes) for dashes in ("-", "--", ":") for color in (BLUE, ORAN
 """Colour and dashes of the first, second, ... of several runs."""
 
 WIDTH = 5.6  # inches: at 10.5 pt, text is still readable where the figure is shrunk to a telephone's width
+MARKERS = "os^DvPX*"
+LEGEND_COLUMNS = 4  # of names as long as "soft masks"
 MANY_LAYERS = 40  # from here on, bars are thin and not every layer is named
 SOFT, INK, LINE = "#e5e7eb", "#1f2933", "#9aa5b1"
 
@@ -154,7 +156,9 @@ def curves(
         spans: named parts of the x axis, marked off from each other.
         listed: the legend has a row for each line, below each other, and the figure room for it.
     """
-    figure, axes = _axes(3.3 + 0.2 * len(lines) * listed)
+    columns = 1 if listed else min(len(lines), LEGEND_COLUMNS)
+    rows = -(-len(lines) // max(1, columns))
+    figure, axes = _axes(3.3 + 0.2 * (rows if listed else rows - 1))
     for line in lines:
         marker = "o" if np.isfinite(np.asarray(line.y, float)).sum() <= 20 else ""
         axes.plot(line.x, line.y, line.dashes, color=line.color, label=line.label, marker=marker, markersize=3.5)
@@ -172,7 +176,7 @@ def curves(
     if spans:  # the same for all figures of a run
         axes.set_xlim(spans[0].start - 0.5, spans[-1].end + 0.5)
     if len(lines) > 1 or listed:
-        figure.legend(loc="outside lower center", ncols=1 if listed else len(lines), handlelength=1.8)
+        figure.legend(loc="outside lower center", ncols=columns, handlelength=1.8)
     return figure
 
 
@@ -344,7 +348,8 @@ def trade_off(points: Sequence[Point]) -> Figure:
     figure, axes = _axes(3.3 + 0.2 * len(points))
     for index, (label, density, accuracy, dense) in enumerate(points):
         color, _ = CYCLE[index % len(CYCLE)]
-        axes.plot(density, accuracy, "o", color=color, markersize=8, label=label, clip_on=False)
+        marker = MARKERS[index // len({color for color, _ in CYCLE}) % len(MARKERS)]
+        axes.plot(density, accuracy, marker, color=color, markersize=8, label=label, clip_on=False)
         if dense is not None:
             axes.plot(1.0, dense, "s", color=color, markersize=7, fillstyle="none", clip_on=False)
             axes.axhline(dense, color=color, linestyle=":", linewidth=1)

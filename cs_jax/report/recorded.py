@@ -5,11 +5,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict, cast
 
 import numpy as np
 
+from cs_jax import stored_config
 from cs_jax.connectivity import CHILDREN, error_barrier
+from cs_jax.controls import DENSE
 from cs_jax.errors import ConfigError
 from cs_jax.methods import METHODS, NONE, Method
 from cs_jax.progress import SEARCH, TICKET
@@ -169,7 +171,7 @@ class Run:
     @property
     def controls(self) -> list[str]:
         """Networks trained beside the ticket."""
-        return self.settings.get("controls", [])
+        return [] if self.settings.get("method") == DENSE else self.settings.get("controls", [])
 
     def phase(self, name: str) -> list[Epoch]:
         return [epoch for epoch in self.epochs if epoch["phase"] == name]
@@ -177,10 +179,10 @@ class Run:
     @property
     def search_epochs(self) -> int:
         """How many epochs the search has when it ends."""
-        return self.settings["epochs"] * self.settings["rounds"] if self._method.searches else 0
+        return self.settings["epochs"] * self.settings["rounds"] if self.found_by.searches else 0
 
     @property
-    def _method(self) -> Method:
+    def found_by(self) -> Method:
         """The method, where it is known; else what is asked of it is that of the first."""
         return METHODS.get(self.settings.get("method", "cs"), METHODS["cs"])
 
@@ -192,7 +194,7 @@ class Run:
         """What a run without a result lacks: the first phase that has not ended."""
         epochs = self.settings["epochs"]
         phases = [(SEARCH, "The search", self.search_epochs)]
-        if (self.settings.get("after") or self._method.afters[0]) != NONE:
+        if self.settings.get("after") != NONE:
             phases += [(TICKET, "The ticket's retraining", epochs)]
         phases += [(name, f"The training of the control {name}", epochs) for name in self.controls]
         notes = [f"The last line of {METRICS_FILE} is cut off, and left out."] if self.cut else []
@@ -216,6 +218,7 @@ def read(folder: Path) -> Run:
     if content is None:
         raise ConfigError(f"run: got {folder}, which is no run: it has no {CONFIG_FILE}")
     settings = checked(folder / CONFIG_FILE, parsed(folder / CONFIG_FILE, content), Settings)
+    settings = cast(Settings, stored_config.effective(settings))
     epochs, cut = _read_metrics(folder / METRICS_FILE)
     summary = optional(folder / SUMMARY_FILE, Summary)
     classes = None if summary is None else summary.get("classes")

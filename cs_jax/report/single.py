@@ -52,11 +52,20 @@ def _verdict(run: Run) -> str:
         return " ".join(run.unfinished())
     ticket, dense = run.summary["ticket"], run.summary["dense"]
     right = percent(ticket["test_accuracy"])
-    beside = f"; the dense network, trained for as long, on {percent(dense['test_accuracy'])}" if dense else ""
+    beside = f"; the dense network on {percent(dense['test_accuracy'])}" if dense else ""
     if ticket["density"] == 0:
         return f"The ticket is empty: no maskable weight is left. It is right on {right} of the test set{beside}."
     kept = percent(ticket["density"])
-    return f"The ticket keeps {kept} of the maskable weights and is right on {right} of the test set{beside}."
+    told = f"The ticket keeps {kept} of the maskable weights and is right on {right} of the test set{beside}."
+    return f"{told} {_trained(run)}"
+
+
+def _trained(run: Run) -> str:
+    """For how long each network was trained: the ticket's search is not free."""
+    search, ticket = len(run.phase(SEARCH)), len(run.phase(TICKET))
+    parts = [f"{search} of search" * bool(search), f"{ticket} of retraining" * bool(ticket)]
+    others = [f"{name} {len(run.phase(name))}" for name in run.controls if run.phase(name)]
+    return f"Epochs: ticket {'; '.join([' and '.join(filter(None, parts)) or '0', *others])}."
 
 
 def _tiles(run: Run) -> list[Tile]:
@@ -93,6 +102,12 @@ def _results(run: Run) -> Section:
         head = ("Round", "Epochs", "Density", "Soft masks", "Hard masks")
         caption = "Search: density and validation accuracy at the end of each round"
         section.parts.append(Table(caption, head, [_round_row(run, end) for end in ends]))
+        if any(epoch["soft_accuracy"] is None for epoch in ends):
+            section.texts.append(
+                "A round's weights are pruned at the end of its last epoch, and their accuracy is that of the network "
+                "as it then stands: BatchNorm's averages are those of the network before, and nothing has been trained "
+                "since."
+            )
     return section
 
 
@@ -182,7 +197,7 @@ def _settings(run: Run) -> Section:
     section = Section("Settings")
     preset = run.settings.get("preset")
     known = preset in PRESETS
-    defaults = _plain(stored_config.to_json(PRESETS[cast(str, preset)] if known else Config()))
+    defaults = stored_config.effective(_plain(stored_config.to_json(PRESETS[cast(str, preset)] if known else Config())))
     values = {name: value for name, value in run.settings.items() if name not in ("versions", "data", "preset")}
     changed = [name for name, value in values.items() if name != "out" and value != defaults.get(name)]
     base = f"preset {preset}" if known else "class defaults"

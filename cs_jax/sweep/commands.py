@@ -14,10 +14,12 @@ from cs_jax.errors import ConfigError
 from cs_jax.flags import MODULE, command_parser
 from cs_jax.interrupts import Interrupts, Stopped
 from cs_jax.sweep import scheduler
-from cs_jax.sweep.display import SweepDisplay
+from cs_jax.sweep.display import SweepDisplay, print_cells
 from cs_jax.sweep.places import find_places
 from cs_jax.sweep.results import read_results, read_tickets
 from cs_jax.sweep.spec import Spec, read_spec
+
+LISTED = 5  # runs that are not done; more are counted
 
 
 def sweep(arguments: Sequence[str], *, prog: str) -> None:
@@ -41,7 +43,9 @@ def sweep(arguments: Sequence[str], *, prog: str) -> None:
             stop.hint = f"; runs under way are saved; {hint}"
             raise
     if failures:
-        raise OSError(f"{len(failures)} of {len(spec.runs)} runs failed, first {next(iter(failures))}; {hint}")
+        name = next(iter(failures))
+        log = directory / scheduler.LOGS_FOLDER / f"{name}.txt"
+        raise OSError(f"{len(failures)} of {len(spec.runs)} runs failed, first {name}: see {log}; {hint}")
     say(terminal, f"{directory}: all {len(spec.runs)} runs are done; {_words('pareto', given)} compares them")
 
 
@@ -56,15 +60,17 @@ def pareto(arguments: Sequence[str], *, prog: str) -> None:
     if not results:
         raise ConfigError(f"{directory}: has no finished run yet, wanted one at least: {_words('sweep', given)}")
     tickets = [*read_tickets(spec, directory)]
-    written, table = reports.write_pareto(
+    written, cells = reports.write_pareto(
         spec.name, results, missing, directory, reference=spec.reference, tickets=tickets
     )
-    print(table)
-    if missing:
-        shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-        say(Console(), f"{len(missing)} of {len(spec.runs)} runs are not done: {shown}")
+    terminal = Console()
+    print_cells(terminal, cells)
+    for line in missing[:LISTED]:
+        say(terminal, f"not done: {line}")
+    if len(missing) > LISTED:
+        say(terminal, f"not done: {len(missing) - LISTED} more of {len(spec.runs)} runs")
     for path in written:
-        say(Console(), str(path))
+        say(terminal, str(path))
 
 
 def _sweep_parser(prog: str, command: Callable[..., None]) -> argparse.ArgumentParser:

@@ -1,15 +1,45 @@
 """What a person sees of a sweep: a bar for all of it and one for each worker, or a line for each run that ends."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from rich import box
 from rich import progress as bars
 from rich.console import Console
+from rich.table import Table
 
 from cs_jax.console import percent, progress_bars
+from cs_jax.pareto import LEVEL, Cell, shown_p, shown_target
 from cs_jax.sweep.scheduler import Watcher
 from cs_jax.sweep.spec import Planned
+
+LABEL = 32  # letters of a run beside its bar
+WIDTH = 84  # of the table; a narrower terminal breaks its lines
+
+
+def print_cells(console: Console, cells: Sequence[Cell]) -> None:
+    """The table of a sweep, in percent: what is in its file, less costs and intervals."""
+    table = Table("method", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("network", "target"):
+        table.add_column(name)
+    for name in ("n", "density", "test accuracy", "epochs", "points", "p"):
+        table.add_column(name, justify="right")
+    for cell in cells:
+        spread = "" if cell.deviation is None else f" ± {cell.deviation:.2%}"
+        beside = "-" if cell.difference is None else f"{100 * cell.difference:+.2f}"
+        tested = "-" if cell.p_adjusted is None else shown_p(cell.p_adjusted) + " *" * (cell.p_adjusted < LEVEL)
+        target = shown_target(cell.target, cell.dial, "{:.4g}".format)
+        figures = [f"{cell.density:.2%}", f"{cell.accuracy:.2%}{spread}", f"{cell.epochs:,.6g}", beside, tested]
+        table.add_row(cell.method, cell.control or "ticket", target, str(cell.n), *figures)
+    console.print(table, width=max(WIDTH, console.width), crop=False)
+    reference = next((cell.beside for cell in cells if cell.beside and cell.control is None), "none")
+    console.print(
+        f"points: of test accuracy, beside {reference} at the same target; of a control, beside the ticket. p: of a "
+        f"paired t-test, adjusted by Holm; * below {LEVEL:g}. Epochs: search and retraining.",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 class SweepDisplay(Watcher):
@@ -42,11 +72,11 @@ class SweepDisplay(Watcher):
     def on_start(self, worker: int, run: Planned) -> None:
         if worker in self._tasks:
             self._bars.remove_task(self._tasks.pop(worker))
-        self._tasks[worker] = self._bars.add_task(run.name, total=run.epochs)
+        self._tasks[worker] = self._bars.add_task(f"{_label(run)} compiles", total=run.epochs)
 
     def on_epoch(self, worker: int, run: Planned, epoch: int) -> None:
         if run.name not in self._done:  # what an earlier sweep did says nothing of the time left
-            self._bars.reset(self._tasks[worker], completed=epoch - 1)
+            self._bars.reset(self._tasks[worker], completed=epoch - 1, description=_label(run))
             self._leave_out(epoch - 1)
         self._bars.advance(self._whole, epoch - self._done.get(run.name, epoch - 1))
         self._bars.update(self._tasks[worker], completed=epoch)
@@ -64,6 +94,11 @@ class SweepDisplay(Watcher):
         line = f"{self._ended} of {self._total}  {run.name}: {result}"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
+    def on_stop(self, running: int) -> None:
+        self._bars.stop()
+        runs = "1 run" if running == 1 else f"{running} runs"
+        self._console.print(f"stops as soon as {runs} under way can be saved", highlight=False)
+
     def _leave_out(self, epochs: int) -> None:
         """Epochs that this sweep will not train."""
         self._epochs -= epochs
@@ -71,3 +106,8 @@ class SweepDisplay(Watcher):
 
     def _describe(self) -> None:
         self._bars.update(self._whole, description=f"{self._ended} of {self._total} runs")
+
+
+def _label(run: Planned) -> str:
+    """A run's name beside its bar, cut in front where it is long."""
+    return run.name if len(run.name) <= LABEL else "…" + run.name[1 - LABEL :]

@@ -28,7 +28,7 @@ class SweptTicket(NamedTuple):
 
 
 def read_results(spec: Spec, directory: Path) -> tuple[list[Result], list[str]]:
-    """Results of the runs that have ended, and the names of those that have not.
+    """Results of the runs that have ended, and a line for each that has not: its name, and why if it has failed.
 
     Args:
         spec: the grid.
@@ -38,6 +38,7 @@ def read_results(spec: Spec, directory: Path) -> tuple[list[Result], list[str]]:
         ConfigError: the directory holds another sweep, or a run's result is damaged.
     """
     scheduler.check_same(directory, spec)
+    failures = scheduler.read_failures(directory)
     results: list[Result] = []
     missing: list[str] = []
     for run in spec.runs:
@@ -46,7 +47,8 @@ def read_results(spec: Spec, directory: Path) -> tuple[list[Result], list[str]]:
             summary = json.loads(path.read_text())
             results.extend(_results(run, summary))
         except (FileNotFoundError, NotADirectoryError):
-            missing.append(run.name)
+            reason = failures.get(run.name)
+            missing.append(f"{run.name} failed: {reason}" if reason else run.name)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"{path}: is damaged: {type(error).__name__} {error}") from error
     return results, missing

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ SPEC_FILE = "sweep.json"
 RUNS_FOLDER = "runs"
 LOGS_FOLDER = "logs"
 LOCK_FILE = "sweep.lock"
+FAILURES_FILE = "failures.json"
+"""Names of runs that have failed and not been done since, with the reason."""
 
 CHECK_SECONDS = 0.5
 """After which signals are looked for at the latest."""
@@ -41,6 +43,9 @@ class Watcher:
 
     def on_epoch(self, worker: int, run: Planned, epoch: int) -> None:
         """So many epochs of a run are done, over all its phases."""
+
+    def on_stop(self, running: int) -> None:
+        """The sweep ends before its time, and waits until so many runs under way are saved."""
 
     def on_end(self, worker: int, run: Planned, ticket: Mapping[str, Any] | None, failure: str) -> None:
         """A run has ended: with a ticket, as summary.json has it, or with a failure."""
@@ -63,8 +68,10 @@ def is_done(directory: Path, run: Planned) -> bool:
 def check_same(directory: Path, spec: Spec) -> None:
     """Refuses a directory that holds another sweep. One that holds a part of this sweep may be gone on with.
 
+    Runs that have failed, or not begun, may have other settings now, or be gone from the spec.
+
     Raises:
-        ConfigError: a run there has other settings, or none in this spec; says which.
+        ConfigError: another run there has other settings, or none in this spec; says which.
     """
     path = directory / SPEC_FILE
     if not path.exists():
@@ -73,6 +80,17 @@ def check_same(directory: Path, spec: Spec) -> None:
         if directory.exists() and not all(map(_is_left_over, directory.iterdir())):
             raise ConfigError(f"--out: got {directory}, which is not empty and holds no sweep, wanted another folder")
         return
+    failures = read_failures(directory)
+    for run, difference in _changed_runs(directory, spec):
+        if run.name not in failures and run_directory.holds_run(folder_of(directory, run)):
+            raise ConfigError(f"{directory}: holds another sweep: {run.name} {difference}; give another --out")
+
+
+def _changed_runs(directory: Path, spec: Spec) -> Iterator[tuple[Planned, str]]:
+    """Runs that a sweep was begun with and this spec has not, or has otherwise, with the difference in words."""
+    path = directory / SPEC_FILE
+    if not path.exists():
+        return
     try:
         begun = make_spec(spec.name, json.loads(path.read_text()))
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -80,12 +98,21 @@ def check_same(directory: Path, spec: Spec) -> None:
     planned = {run.name: run.config for run in spec.runs}
     for run in begun.runs:
         if run.name not in planned:
-            raise ConfigError(f"{directory}: holds another sweep: {run.name} is not in this one; give another --out")
+            yield run, "is not in this one"
+            continue
         before, now = (stored_config.to_json(config) for config in (run.config, planned[run.name]))
-        changed = stored_config.changed_settings(before, now)
-        if changed:
-            differences = ", ".join(f"{name} {now[name]} (was {before[name]})" for name in changed)
-            raise ConfigError(f"{directory}: holds another sweep: {run.name} has {differences}; give another --out")
+        differences = stored_config.differences(before, now)
+        if differences:
+            yield run, f"has {differences}"
+
+
+def read_failures(directory: Path) -> dict[str, str]:
+    """Why runs have failed, by their names; empty where that cannot be read."""
+    try:
+        found = json.loads((directory / FAILURES_FILE).read_text())
+        return {str(name): str(reason) for name, reason in found.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def _is_left_over(path: Path) -> bool:
@@ -108,9 +135,14 @@ def run_sweep(spec: Spec, directory: Path, places: Sequence[Place], watcher: Wat
         Whatever a signal raises: runs under way are saved before.
     """
     check_same(directory, spec)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out: got {directory}, which cannot be made: {error.strerror}") from error
     with Lock(directory / LOCK_FILE):
         check_same(directory, spec)  # again: another process may have begun one meanwhile
+        for run, _ in _changed_runs(directory, spec):  # that have failed as they were
+            shutil.rmtree(folder_of(directory, run), ignore_errors=True)
         files.write_whole(directory / SPEC_FILE, (json.dumps(spec.content, indent=2) + "\n").encode())
         for folder in (RUNS_FOLDER, LOGS_FOLDER):
             (directory / folder).mkdir(exist_ok=True)
@@ -159,6 +191,9 @@ class _Pool:
 
     def close(self) -> None:
         """Ends all workers; what they are at is saved first."""
+        running = sum(worker.run is not None for worker in self._workers)
+        if running:
+            self._watcher.on_stop(running)
         for worker in self._workers:
             worker.dismiss()
         for worker in self._workers:
@@ -184,7 +219,17 @@ class _Pool:
             self.failures[run.name] = failure
         else:
             _forget_checkpoints(self._directory, run)
+        self._note(run, failure)
         self._watcher.on_end(worker.number, run, ticket, failure)
+
+    def _note(self, run: Planned, failure: str) -> None:
+        """Keeps on disk why a run has failed, until it is done."""
+        noted = read_failures(self._directory)
+        left = {name: reason for name, reason in noted.items() if name != run.name} | (
+            {run.name: failure} if failure else {}
+        )
+        if left != noted:
+            files.write_whole(self._directory / FAILURES_FILE, (json.dumps(left, indent=2) + "\n").encode())
 
     def _replace(self, worker: "_Worker") -> None:
         """Takes note of a worker that has ended; one that died while it ran something gets a successor."""

@@ -111,7 +111,9 @@ def make_spec(name: str, content: Mapping[str, Any]) -> Spec:
     runs = tuple(run for variant in content["methods"] for run in _runs(content, preset, variant))
     ((name_of_most, most),) = Counter(run.name for run in runs).most_common(1)
     if most > 1:
-        raise ConfigError(f"spec: got {most} runs that are called {name_of_most}, wanted names that differ")
+        raise ConfigError(
+            f"spec: got {most} runs that are called {name_of_most}, wanted values that differ in their first six digits"
+        )
     return Spec(name, content, runs, reference)
 
 
@@ -172,14 +174,14 @@ def _check_keys(table: str, given: Mapping[str, Any], known: Any) -> None:
 def _check_list(content: Mapping[str, Any], key: str, kinds: tuple[type, ...]) -> None:
     values = content.get(key, ["anything"])
     if not isinstance(values, list) or not values:
-        raise ConfigError(f"{key}: got {values!r}, wanted a list")
+        raise ConfigError(f"{key}: got {values!r}, wanted a list{' of one at least' * (values == [])}")
     for value in values if key in content else []:
         if not isinstance(value, kinds) or isinstance(value, bool):
             wanted = {str: "names", int: "whole numbers"}.get(kinds[0], "numbers") if len(kinds) == 1 else "numbers"
             raise ConfigError(f"{key}: got {value!r}, wanted {wanted}")
+        if key == "densities" and not 0 < value <= 1:
+            raise ConfigError(f"{key}: got {value!r:.40}, wanted shares above 0 and at most 1")
         if key != "methods" and not abs(value) < 2**64:
             raise ConfigError(f"{key}: got {value!r:.40}, wanted finite numbers of a usual size")
-        if key == "densities" and not 0 < value <= 1:
-            raise ConfigError(f"{key}: got {value!r}, wanted shares above 0 and at most 1")
         if values.count(value) > 1:
             raise ConfigError(f"{key}: got {value!r} twice, wanted each once")

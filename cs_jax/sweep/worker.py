@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 from rich.console import Console
 
-from cs_jax import commands, run_directory, stored_config
+from cs_jax import commands, console, run_directory, stored_config
 from cs_jax.errors import ConfigError
 from cs_jax.interrupts import Stopped
 from cs_jax.lock import LockedError
@@ -100,7 +100,9 @@ def _answer(job: Mapping[str, Any], answers: IO[str]) -> dict[str, Any]:
             except (ConfigError, NonFiniteLossError, OSError) as error:
                 begun_meanwhile = run_directory.holds_run(path) and not had_begun and isinstance(error, ConfigError)
                 if not begun_meanwhile:  # by a worker of an earlier sweep
-                    return {"failed": " ".join(str(error).split())}
+                    failure = " ".join(str(error).split())
+                    console.say(terminal, f"failed: {failure}")
+                    return {"failed": failure}
 
 
 if __name__ == "__main__":

@@ -131,7 +131,8 @@ class Config:
     """Seed of all randomness, 0 to 4294967295: initial weights, validation split, shuffling, augmentation."""
 
     out: Path | None = None
-    """Run directory; None is runs/PRESET-seedSEED. One that holds this very run goes on where it stopped."""
+    """Run directory; None is runs/PRESET-seedSEED, or runs/PRESET-METHOD-seedSEED but for cs. One that holds
+    this very run goes on where it stopped."""
 
     keep: int = 3
     """Checkpoints to keep, the newest; the weights to rewind to are kept besides."""

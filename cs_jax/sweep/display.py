@@ -15,7 +15,7 @@ from cs_jax.sweep.scheduler import Watcher
 from cs_jax.sweep.spec import Planned
 
 LABEL = 32  # letters of a run beside its bar
-WIDTH = 84  # of the table; a narrower terminal breaks its lines
+WIDTH = 90  # of the table; a narrower terminal breaks its lines
 
 
 def print_cells(console: Console, cells: Sequence[Cell]) -> None:

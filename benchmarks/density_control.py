@@ -22,7 +22,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cs_jax import budget, experiment, masks, methods, search, training
+from cs_jax import budget, experiment, masks, methods, records, search, training
 from cs_jax.config import PRESETS, Config
 from cs_jax.images import ImageSet
 from cs_jax.methods.method import selection
@@ -81,7 +81,7 @@ def run(target: float, rate: float | None, seed: int) -> tuple[float, float, flo
 
 
 def accuracy(config: Config, problem: Problem, state: TrainState, ticket: Ticket, images: ImageSet) -> float:
-    logits = search.logits(config, problem, state, ticket.masks, images, Observer())
+    logits = records.logits(config, problem, state, ticket.masks, images, Observer())
     return training.share_right(logits, images)
 
 

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from cs_jax import files, masks, methods, search, training, trees
+from cs_jax import files, masks, methods, records, search, training, trees
 from cs_jax.config import Config
 from cs_jax.errors import ConfigError
 from cs_jax.methods import REWIND
@@ -203,7 +203,7 @@ class Checkpoints(Observer):
         snapshot = self._save_snapshot(progress)
         tree: dict[str, PyTree] = {"state": progress.state}
         if progress.figures:
-            tree["figures"] = search.step_figures(progress)
+            tree["figures"] = records.step_figures(progress)
         if progress.kept is not None:
             tree["kept"] = progress.kept
         about = json.dumps(_to_json(progress, snapshot), indent=2) + "\n"

@@ -25,7 +25,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from cs_jax import files, run_directory, search, stored_config, training, trees
+from cs_jax import files, records, run_directory, search, stored_config, training, trees
 from cs_jax.analysis import check_alike
 from cs_jax.config import Config
 from cs_jax.errors import ConfigError
@@ -245,7 +245,7 @@ def measure(
         own = child(problem, number, seed=seed)
         named = _Named(observer, name)
         state = search.retrain(config, own, search.begin_retraining(own, ticket), named)
-        logits = search.logits(config, problem, state, state.masks, test, observer)
+        logits = records.logits(config, problem, state, state.masks, test, observer)
         ends.append(Snapshot(state.params, state.batch_stats))
         children.append({"test_accuracy": training.share_right(logits, test)})
     model, batch_size = problem.recipe.model, config.batch_size

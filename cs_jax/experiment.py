@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from cs_jax import data as data_module
-from cs_jax import masks, methods, run_directory, search, stored_config, training
+from cs_jax import masks, methods, records, run_directory, search, stored_config, training
 from cs_jax.config import Config
 from cs_jax.controls import CONTROLS, DENSE
 from cs_jax.data import Data
@@ -171,7 +171,7 @@ def _train_controls(
         if progress.phase != name:
             progress = search.begin_retraining(problem, begun, phase=name, round_ends=progress.round_ends)
         state = search.retrain(config, problem, progress, observer)
-        logits = search.logits(config, problem, state, state.masks, data.test, observer)
+        logits = records.logits(config, problem, state, state.masks, data.test, observer)
         results[name] = {
             **count_weights(begun),
             **_accuracies(config, problem, data, state, logits, observer),
@@ -207,7 +207,7 @@ def _write_ticket(
     observer: Observer,
 ) -> None:
     """Writes the trained ticket, what its retraining began with, and what it makes of the test set."""
-    logits = search.logits(config, problem, state, state.masks, data.test, observer)
+    logits = records.logits(config, problem, state, state.masks, data.test, observer)
     fields = stored_config.to_json(config)
     metadata = {
         "dataset": config.dataset,
@@ -315,6 +315,6 @@ def _accuracies(
     """Shares classified right with the fixed masks of a state."""
     right = {"val_accuracy": None, "test_accuracy": training.share_right(test_logits, data.test)}
     if data.validation is not None:
-        logits = search.logits(config, problem, state, state.masks, data.validation, observer)
+        logits = records.logits(config, problem, state, state.masks, data.validation, observer)
         right["val_accuracy"] = training.share_right(logits, data.validation)
     return right

@@ -14,9 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from cs_jax import masks, methods, schedules, training, trees
+from cs_jax import methods, records, schedules, training
 from cs_jax.config import Config
 from cs_jax.controls import FRESH
 from cs_jax.images import ImageSet
@@ -190,7 +189,8 @@ def _epoch(config: Config, problem: Problem, progress: Progress, observer: Obser
     started, state = time.perf_counter(), progress.state
     if progress.round is not None:
         state = methods.of(config).end_epoch(config, state, progress.round, progress.epoch)
-    record, kept = _record(config, problem, progress, state, started, observer)
+    hyper = hyperparams(config, progress.phase, progress.epoch)
+    record, kept = records.of_epoch(config, problem, progress, state, hyper, started, observer)
     epoch, ends = progress.epoch + 1, progress.round_ends
     if progress.phase == SEARCH and epoch == config.epochs:
         ends = (*ends, record)
@@ -227,57 +227,6 @@ def _steps(config: Config, problem: Problem, progress: Progress, observer: Obser
     return progress._replace(seconds=time.perf_counter() - started)
 
 
-def _record(
-    config: Config, problem: Problem, progress: Progress, state: TrainState, started: float, observer: Observer
-) -> tuple[EpochRecord, PyTree]:
-    """What is reported of an epoch whose steps were done when it `started`, and the masks that it leaves."""
-    epoch = progress.epoch
-    metrics = step_figures(progress)
-    sizes = np.full(metrics.loss.shape, config.batch_size)
-    sizes[-1] = len(problem.train) - sizes[:-1].sum()
-    hyper = hyperparams(config, progress.phase, epoch)
-    searching = progress.phase == SEARCH
-    hard_masks = methods.of(config).hard_masks(config, state) if searching else state.masks
-    soft_masks = methods.of(config).soft_masks(state, hyper) if searching else None
-    density = masks.density(hard_masks)
-    has_hard = soft_masks is None or density > 0  # those that are learned may be empty for a while
-    soft, hard = _evaluate(config, problem, state, soft_masks, hard_masks if has_hard else None, observer)
-    kept = jax.tree.map(_packed, hard_masks) if searching else None
-    record = EpochRecord(
-        phase=progress.phase,
-        round=progress.round,
-        epoch=epoch,
-        temperature=float(hyper.temperature) if searching and methods.of(config).anneals else None,
-        learning_rate=float(hyper.learning_rate),
-        loss=float(np.average(metrics.loss, weights=sizes)),
-        penalty=float(np.average(metrics.penalty, weights=sizes)),
-        density=density,
-        layer_density=layer_density(hard_masks),
-        flip_rate=None if kept is None or progress.kept is None else _flip_rate(kept, progress.kept, hard_masks),
-        soft_accuracy=soft,
-        hard_accuracy=hard,
-        images_per_second=len(problem.train) / progress.seconds,
-        seconds=progress.seconds + time.perf_counter() - started,
-    )
-    return record, kept
-
-
-def _packed(mask: jax.Array) -> jax.Array:
-    """Which entries a mask keeps, a bit each."""
-    return jnp.packbits((mask != 0).ravel())
-
-
-def _flip_rate(kept: PyTree, before: PyTree, like: PyTree) -> float:
-    differing = jax.tree.map(lambda a, b: int(jnp.sum(lax.population_count(a ^ b).astype(jnp.int32))), kept, before)
-    return sum(jax.tree.leaves(differing)) / sum(mask.size for mask in jax.tree.leaves(like))
-
-
-def step_figures(progress: Progress) -> StepMetrics:
-    """Figures of the epoch's steps so far, on the host; waits until they have been computed."""
-    figures = jax.device_get(progress.figures)
-    return jax.tree.map(lambda *calls: np.concatenate([np.atleast_1d(call) for call in calls]), *figures)
-
-
 def hyperparams(config: Config, phase: str, epoch: int) -> Hyperparams:
     """The scalars of an epoch, on the device. A ticket's penalty is constant; that of other fixed masks is left out."""
     score_lr = config.lr if config.score_lr is None else config.score_lr
@@ -299,37 +248,6 @@ def learning_rate(config: Config, phase: str, epoch: int) -> float:
 
 def _scheduled(config: Config, epoch: int, base: float) -> float:
     return schedules.learning_rate(epoch, base, config.lr_schedule, config.lr_drops)
-
-
-def _evaluate(
-    config: Config, problem: Problem, state: TrainState, soft_masks: PyTree, hard_masks: PyTree, observer: Observer
-) -> tuple[float | None, float | None]:
-    """Validation accuracy with soft masks and with hard ones; None where there are none."""
-    images = problem.validation
-    if images is None:
-        return None, None
-
-    def measure(some_masks: PyTree) -> float | None:
-        if some_masks is None:
-            return None
-        return training.share_right(logits(config, problem, state, some_masks, images, observer), images)
-
-    return measure(soft_masks), measure(hard_masks)
-
-
-def layer_density(some_masks: PyTree) -> dict[str, float]:
-    """Density of each masked array, by its name."""
-    return {trees.name(path): masks.density(mask) for path, mask in trees.leaves_by_path(some_masks).items()}
-
-
-def logits(
-    config: Config, problem: Problem, state: TrainState, some_masks: PyTree, images: ImageSet, observer: Observer
-) -> jax.Array:
-    """What the state's weights make of `images` under `some_masks`: (examples, classes)."""
-    variables = {"params": state.params, "batch_stats": state.batch_stats, "masks": some_masks}
-    return training.predict(
-        problem.recipe.model, variables, images, batch_size=config.batch_size, on_batch=observer.on_batch
-    )
 
 
 def check_finite(progress: Progress) -> None:

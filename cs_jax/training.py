@@ -16,6 +16,7 @@ import optax
 from flax import linen as nn
 from flax import struct
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, UInt8
 
 from cs_jax import masks
@@ -109,13 +110,20 @@ def init_variables(recipe: Recipe, key: Array, image_shape: tuple[int, ...]) -> 
         key: PRNG key.
         image_shape: (height, width, channels).
     """
-    variables = _init(recipe.model, key, image_shape)
+    init = _init if isinstance(key, Tracer) else _compiled_init(jax.default_backend())
+    variables = init(recipe.model, key, image_shape)
     return {collection: variables.get(collection, {}) for collection in ("params", "batch_stats", "masks")}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "image_shape"))
 def _init(model: nn.Module, key: Array, image_shape: tuple[int, ...]) -> PyTree:
     return model.init(key, jnp.zeros((1, *image_shape)), train=False)
+
+
+@functools.cache
+def _compiled_init(backend: str) -> Callable[[nn.Module, Array, tuple[int, ...]], PyTree]:
+    """`_init`, compiled: for a CPU fast rather than well, as it runs once and drawing numbers compiles slowly there."""
+    options = {"xla_backend_optimization_level": 0} if backend == "cpu" else None
+    return jax.jit(_init, static_argnames=("model", "image_shape"), compiler_options=options)
 
 
 def init_state(recipe: Recipe, params: PyTree, batch_stats: PyTree, *, scores: PyTree, masks: PyTree) -> TrainState:
@@ -374,4 +382,9 @@ def _see_batch(
 
 def share_right(logits: Float[Array, "examples classes"], data: ImageSet) -> float:
     """Share of `data` that logits classify right, in [0, 1], counted exactly."""
-    return int(jnp.sum(jnp.argmax(logits, axis=-1) == data.labels)) / len(data)
+    return int(_count_right(logits, data.labels)) / len(data)
+
+
+@jax.jit
+def _count_right(logits: Array, labels: Array) -> Array:
+    return jnp.sum(jnp.argmax(logits, axis=-1) == labels)

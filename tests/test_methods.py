@@ -22,7 +22,7 @@ from cs_jax.layers import MaskedDense
 from cs_jax.methods import FINETUNE, LR_REWIND, METHODS, NONE, REWIND, Method
 from cs_jax.methods.stochastic import draw_masks
 from cs_jax.models import MODELS, BatchNorm
-from cs_jax.progress import EpochRecord, Observer, Observers, Progress, Snapshot, Ticket
+from cs_jax.progress import SEARCH, EpochRecord, Observer, Observers, Progress, Snapshot, Ticket
 from cs_jax.run_directory import TICKET_FILE, opened
 from cs_jax.search import Problem
 from cs_jax.ticket import load_ticket
@@ -153,7 +153,8 @@ def test_of_equal_ranks_the_first_80_of_100_are_kept(method: str, problem: Probl
 def test_masks_only_shrink(method: str, target: float | None, problem: Problem) -> None:
     config, history = configure(method, target_density=target, rounds=3), History()
     find_ticket(config, problem, history)
-    kept = [METHODS[method].hard_masks(config, progress.state) for progress in history.epochs]
+    hyper = search.hyperparams(config, SEARCH, 0)
+    kept = [METHODS[method].hard_masks(progress.state, hyper) for progress in history.epochs]
     for before, after in zip(kept[:-1], kept[1:], strict=True):
         assert not any(jax.tree.leaves(jax.tree.map(lambda b, a: bool(((a != 0) & (b == 0)).any()), before, after)))
     rounds = [sum(counts(kept[last]).values()) for last in (2, 5, 8)]

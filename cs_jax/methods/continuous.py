@@ -57,8 +57,8 @@ class ContinuousSparsification(Method):
     def soft_masks(self, state: TrainState, hyper: Hyperparams) -> PyTree | None:
         return masks.soft_mask(state.scores, hyper.temperature, init_value=hyper.init_value)
 
-    def hard_masks(self, config: "Config", state: TrainState) -> PyTree:
-        return masks.hard_mask(state.scores, init_value=config.mask_initial_value)
+    def hard_masks(self, state: TrainState, hyper: Hyperparams) -> PyTree:
+        return masks.hard_mask(state.scores, init_value=hyper.init_value)
 
     def ticket_masks(self, config: "Config", state: TrainState) -> PyTree:
         """Hard masks of the target density, or of the scores above 0.

@@ -82,18 +82,19 @@ class Method:
         return state
 
     def soft_masks(self, state: TrainState, hyper: Hyperparams) -> PyTree | None:
-        """Masks that a search's figures are taken with beside hard ones; None where there are no others."""
+        """Masks that a search's figures are taken with beside hard ones, traced; None where there are no others."""
         del state, hyper
         return None
 
-    def hard_masks(self, config: "Config", state: TrainState) -> PyTree:
-        """Masks of now: 0, or `mask_scale`."""
-        del config
+    def hard_masks(self, state: TrainState, hyper: Hyperparams) -> PyTree:
+        """Masks of now, traced: 0, or `mask_scale`."""
+        del hyper
         return state.masks
 
     def ticket_masks(self, config: "Config", state: TrainState) -> PyTree:
         """Masks of the ticket, at the search's end."""
-        return self.hard_masks(config, state)
+        del config
+        return state.masks
 
     def mask_scale(self, config: "Config") -> float:
         """What a kept weight is multiplied by."""

@@ -73,8 +73,9 @@ class IterativeStochasticSparsification(Method):
         """The masks' means."""
         return jax.tree.map(jax.nn.sigmoid, state.scores)
 
-    def hard_masks(self, config: "Config", state: TrainState) -> PyTree:
-        return jax.tree.map(lambda score: _is_left(score).astype(score.dtype), state.scores)
+    def hard_masks(self, state: TrainState, hyper: Hyperparams) -> PyTree:
+        del hyper
+        return _left(state.scores)
 
     def ticket_masks(self, config: "Config", state: TrainState) -> PyTree:
         """Masks of the weights that are left.
@@ -82,7 +83,7 @@ class IterativeStochasticSparsification(Method):
         Warns:
             CollapsedLayerWarning: a layer has none, which a target density has told of before.
         """
-        ticket = self.hard_masks(config, state)
+        ticket = _left(state.scores)
         if config.target_density is None:
             budget.warn_if_empty(ticket)
         return ticket
@@ -98,6 +99,11 @@ def draw_masks(scores: PyTree, hyper: Hyperparams, key: jax.Array) -> PyTree:
         return drawn + (probability - lax.stop_gradient(probability))  # exactly what was drawn
 
     return trees.map_with_keys(draw, key, scores)
+
+
+def _left(scores: PyTree) -> PyTree:
+    """Masks of the weights that are left."""
+    return jax.tree.map(lambda score: _is_left(score).astype(score.dtype), scores)
 
 
 def _is_left(score: jax.Array) -> jax.Array:

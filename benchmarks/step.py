@@ -43,6 +43,12 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
+    steps = make_steps(settings)
+    print_table(settings, steps, interleave(steps, settings.repeats))
+
+
+def make_steps(settings: Settings) -> dict[str, Stepper]:
+    """The compiled steps, by name."""
     data = make_data(settings)
     order, key = jnp.arange(settings.batch_size), jax.random.key(1)
     hyper = Hyperparams(*(jnp.asarray(value, float) for value in (3.0, 0.0, 0.01, 0.01, 1e-8)))
@@ -51,8 +57,7 @@ def main(settings: Settings) -> None:
         compiled = jax.jit(training.step, static_argnames="recipe", donate_argnames="state")
         compiled = compiled.lower(recipe, state, data, order, key, hyper).compile()
         steps[name] = Stepper(compiled, state, (data, order, key, hyper))
-    times = interleave(steps, settings.repeats)
-    print_table(settings, steps, times)
+    return steps
 
 
 def make_data(settings: Settings) -> ImageSet:
@@ -80,10 +85,14 @@ def make_states(settings: Settings) -> dict[str, tuple[Recipe, TrainState]]:
     }
 
 
-def print_table(settings: Settings, steps: dict[str, Stepper], times: dict[str, list[float]]) -> None:
+def device_title(settings: Settings) -> str:
+    """What is measured, and where."""
     device = jax.devices()[0].device_kind
-    title = f"{settings.model}, batch {settings.batch_size}, {device}, jax {jax.__version__}, n={settings.repeats}"
-    table = Table("step", "median ms", "min ms", "ratio to dense", "peak MiB", title=title)
+    return f"{settings.model}, batch {settings.batch_size}, {device}, jax {jax.__version__}, n={settings.repeats}"
+
+
+def print_table(settings: Settings, steps: dict[str, Stepper], times: dict[str, list[float]]) -> None:
+    table = Table("step", "median ms", "min ms", "ratio to dense", "peak MiB", title=device_title(settings))
     for name, seconds in times.items():
         table.add_row(
             name,

@@ -2,9 +2,18 @@
 
 import statistics
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import jax
+
+
+class Timed(Protocol):
+    """What can be run again and again."""
+
+    def run(self) -> float:
+        """Seconds of one step."""
+        ...
 
 
 class Stepper:
@@ -30,7 +39,7 @@ class Stepper:
         return held + analysis.temp_size_in_bytes
 
 
-def interleave(steps: dict[str, Stepper], repeats: int) -> dict[str, list[float]]:
+def interleave(steps: Mapping[str, Timed], repeats: int) -> dict[str, list[float]]:
     """Seconds of every step of every repeat, the first two repeats not counted."""
     rounds = [{name: stepper.run() for name, stepper in steps.items()} for _ in range(repeats + 2)][2:]
     return {name: [seconds[name] for seconds in rounds] for name in steps}

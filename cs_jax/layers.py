@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from cs_jax import convolution
+
 # The mixin is no module itself, so that one on the wrong side of a module can be told; type checkers see one.
 _Mixin = nn.Module if TYPE_CHECKING else object
 
@@ -139,6 +141,8 @@ class MaskedConv(Masked, nn.Conv):
 
     Its own `mask` field stays too: a constant mask that is multiplied on top of the learned one.
     """
+
+    conv_general_dilated_cls: Any = convolution.chosen
 
 
 class MaskedConvLocal(Masked, nn.ConvLocal):

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
+from cs_jax import convolution
 from cs_jax.layers import MaskedConv
 from cs_jax.models.batch_norm import BatchNorm
 
@@ -211,6 +212,7 @@ def _conv(
         kernel_init=kernel_init,
         dtype=dtype,
         param_dtype=param_dtype,
+        conv_general_dilated_cls=convolution.chosen,
         name=name,
     )
 

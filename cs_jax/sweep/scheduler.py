@@ -115,6 +115,14 @@ def read_failures(directory: Path) -> dict[str, str]:
         return {}
 
 
+def _note_failure(directory: Path, run: Planned, reason: str) -> None:
+    """Keeps on disk why a run has failed, or, with "", that it has not."""
+    noted = read_failures(directory)
+    left = {name: said for name, said in {**noted, run.name: reason}.items() if said}
+    if left != noted:
+        files.write_whole(directory / FAILURES_FILE, (json.dumps(left, indent=2) + "\n").encode())
+
+
 def _is_left_over(path: Path) -> bool:
     """Whether a sweep that was killed, or is about, before its spec was there can have made this."""
     return path.name == LOCK_FILE or files.is_temporary(path)
@@ -143,6 +151,7 @@ def run_sweep(spec: Spec, directory: Path, places: Sequence[Place], watcher: Wat
         check_same(directory, spec)  # again: another process may have begun one meanwhile
         for run, _ in _changed_runs(directory, spec):  # that have failed as they were
             shutil.rmtree(folder_of(directory, run), ignore_errors=True)
+            _note_failure(directory, run, "")
         files.write_whole(directory / SPEC_FILE, (json.dumps(spec.content, indent=2) + "\n").encode())
         for folder in (RUNS_FOLDER, LOGS_FOLDER):
             (directory / folder).mkdir(exist_ok=True)
@@ -219,17 +228,8 @@ class _Pool:
             self.failures[run.name] = failure
         else:
             _forget_checkpoints(self._directory, run)
-        self._note(run, failure)
+        _note_failure(self._directory, run, failure)
         self._watcher.on_end(worker.number, run, ticket, failure)
-
-    def _note(self, run: Planned, failure: str) -> None:
-        """Keeps on disk why a run has failed, until it is done."""
-        noted = read_failures(self._directory)
-        left = {name: reason for name, reason in noted.items() if name != run.name} | (
-            {run.name: failure} if failure else {}
-        )
-        if left != noted:
-            files.write_whole(self._directory / FAILURES_FILE, (json.dumps(left, indent=2) + "\n").encode())
 
     def _replace(self, worker: "_Worker") -> None:
         """Takes note of a worker that has ended; one that died while it ran something gets a successor."""

@@ -3,13 +3,19 @@
 The same as `python -m cs_jax train`, for those who have the source.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 
-try:
-    from cs_jax import commands
-except KeyboardInterrupt:  # it takes seconds
-    raise SystemExit(130) from None
+# Until libraries are loaded, which takes seconds, Ctrl-C ends the process at once: nothing is there to be saved, and an
+# exception would be lost in a callback of theirs, or end in a traceback.
+answer_to_interrupt = signal.getsignal(signal.SIGINT)
+if answer_to_interrupt is signal.default_int_handler and __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from cs_jax import commands  # noqa: E402
+
+signal.signal(signal.SIGINT, answer_to_interrupt)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -30,23 +30,32 @@ def sweep(arguments: Sequence[str], *, prog: str) -> None:
     if given.jobs is not None and given.jobs < 1:
         raise ConfigError(f"--jobs: got {given.jobs}, wanted at least 1")
     spec, directory = _read_sweep(given)
-    scheduler.check_same(directory, spec)
-    jax.config.update("jax_platforms", "cpu")  # the accelerators are the workers': to look is to take their memory
-    experiment.check_all(run.config for run in spec.runs)  # before anything is written
-    waiting = [run for run in spec.runs if not scheduler.is_done(directory, run)]
-    terminal, hint = Console(), f"the same command goes on: {_words('sweep', given)}"
-    with Interrupts(), SweepDisplay(terminal, len(spec.runs), waiting) as display:
-        try:
-            places = find_places(given.jobs, len(waiting)) if waiting else []
-            failures = scheduler.run_sweep(spec, directory, places, display)
-        except Stopped as stop:
-            stop.hint = f"; runs under way are saved; {hint}"
-            raise
+    hint = f"the same command goes on: {_words('sweep', given)}"
+    with Interrupts() as watch:
+        failures = _run(spec, directory, given.jobs, Console(), watch, hint)
     if failures:
         name = next(iter(failures))
         log = directory / scheduler.LOGS_FOLDER / f"{name}.txt"
         raise OSError(f"{len(failures)} of {len(spec.runs)} runs failed, first {name}: see {log}; {hint}")
-    say(terminal, f"{directory}: all {len(spec.runs)} runs are done; {_words('pareto', given)} compares them")
+    say(Console(), f"{directory}: all {len(spec.runs)} runs are done; {_words('pareto', given)} compares them")
+
+
+def _run(
+    spec: Spec, directory: Path, jobs: int | None, terminal: Console, watch: Interrupts, hint: str
+) -> dict[str, str]:
+    """Runs a sweep, checked as a whole before anything is written; why runs have failed, by their names."""
+    scheduler.check_same(directory, spec)
+    jax.config.update("jax_platforms", "cpu")  # the accelerators are the workers': to look is to take their memory
+    experiment.check_all(run.config for run in spec.runs)
+    waiting = [run for run in spec.runs if not scheduler.is_done(directory, run)]
+    watch.check()  # a callback of a library may have lost what a signal raised
+    with SweepDisplay(terminal, len(spec.runs), waiting) as display:
+        try:
+            places = find_places(jobs, len(waiting)) if waiting else []
+            return scheduler.run_sweep(spec, directory, places, display)
+        except Stopped as stop:
+            stop.hint = f"; runs under way are saved; {hint}"
+            raise
 
 
 def pareto(arguments: Sequence[str], *, prog: str) -> None:

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 
 # Until libraries are loaded, which takes seconds, Ctrl-C ends the process at once: nothing is there to be saved, and an
 # exception would be lost in a callback of theirs, or end in a traceback.
-answer_to_interrupt = signal.getsignal(signal.SIGINT)
-if answer_to_interrupt is signal.default_int_handler and __name__ == "__main__":
+is_loading = __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+if is_loading:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from cs_jax import commands  # noqa: E402
 
-signal.signal(signal.SIGINT, answer_to_interrupt)
+if is_loading:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -410,6 +410,10 @@ class Killing(Watcher):
         self._directory, self._epochs = directory, epochs
         self._processes: dict[int, int] = {}
         self.ended: list[tuple[int, str, bool]] = []
+        self.stopped = False
+
+    def on_stop(self, running: int) -> None:
+        self.stopped = True
 
     def on_epoch(self, worker: int, run: Planned, epoch: int) -> None:
         if worker not in self._processes:
@@ -436,7 +440,7 @@ def test_failures_and_killed_workers_do_not_stop_the_other_runs_and_are_tried_ag
     watcher = Killing(out, {"slow": 3})
     failures = run_sweep(read_spec(spec), out, [ANYWHERE], watcher)
     assert watcher.ended == [(0, "wild", False), (0, "slow", False), (1, "random", True)]
-    assert failures.keys() == {"wild-density0.1-seed0", "slow-density0.1-seed0"}
+    assert failures.keys() == {"wild-density0.1-seed0", "slow-density0.1-seed0"} and not watcher.stopped
     assert failures["wild-density0.1-seed0"].startswith("loss is ")
     log = out / "logs" / "worker0.txt"
     assert failures["slow-density0.1-seed0"] == f"its process ended with exit code -9; see {log}"

@@ -236,6 +236,7 @@ class _Pool:
         code = worker.wait()
         if worker.run is not None:
             self._end(worker, worker.run, None, f"its process ended with exit code {code}; see {worker.log}")
+            worker.run = None
             if self._waiting:
                 self.add(worker.place)
         elif not worker.has_answered:

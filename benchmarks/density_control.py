@@ -22,7 +22,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cs_jax import budget, experiment, masks, methods, records, search, training
+from cs_jax import budget, executor, experiment, masks, methods, records, search
 from cs_jax.config import PRESETS, Config
 from cs_jax.images import ImageSet
 from cs_jax.methods.method import selection
@@ -82,7 +82,7 @@ def run(target: float, rate: float | None, seed: int) -> tuple[float, float, flo
 
 def accuracy(config: Config, problem: Problem, state: TrainState, ticket: Ticket, images: ImageSet) -> float:
     logits = records.logits(config, problem, state, ticket.masks, images, Observer())
-    return training.share_right(logits, images)
+    return executor.share_right(logits, images)
 
 
 def search_by_dual_ascent(config: Config, problem: Problem, target: float, rate: float) -> tuple[Ticket, TrainState]:
@@ -99,7 +99,7 @@ def search_by_dual_ascent(config: Config, problem: Problem, target: float, rate:
             for start in range(0, len(order), config.batch_size):
                 hyper = hyper._replace(penalty_weight=jnp.asarray(weight, float))
                 indices = order[start : start + config.batch_size]
-                state, _ = training.compiled_step(problem.recipe, state, problem.train, indices, key, hyper)
+                state, _ = executor.compiled_step(problem.recipe, state, problem.train, indices, key, hyper)
                 weight += rate * (float(_mean_mask(state.scores, hyper.temperature)) - wanted)
         if round < config.rounds - 1:
             state = methods.of(config).next_round(config, problem, state, None)

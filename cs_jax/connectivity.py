@@ -25,10 +25,11 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from cs_jax import files, records, run_directory, search, stored_config, training, trees
+from cs_jax import files, records, run_directory, search, stored_config, trees
 from cs_jax.analysis import check_alike
 from cs_jax.config import Config
 from cs_jax.errors import ConfigError
+from cs_jax.executor import Executor, share_right
 from cs_jax.images import ImageSet
 from cs_jax.masks import at_least_float32
 from cs_jax.methods import NONE
@@ -151,9 +152,9 @@ def connect(
     path = []
     for share in (point / (points - 1) for point in range(points)):
         params, batch_stats = (interpolate(one, other, share) for one, other in zip(*ends, strict=True))
-        batch_stats = training.estimate_statistics(model, params, batch_stats, masks, data, batch_size=batch_size)
+        batch_stats = Executor().estimate_statistics(model, params, batch_stats, masks, data, batch_size=batch_size)
         variables = {"params": params, "batch_stats": batch_stats, "masks": masks}
-        logits = training.predict(model, variables, validation, batch_size=batch_size)
+        logits = Executor().predict(model, variables, validation, batch_size=batch_size)
         wrong = int(jnp.sum(jnp.argmax(logits, axis=-1) != validation.labels))
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, validation.labels)
         path.append(PathPoint(share, wrong / len(validation), float(losses.mean())))
@@ -247,7 +248,7 @@ def measure(
         state = search.retrain(config, own, search.begin_retraining(own, ticket), named)
         logits = records.logits(config, problem, state, state.masks, test, observer)
         ends.append(Snapshot(state.params, state.batch_stats))
-        children.append({"test_accuracy": training.share_right(logits, test)})
+        children.append({"test_accuracy": share_right(logits, test)})
     model, batch_size = problem.recipe.model, config.batch_size
     path = connect(model, (ends[0], ends[1]), ticket.masks, problem.train, test, points=points, batch_size=batch_size)
     return {

@@ -14,6 +14,7 @@ from cs_jax.config import Config
 from cs_jax.controls import CONTROLS, DENSE
 from cs_jax.data import Data
 from cs_jax.errors import ConfigError
+from cs_jax.executor import Executor, share_right
 from cs_jax.images import ImageSet
 from cs_jax.methods.method import selection
 from cs_jax.models import MODELS
@@ -277,8 +278,8 @@ def verify(config: Config, ticket: LoadedTicket, name: str) -> float:
         mean=jnp.asarray(normalization["mean"], float),
         std=jnp.asarray(normalization["std"], float),
     )
-    logits = training.predict(ticket.model, ticket.variables, images, batch_size=config.batch_size)
-    return training.share_right(logits, images)
+    logits = Executor().predict(ticket.model, ticket.variables, images, batch_size=config.batch_size)
+    return share_right(logits, images)
 
 
 def count_weights(ticket: Ticket) -> dict[str, float | int]:
@@ -313,8 +314,8 @@ def _accuracies(
     config: Config, problem: Problem, data: Data, state: TrainState, test_logits: Array, observer: Observer
 ) -> dict[str, float | None]:
     """Shares classified right with the fixed masks of a state."""
-    right = {"val_accuracy": None, "test_accuracy": training.share_right(test_logits, data.test)}
+    right = {"val_accuracy": None, "test_accuracy": share_right(test_logits, data.test)}
     if data.validation is not None:
         logits = records.logits(config, problem, state, state.masks, data.validation, observer)
-        right["val_accuracy"] = training.share_right(logits, data.validation)
+        right["val_accuracy"] = share_right(logits, data.validation)
     return right

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cs_jax import methods, training, trees
+from cs_jax import methods, trees
 from cs_jax.config import Config
+from cs_jax.executor import share_right
 from cs_jax.images import ImageSet
 from cs_jax.methods import Method
 from cs_jax.progress import SEARCH, EpochRecord, Observer, Progress
@@ -89,7 +90,7 @@ def _evaluate(
     def measure(some_masks: PyTree) -> float | None:
         if some_masks is None:
             return None
-        return training.share_right(logits(config, problem, state, some_masks, images, observer), images)
+        return share_right(logits(config, problem, state, some_masks, images, observer), images)
 
     return measure(soft_masks), measure(hard_masks)
 
@@ -99,7 +100,7 @@ def logits(
 ) -> jax.Array:
     """What the state's weights make of `images` under `some_masks`: (examples, classes)."""
     variables = {"params": state.params, "batch_stats": state.batch_stats, "masks": some_masks}
-    return training.predict(
+    return problem.executor.predict(
         problem.recipe.model, variables, images, batch_size=config.batch_size, on_batch=observer.on_batch
     )
 

@@ -18,6 +18,7 @@ import numpy as np
 from cs_jax import methods, records, schedules, training
 from cs_jax.config import Config
 from cs_jax.controls import FRESH
+from cs_jax.executor import Executor
 from cs_jax.images import ImageSet
 from cs_jax.methods import FINETUNE, NONE, REWIND
 from cs_jax.progress import SEARCH, TICKET, EpochRecord, Observer, Progress, Snapshot, Ticket
@@ -43,6 +44,7 @@ class Problem:
     validation: ImageSet | None  # None where no example was set aside
     key: jax.Array  # PRNG key of the run
     order: Callable[[int, int], Any] | None = None  # indices into `train` of a phase's epoch; None is a shuffle
+    executor: Executor = Executor()  # takes the steps
 
     def epoch_order(self, phase: int, epoch: int) -> Any:
         """Indices into `train`, in the order of an epoch. Phases are the rounds from 0, then the retraining."""
@@ -116,7 +118,7 @@ def search_ticket(
         start = progress.snapshot
     if config.retraining == NONE:  # the last masks may be others than those of the running averages
         model, batch_size = problem.recipe.model, config.batch_size
-        statistics = training.estimate_statistics(model, *start, found, problem.train, batch_size=batch_size)
+        statistics = problem.executor.estimate_statistics(model, *start, found, problem.train, batch_size=batch_size)
         start = start._replace(batch_stats=statistics)
     return Ticket(start, found), progress.round_ends
 
@@ -206,7 +208,7 @@ def _steps(config: Config, problem: Problem, progress: Progress, observer: Obser
     recipe = methods.of(config).recipe(problem.recipe) if progress.phase == SEARCH else problem.recipe
     order = problem.epoch_order(number, progress.epoch)
     num_steps = -(-len(order) // config.batch_size)
-    calls = training.train_epoch(
+    calls = problem.executor.train_epoch(
         recipe,
         progress.state,
         problem.train,

@@ -1,31 +1,26 @@
-"""Train state, one optimizer step, an epoch of them, and evaluation.
+"""Train state and one optimizer step.
 
-A compiled step is built from a `Recipe`, which is static and hashable: equal recipes share compiled code. What
-changes while training (`Hyperparams`) is traced, so a round compiles once per batch shape.
+A step is built from a `Recipe`, which is static and hashable: equal recipes share compiled code. What changes while
+training (`Hyperparams`) is traced, so a round compiles once per batch shape.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import linen as nn
 from flax import struct
-from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
 from cs_jax import masks
 from cs_jax.images import AUGMENTATIONS, ImageSet, normalize
 
 PyTree = Any
-
-STEPS_PER_CALL = 100
-"""Steps that an accelerator takes in one call: many, to leave it alone, and few enough to hear a signal between."""
 
 
 class Hyperparams(NamedTuple):
@@ -211,180 +206,3 @@ def step(
 
 def _descend(values: PyTree, direction: PyTree, rate: Float[Array, ""]) -> PyTree:
     return optax.apply_updates(values, jax.tree.map(lambda change: -rate * change, direction))
-
-
-compiled_step = jax.jit(step, static_argnames="recipe", donate_argnames="state")
-
-
-@functools.partial(jax.jit, static_argnames="recipe", donate_argnames="state")
-def compiled_steps(
-    recipe: Recipe,
-    state: TrainState,
-    data: ImageSet,
-    batches: Int[Array, "steps batch"],
-    first: Int[Array, ""],
-    stop: Int[Array, ""],
-    key: Array,
-    hyper: Hyperparams,
-) -> tuple[TrainState, StepMetrics]:
-    """The steps from `first` to before `stop` as one compiled call. Figures are 0 for all other steps.
-
-    One program serves every call of an epoch, wherever it begins.
-    """
-
-    def body(index: Array, carry: tuple[TrainState, StepMetrics]) -> tuple[TrainState, StepMetrics]:
-        state, figures = carry
-        state, metrics = step(recipe, state, data, batches[index], key, hyper)
-        return state, jax.tree.map(lambda figure, value: figure.at[index].set(value), figures, metrics)
-
-    _, metrics = jax.eval_shape(lambda: step(recipe, state, data, batches[0], key, hyper))
-    figures = jax.tree.map(lambda figure: jnp.zeros(len(batches), figure.dtype), metrics)
-    return lax.fori_loop(first, stop, body, (state, figures))
-
-
-def train_epoch(
-    recipe: Recipe,
-    state: TrainState,
-    data: ImageSet,
-    order: Int[Array, " examples"] | np.ndarray,
-    key: Array,
-    hyper: Hyperparams,
-    *,
-    batch_size: int,
-    first_step: int = 0,
-) -> Iterator[tuple[int, TrainState, StepMetrics]]:
-    """The steps of one pass over `order`, each example once, a compiled call at a time.
-
-    On an accelerator a call takes `STEPS_PER_CALL` steps. On the CPU it takes one, because XLA computes the weight
-    gradient of a convolution 10 to 100 times slower inside a loop there (jax-ml/jax#12868). No more than two calls
-    are under way at a time, so a signal is heard between them.
-
-    Args:
-        recipe: what the step is built from.
-        state: donated, not to be used again.
-        data: training images.
-        order: indices into `data`, on the device or the host; the last batch is smaller where the batch size does
-            not divide their number.
-        key: PRNG key of the phase.
-        hyper: scalars, constant through the epoch.
-        batch_size: examples per step.
-        first_step: steps of this epoch that the state has done already.
-
-    Yields:
-        After every call: the steps done in this epoch, the state, which is donated to the next call (copy what is to
-        be kept), and the figures of the call's steps, which may not have been computed yet; those of the call
-        before have.
-    """
-    host_order = np.asarray(order)
-    num_steps = -(-order.size // batch_size)
-    full = order.size // batch_size if jax.default_backend() != "cpu" else 0
-    batches = jnp.asarray(host_order[: full * batch_size].reshape(full, batch_size)) if first_step < full else None
-    metrics = None
-    for done in _call_ends(first_step, full, num_steps):
-        before = metrics
-        if done <= full:
-            state, metrics = compiled_steps(recipe, state, data, batches, first_step, done, key, hyper)
-            metrics = jax.tree.map(lambda figure, first=first_step, done=done: figure[first:done], metrics)
-        else:
-            indices = host_order[first_step * batch_size : done * batch_size]
-            state, metrics = compiled_step(recipe, state, data, indices, key, hyper)
-        jax.block_until_ready(before)
-        yield done, state, metrics
-        first_step = done
-
-
-def _call_ends(first_step: int, full: int, num_steps: int) -> Iterator[int]:
-    """Steps done after each call: several a call up to `full`, where batches are whole, then one a call."""
-    step = first_step
-    while step < num_steps:
-        step = min(step - step % STEPS_PER_CALL + STEPS_PER_CALL, full) if step < full else step + 1
-        yield step
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _forward(model: nn.Module, variables: PyTree, images: UInt8[Array, "..."], mean: Array, std: Array) -> Array:
-    logits = model.apply(variables, normalize(images, mean, std), train=False)
-    assert isinstance(logits, Array)
-    return masks.at_least_float32(logits)
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _forward_all(model: nn.Module, variables: PyTree, data: ImageSet, batches: Int[Array, "steps batch"]) -> Array:
-    return lax.map(lambda batch: _forward(model, variables, data.images[batch], data.mean, data.std), batches)
-
-
-def predict(
-    model: nn.Module,
-    variables: PyTree,
-    data: ImageSet,
-    *,
-    batch_size: int,
-    on_batch: Callable[[], None] = lambda: None,
-) -> Float[Array, "examples classes"]:
-    """Logits of every example of `data`, in order, in evaluation mode.
-
-    Args:
-        model: Linen module, called with `train=False`.
-        variables: "params", "batch_stats" and "masks".
-        data: images to classify.
-        batch_size: examples per call; the last batch is filled up with copies of an example, which are dropped.
-        on_batch: called before every compiled call; may raise to leave.
-    """
-    n = len(data)
-    batch_size = min(batch_size, n)
-    indices = np.minimum(np.arange(-(-n // batch_size) * batch_size), n - 1).reshape(-1, batch_size)
-    if jax.default_backend() == "cpu":
-        logits = []
-        for batch in indices:
-            on_batch()
-            logits.append(_forward(model, variables, data.images[batch], data.mean, data.std))
-        return jnp.concatenate(logits)[:n]
-    on_batch()
-    logits = _forward_all(model, variables, data, jnp.asarray(indices))
-    return logits.reshape(-1, logits.shape[-1])[:n]
-
-
-def estimate_statistics(
-    model: nn.Module, params: PyTree, batch_stats: PyTree, masks: PyTree, data: ImageSet, *, batch_size: int
-) -> PyTree:
-    """BatchNorm statistics after one pass over `data` in training mode, with weights that stay as they are.
-
-    In one random order that is always the same, because running averages count the last batches most and stored data
-    may be sorted; without augmentation, and in whole batches. After k batches, momentum**k of the start is left.
-
-    Args:
-        model: Linen module, called with images and `train`.
-        params: weights.
-        batch_stats: to start from; {} is returned as it is.
-        masks: of the weights.
-        data: images, in general those that the weights were trained on.
-        batch_size: images per call.
-    """
-    if not jax.tree.leaves(batch_stats):
-        return batch_stats
-    batch_size = min(batch_size, len(data))
-    order = np.random.default_rng(0).permutation(len(data))
-    for batch in order[: len(data) // batch_size * batch_size].reshape(-1, batch_size):
-        batch_stats = _see_batch(model, params, batch_stats, masks, data, batch)
-    return batch_stats
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _see_batch(
-    model: nn.Module, params: PyTree, batch_stats: PyTree, masks: PyTree, data: ImageSet, batch: Int[Array, " batch"]
-) -> PyTree:
-    """Statistics after one batch in training mode."""
-    variables = {"params": params, "batch_stats": batch_stats, "masks": masks}
-    inputs = normalize(data.images[batch], data.mean, data.std)
-    _, updates = model.apply(variables, inputs, train=True, mutable=["batch_stats"])
-    return updates["batch_stats"]
-
-
-def share_right(logits: Float[Array, "examples classes"], data: ImageSet) -> float:
-    """Share of `data` that logits classify right, in [0, 1], counted exactly."""
-    return int(_count_right(logits, data.labels)) / len(data)
-
-
-@jax.jit
-def _count_right(logits: Array, labels: Array) -> Array:
-    return jnp.sum(jnp.argmax(logits, axis=-1) == labels)

@@ -477,7 +477,7 @@ def mutation(contents: list[bytes], index: int, seed: int) -> tuple[str, int, by
 def judge(path: Path, original: ticket.LoadedTicket) -> Verdict:
     """Loads a damaged file and looks what came of it."""
     before = _start_of_peak()
-    # What other processes and threads do meanwhile is not the loader's, nor is a collection of all that this process has.
+    # What other processes and threads do meanwhile is not the loader's, nor is a collection of all that is here.
     gc.disable()
     started = time.thread_time()
     try:

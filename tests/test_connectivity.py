@@ -32,6 +32,7 @@ from cs_jax import (
 )
 from cs_jax.config import Config
 from cs_jax.errors import ConfigError
+from cs_jax.executor import Executor
 from cs_jax.images import ImageSet
 from cs_jax.lock import Lock
 from cs_jax.models import LeNet300100, ResNet
@@ -142,7 +143,7 @@ def test_a_permuted_dense_network_has_a_barrier(lenet: Recipe, synthetic: ImageS
         "hidden0": jax.tree.map(lambda weights: weights[..., units], params["hidden0"]),
         "hidden1": params["hidden1"] | {"kernel": params["hidden1"]["kernel"][units]},
     }
-    logits = training.predict(lenet.model, variables, synthetic, batch_size=37)
+    logits = Executor().predict(lenet.model, variables, synthetic, batch_size=37)
     data = synthetic.replace(labels=jnp.argmax(logits, axis=-1))
     ends = Snapshot(params, {}), Snapshot(permuted, {})
     path = connectivity.connect(lenet.model, ends, variables["masks"], data, data, batch_size=16)

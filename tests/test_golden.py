@@ -15,6 +15,7 @@ import reference
 
 from cs_jax import layers, masks, search, training
 from cs_jax.config import Config
+from cs_jax.executor import Executor
 from cs_jax.progress import SEARCH, TICKET, EpochRecord, Observer, Progress, Ticket
 from cs_jax.search import Problem
 from cs_jax.training import Hyperparams, TrainState
@@ -226,7 +227,7 @@ def test_golden_search(path: Path) -> None:
             state.scores, record.temperature, init_value=config.mask_initial_value
         )
         variables = {"params": state.params, "batch_stats": state.batch_stats, "masks": epoch_masks}
-        return np.asarray(training.predict(problem.recipe.model, variables, evaluation, batch_size=16))
+        return np.asarray(Executor().predict(problem.recipe.model, variables, evaluation, batch_size=16))
 
     recorder = Recorder(predict)
     ticket, _ = search.search_ticket(config, problem, search.begin_search(state), recorder)
@@ -333,7 +334,7 @@ def test_golden_search_starts_alike_in_float32(path: Path) -> None:
     """Cross-entropy of the first two steps in float32; afterwards rounding alone takes over (tests/data runs)."""
     arrays = reference.load(path)
     config, problem, state = prepare(arrays, np.float32)
-    calls = training.train_epoch(
+    calls = Executor().train_epoch(
         problem.recipe,
         state,
         problem.train,

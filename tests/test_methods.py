@@ -17,6 +17,7 @@ from cs_jax.checkpoints import Checkpoints
 from cs_jax.config import Config
 from cs_jax.data import Data
 from cs_jax.errors import ConfigError
+from cs_jax.executor import Executor
 from cs_jax.images import ImageSet
 from cs_jax.layers import MaskedDense
 from cs_jax.methods import FINETUNE, LR_REWIND, METHODS, NONE, REWIND, Method
@@ -452,7 +453,7 @@ def test_retraining_keeps_the_masks_and_pruned_weights_count_for_nothing(
             kernel = weights[name]["kernel"]
             weights[name] = weights[name] | {"kernel": jnp.where(changed(mask["kernel"]), kernel + 1000, kernel)}
         variables = {"params": weights, "batch_stats": state.batch_stats, "masks": state.masks}
-        return np.asarray(training.predict(problem.recipe.model, variables, problem.train, batch_size=16))
+        return np.asarray(Executor().predict(problem.recipe.model, variables, problem.train, batch_size=16))
 
     unchanged = logits_after(lambda mask: jnp.zeros(mask.shape, bool))
     assert_equal(logits_after(lambda mask: mask == 0), unchanged)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import small
 
-from cs_jax import CollapsedLayerWarning, UnfinishedSearchWarning, budget, masks, methods, search, training
+from cs_jax import CollapsedLayerWarning, UnfinishedSearchWarning, budget, executor, masks, methods, search
 from cs_jax.config import Config
 from cs_jax.controls import DENSE
+from cs_jax.executor import Executor
 from cs_jax.images import ImageSet
 from cs_jax.progress import SEARCH, TICKET, EpochRecord, Observer, Progress, Ticket
 from cs_jax.search import Problem
@@ -30,7 +31,7 @@ def assert_equal(a: Any, b: Any) -> None:
 
 
 def share_right(recipe: Recipe, variables: Any, images: ImageSet) -> float:
-    return training.share_right(training.predict(recipe.model, variables, images, batch_size=8), images)
+    return executor.share_right(Executor().predict(recipe.model, variables, images, batch_size=8), images)
 
 
 class History(Observer):
@@ -226,16 +227,18 @@ def test_an_update_that_is_not_finite_stops_the_run_even_if_it_is_the_last(probl
         search.search_ticket(config, problem, begin(config, problem), Observer())
 
 
-def test_every_phase_augments_differently(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_phase_augments_differently(problem: Problem) -> None:
     """Keys differ between rounds and the retraining; ticket and dense share theirs, as they share their batches."""
     keys = []
-    train_epoch = training.train_epoch
 
-    def watch(recipe: Any, state: Any, data: Any, order: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
-        keys.append(tuple(jax.random.key_data(key).tolist()))
-        return train_epoch(recipe, state, data, order, key, *args, **kwargs)
+    class Watcher(Executor):
+        def train_epoch(
+            self, recipe: Any, state: Any, data: Any, order: Any, key: Any, *args: Any, **kwargs: Any
+        ) -> Any:
+            keys.append(tuple(jax.random.key_data(key).tolist()))
+            return super().train_epoch(recipe, state, data, order, key, *args, **kwargs)
 
-    monkeypatch.setattr(training, "train_epoch", watch)
+    problem = dataclasses.replace(problem, executor=Watcher())
     config = dataclasses.replace(CONFIG, controls=(DENSE,))
     ticket, _, _ = run(config, problem)
     search.retrain(config, problem, search.begin_retraining(problem, ticket, phase=DENSE), Observer())

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cs_jax import masks, training
+from cs_jax import executor, masks, training
+from cs_jax.executor import Executor
 from cs_jax.images import ImageSet
 from cs_jax.models import ResNet
 from cs_jax.training import Hyperparams, Recipe, TrainState
@@ -63,7 +64,7 @@ def test_a_step_is_nesterov_with_decay_on_weights_and_without_on_scores(lenet: R
         score_v = jax.tree.map(lambda v, g: 0.9 * v + g, score_v, score_g)
         params = jax.tree.map(lambda p, g, v: p - 0.1 * (g + 0.9 * v), params, weight_g, weight_v)
         scores = jax.tree.map(lambda s, g, v: s - 0.5 * (g + 0.9 * v), scores, score_g, score_v)
-        state, _ = training.compiled_step(recipe, state, synthetic, np.arange(16), KEY, hyper)
+        state, _ = executor.compiled_step(recipe, state, synthetic, np.arange(16), KEY, hyper)
     assert int(state.step) == 2
     for ours, expected in ((state.params, params), (state.scores, scores)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), ours, expected)
@@ -73,7 +74,7 @@ def test_the_loss_is_cross_entropy_plus_penalty(lenet: Recipe, synthetic: ImageS
     state = search_state(lenet, synthetic)
     entries = sum(leaf.size for leaf in jax.tree.leaves(state.scores))
     hyper = hyperparams(temperature=1.0)
-    _, metrics = training.compiled_step(lenet, state, synthetic, np.arange(16), KEY, hyper)
+    _, metrics = executor.compiled_step(lenet, state, synthetic, np.arange(16), KEY, hyper)
     assert float(metrics.penalty) == pytest.approx(1e-3 * entries, rel=1e-5)
     assert float(metrics.loss) == pytest.approx(float(metrics.cross_entropy) + float(metrics.penalty), rel=1e-6)
 
@@ -81,7 +82,7 @@ def test_the_loss_is_cross_entropy_plus_penalty(lenet: Recipe, synthetic: ImageS
 def test_fixed_masks_stay_and_masked_weights_only_decay(lenet: Recipe, synthetic: ImageSet) -> None:
     state = ticket_state(lenet, synthetic)
     before = copy((state.params, state.masks))
-    state, _ = training.compiled_step(lenet, state, synthetic, np.arange(16), KEY, hyperparams())
+    state, _ = executor.compiled_step(lenet, state, synthetic, np.arange(16), KEY, hyperparams())
     assert equal(state.masks, before[1])
     assert state.scores == {}
     for layer, mask in state.masks.items():
@@ -107,19 +108,19 @@ def epoch(
     """Steps done after each call, the last state, and the figures of all steps."""
     calls, figures = [], []
     last = state
-    for done, last, metrics in training.train_epoch(recipe, state, data, order, KEY, hyperparams(), **options):  # noqa: B007
+    for done, last, metrics in Executor().train_epoch(recipe, state, data, order, KEY, hyperparams(), **options):  # noqa: B007
         calls.append(done)
         figures.append(jax.tree.map(np.atleast_1d, metrics))
     return calls, last, jax.tree.map(lambda *calls: np.concatenate(calls), *figures) if figures else None
 
 
 def test_equal_recipes_share_compiled_code(synthetic: ImageSet) -> None:
-    before = training.compiled_step._cache_size()
+    before = executor.compiled_step._cache_size()
     for _ in range(2):
         recipe = Recipe(ResNet(num_classes=4, stage_sizes=(1,), widths=(2,)), augment="none")
         state = search_state(recipe, synthetic)
         epoch(recipe, state, synthetic, np.arange(20), batch_size=16)
-    assert training.compiled_step._cache_size() == before + 2  # a full batch and a smaller one
+    assert executor.compiled_step._cache_size() == before + 2  # a full batch and a smaller one
 
 
 def test_an_epoch_takes_every_example_once_and_the_last_batch_is_smaller(lenet: Recipe, synthetic: ImageSet) -> None:
@@ -127,7 +128,7 @@ def test_an_epoch_takes_every_example_once_and_the_last_batch_is_smaller(lenet: 
     assert calls == [1, 2, 3]
     again, losses = search_state(lenet, synthetic), []
     for indices in (np.arange(16), np.arange(16, 32), np.arange(32, 37)):
-        again, one = training.compiled_step(lenet, again, synthetic, indices, KEY, hyperparams())
+        again, one = executor.compiled_step(lenet, again, synthetic, indices, KEY, hyperparams())
         losses.append(float(one.loss))
     assert metrics.loss.tolist() == losses
     assert equal(state, again)
@@ -163,7 +164,7 @@ def test_an_epoch_in_one_call_equals_its_steps(
 ) -> None:
     """The form that accelerators run, on the CPU: same figures, weights, scores and momentum."""
     lenet = SMALL_RESNET if batch_size == 16 else lenet
-    monkeypatch.setattr(training, "STEPS_PER_CALL", 2)
+    monkeypatch.setattr(executor, "STEPS_PER_CALL", 2)
     order = jax.random.permutation(KEY, 37)
     _, stepped, step_metrics = epoch(lenet, make_state(lenet, synthetic), synthetic, order, batch_size=batch_size)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -179,13 +180,13 @@ def test_an_epoch_in_one_call_equals_its_steps(
 def test_an_epoch_goes_on_from_any_step_to_the_same_bits(
     lenet: Recipe, synthetic: ImageSet, backend: str, first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "STEPS_PER_CALL", 3)
+    monkeypatch.setattr(executor, "STEPS_PER_CALL", 3)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     if backend == "gpu" and first % 3 and first < 7:
         first += 3 - first % 3  # calls of an accelerator end there
     arguments = (synthetic, np.arange(37), KEY, hyperparams())
     start = last = search_state(lenet, synthetic)
-    for done, last, _ in training.train_epoch(lenet, last, *arguments, batch_size=5):  # noqa: B020
+    for done, last, _ in Executor().train_epoch(lenet, last, *arguments, batch_size=5):  # noqa: B020
         start = jax.tree.map(np.array, last) if done == first else start
     calls, resumed, _ = epoch(lenet, start, synthetic, np.arange(37), batch_size=5, first_step=first)
     assert calls == {"cpu": [*range(first + 1, 9)], "gpu": [end for end in (3, 6, 7, 8) if end > first]}[backend]

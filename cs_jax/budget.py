@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 
 from cs_jax import masks, trees
 from cs_jax.selection import Budget, Selection
+from cs_jax.sharding import on_host
 
 PyTree = Any
 
@@ -171,7 +172,7 @@ def ticket_masks(selection: Selection, scores: PyTree, *, init_value: ArrayLike)
     if any(isinstance(score, Tracer) for score in leaves):
         raise TypeError("scores are traced: a ticket is counted outside of jit, grad and vmap")
     for leaf, score in zip(selection.masked, leaves, strict=True):
-        if not np.isfinite(np.asarray(score, np.float64)).all():
+        if not np.isfinite(on_host(score).astype(np.float64)).all():
             raise ValueError(f"scores {leaf.name!r} are not finite, wanted finite numbers")
     chosen = list(leaves)
     for budget in selection.budgets:
@@ -184,13 +185,13 @@ def ticket_masks(selection: Selection, scores: PyTree, *, init_value: ArrayLike)
 def warn_if_empty(ticket: PyTree) -> None:
     """Warns of each array of a ticket's masks that keeps no weight."""
     for path, mask in trees.leaves_by_path(ticket).items():
-        if not np.any(np.asarray(mask)):
+        if not np.any(on_host(mask)):
             _warn_collapsed(trees.name(path), "keeps no weight")
 
 
 def _keep_highest(selection: Selection, budget: Budget, leaves: list[Any]) -> None:
     """Puts 1 for the scores that a budget keeps and -1 for the others, in place of its members of `leaves`."""
-    flat = [np.asarray(leaves[index], np.float64).ravel() for index in budget.members]
+    flat = [on_host(leaves[index]).astype(np.float64).ravel() for index in budget.members]
     group_sizes = [selection.masked[index].group_size for index in budget.members]
     sizes = np.repeat(group_sizes, [len(score) for score in flat])
     starts = np.cumsum([0, *map(len, flat)]).tolist()

@@ -29,12 +29,13 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from cs_jax import files, masks, methods, records, search, training, trees
+from cs_jax import files, masks, methods, processes, records, search, training, trees
 from cs_jax.config import Config
 from cs_jax.errors import ConfigError
 from cs_jax.methods import REWIND
 from cs_jax.progress import SEARCH, EpochRecord, Observer, Progress, Snapshot
 from cs_jax.search import Problem
+from cs_jax.sharding import on_host
 from cs_jax.training import StepMetrics, TrainState
 
 PyTree = Any
@@ -154,33 +155,41 @@ class Checkpoints(Observer):
         Warns:
             DamagedCheckpointWarning: an earlier one than the newest is used.
         """
+        name = processes.from_leader(self._choose)
+        if name is None:
+            return None
+        self._saved = name
+        return self._read(self._folder / name)
+
+    def _choose(self) -> str | None:
+        """The newest checkpoint that is whole; all that cannot be used beside it is removed."""
         for partial in self._folder.glob(f"*{PARTIAL}"):
             shutil.rmtree(partial)
         damages: dict[Path, str] = {}
-        progress = self._newest(damages)
-        if progress is None and damages:
+        newest = self._newest(damages)
+        if newest is None and damages:
             path, reason = next(iter(damages.items()))
             raise ConfigError(
                 f"{self._folder.parent}: has no checkpoint that can be used ({path.name}: {reason}): "
                 f"remove {self._folder} to start anew"
             )
         for path, reason in damages.items():
-            message = f"checkpoint {path.name} is damaged ({reason}): going on from {self._saved}"
-            warnings.warn(message, DamagedCheckpointWarning, stacklevel=2)
+            message = f"checkpoint {path.name} is damaged ({reason}): going on from {newest and newest.name}"
+            warnings.warn(message, DamagedCheckpointWarning, stacklevel=4)
             shutil.rmtree(path)
-        if progress is None or progress.phase == SEARCH:  # what comes later is made again
+        about = json.loads((newest / PROGRESS).read_text()) if newest else {"phase": SEARCH, "snapshot": None}
+        if about["phase"] == SEARCH:  # what comes later is made again
             shutil.rmtree(self._folder / START, ignore_errors=True)
-            if progress is None or progress.snapshot is None:
+            if about["snapshot"] is None:
                 shutil.rmtree(self._folder / SNAPSHOT, ignore_errors=True)
-        return progress
+        return newest.name if newest else None
 
-    def _newest(self, damages: dict[Path, str]) -> Progress | None:
-        """The newest progress that is whole; what is wrong with those that are newer goes into `damages`."""
+    def _newest(self, damages: dict[Path, str]) -> Path | None:
+        """The newest checkpoint that is whole; what is wrong with those that are newer goes into `damages`."""
         for path in reversed(self._all()):
             damage = find_damage(path) or self._snapshot_damage(path)
             if damage is None:
-                self._saved = path.name
-                return self._read(path)
+                return path
             damages[path] = damage
         return None
 
@@ -192,7 +201,8 @@ class Checkpoints(Observer):
     def _due(self) -> bool:
         if self._pending is not None and self._pending.done():
             self._finish()
-        return self._pending is None and time.monotonic() >= self._next
+        is_due = self._pending is None and time.monotonic() >= self._next
+        return bool(processes.agree(int(is_due and processes.is_leader())))
 
     def _save(self, progress: Progress) -> None:
         name = f"{progress.epochs_done(self._config):05d}-{progress.step:06d}"
@@ -218,10 +228,10 @@ class Checkpoints(Observer):
         if progress.snapshot is None:
             return None
         path = self._snapshot_path(progress.phase)
-        if not path.exists():
+        if not processes.from_leader(path.exists):
             self._start(progress.snapshot._asdict(), path, "")
             self._finish()
-        return _hash(path / SUMS)
+        return processes.from_leader(lambda: _hash(path / SUMS))
 
     def _snapshot_path(self, phase: str) -> Path:
         """Where the snapshot of a phase is: a search and a ticket rewound have the same."""
@@ -232,9 +242,10 @@ class Checkpoints(Observer):
         """Begins to save in the background; arrays have left the device when this returns."""
         partial = path.with_name(path.name + PARTIAL)
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            self._folder.mkdir(exist_ok=True)
-            _check_room(self._folder, tree)
+            if processes.is_leader():
+                shutil.rmtree(partial, ignore_errors=True)
+                self._folder.mkdir(exist_ok=True)
+                _check_room(self._folder, tree)
             self._orbax.save((partial / ARRAYS).absolute(), args=ocp.args.StandardSave(tree))  # pyright: ignore
         except Exception as error:
             raise _failed(partial, error) from error
@@ -244,6 +255,8 @@ class Checkpoints(Observer):
         """Waits for the arrays, writes the rest, and gives the checkpoint its name."""
         try:
             self._orbax.wait_until_finished()
+            if not processes.is_leader():
+                return
             if about:
                 (partial / PROGRESS).write_text(about)
             (partial / SUMS).write_text(sums(partial))
@@ -290,7 +303,7 @@ class Checkpoints(Observer):
         snapshot = None
         if about["snapshot"] is not None:
             like = Snapshot(state.params, state.batch_stats)
-            snapshot = Snapshot(**self._read_arrays(self._snapshot_path(about["phase"]), like._asdict()))
+            snapshot = Snapshot(**on_host(self._read_arrays(self._snapshot_path(about["phase"]), like._asdict())))
         return Progress(
             phase=about["phase"],
             round=about["round"],
@@ -308,8 +321,11 @@ class Checkpoints(Observer):
         reason = self._find_mismatch(path, like)
         if reason:  # before Orbax reads: what it has begun to read goes on when it fails, and says so later
             raise ConfigError(f"{self._folder.parent}: its checkpoint {path.name} is of another network: {reason}")
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like)
+        placed = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            like,
+            self._problem.executor.shardings(like),
+        )
         return self._orbax.restore((path / ARRAYS).absolute(), args=ocp.args.StandardRestore(placed))  # pyright: ignore
 
     def _find_mismatch(self, path: Path, like: PyTree) -> str | None:

@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
-from cs_jax import connectivity, console, experiment, flags, run_directory
+from cs_jax import connectivity, console, experiment, flags, processes, run_directory, stored_config
 from cs_jax import ticket as tickets
 from cs_jax.checkpoints import Checkpoints
-from cs_jax.config import Config
+from cs_jax.config import Config, flag
 from cs_jax.console import say
 from cs_jax.data import Data, fingerprint
 from cs_jax.errors import ConfigError, one_of
@@ -51,39 +51,59 @@ def run(settings: Config, *, trackers: Sequence[Tracker] = (), terminal: Console
         Stopped: on SIGINT or SIGTERM, after the run was saved.
         OSError: a file cannot be written.
     """
-    started, terminal, path = time.perf_counter(), terminal or Console(), settings.run_directory
+    started, path = time.perf_counter(), settings.run_directory
+    terminal = terminal or Console(quiet=not processes.is_leader())
+    processes.check_same(_what_runs(settings))
     with Interrupts() as watch, console.warnings_as_lines(terminal), contextlib.ExitStack() as stack:
         figures = TensorBoard(path / run_directory.TENSORBOARD_FOLDER)
         tracking = stack.enter_context(Tracking(settings, [figures, *trackers]))
         unused = settings.without_effect()
         if unused:
             say(terminal, f"without effect: {', '.join(unused)}, which --method {settings.method} makes no use of")
-        new = not run_directory.holds_run(path)
+        new = processes.from_leader(lambda: not run_directory.holds_run(path))
         if new:
-            run_directory.check_free(settings)
+            processes.from_leader(lambda: run_directory.check_free(settings))
             problem, data = experiment.prepare(settings)  # before anything is written
+            hashed = _fingerprint(data)
             directory = stack.enter_context(run_directory.opened(settings, new=True))
-            directory.begin(fingerprint(data))
+            processes.from_leader(lambda: directory.begin(hashed))
         else:
-            run_directory.check_same(settings)
-            summary = run_directory.read_summary(path)
+            processes.from_leader(lambda: run_directory.check_same(settings))
+            summary = processes.from_leader(lambda: run_directory.read_summary(path))
             if summary is not None:
                 console.print_result(terminal, summary)
-                if settings.report and not (path / run_directory.REPORT_FILE).exists():
+                reported = (path / run_directory.REPORT_FILE).exists() or not processes.is_leader()
+                if settings.report and not reported:
                     write_report(path)
                 say(terminal, f"{path}: finished before, nothing was trained")
                 return summary
             directory = stack.enter_context(run_directory.opened(settings, new=False))
             problem, data = experiment.prepare(settings)
-            for name, (began, now) in directory.check_same(fingerprint(data)).items():
+            hashed = _fingerprint(data)
+            for name, (began, now) in processes.from_leader(lambda: directory.check_same(hashed)).items():
                 say(terminal, f"goes on with {name} {now}, began with {began}: figures may differ in the last digits")
         summary = go_on(settings, problem, data, directory, tracking, watch, terminal, new=new)
         directory.write_summary(summary)
         console.print_result(terminal, summary)
-        if settings.report:
+        if settings.report and processes.is_leader():
             write_report(path)
         say(terminal, f"{path}: {', '.join(directory.files())}; {time.perf_counter() - started:.0f} s")
     return summary
+
+
+def _what_runs(settings: Config) -> dict[str, Any]:
+    """What has to be the same in all processes of a run."""
+    fields = stored_config.to_json(settings)
+    versions = {name: version for name, version in run_directory.versions().items() if name != "cs_jax"}
+    asked = {flag(name): value for name, value in fields.items() if name != "data_dir"}
+    return {"cs_jax": processes.code_version(), **versions, **asked}
+
+
+def _fingerprint(data: Data) -> str:
+    """That of the data, which all processes have to have."""
+    found = fingerprint(data)
+    processes.check_same({"data": found})
+    return found
 
 
 def go_on(
@@ -105,7 +125,7 @@ def go_on(
         watch.held(),
     ):
         progress = checkpoints.restore()
-        directory.go_on_from(progress)
+        processes.from_leader(lambda: directory.go_on_from(progress))
         if progress is not None:
             at_end = progress.epoch == settings.epochs
             where = "its end" if at_end else f"epoch {progress.epoch}, step {progress.step}"
@@ -114,7 +134,8 @@ def go_on(
             say(terminal, "there is no checkpoint yet: begins from the start")
         try:
             with console.ProgressDisplay(settings, terminal) as display:
-                observers = Observers(directory, tracking, display, health, checkpoints, watch)
+                told = (directory, tracking, display, health) if processes.is_leader() else ()
+                observers = Observers(*told, checkpoints, watch)
                 return experiment.run(settings, problem, data, directory, observers, progress)
         except Stopped as stop:
             saved = checkpoints.save_latest()
@@ -135,7 +156,11 @@ def write_report(path: Path) -> list[Path]:
 
 def train(arguments: Sequence[str], *, prog: str) -> None:
     """search a ticket, rewind it, retrain it, and report; or go on with a run that stopped"""
-    run(flags.parse(arguments, prog=prog))
+    words, coordinator, count, index = flags.pop_processes(arguments)
+    settings = flags.parse(words, prog=prog)
+    if coordinator is not None:
+        processes.start(coordinator, count, index, prog=prog)
+    run(settings)
 
 
 def ticket(arguments: Sequence[str], *, prog: str) -> None:
@@ -246,9 +271,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def answer(prog: str, command: Callable[..., None], arguments: Sequence[str]) -> int:
     """Exit code of a command: 2 for words that cannot be used, 1 for what went wrong; both with one line on stderr."""
     try:
-        command(arguments, prog=prog)
+        with processes.told():
+            command(arguments, prog=prog)
     except ConfigError as error:
         return _complain(prog, f"error: {error}", 2)
+    except processes.LostProcessError as error:
+        return _complain(prog, f"error: {error}", 1)
     except NonFiniteLossError as error:
         advice = "the last checkpoint is from before; try a lower --lr, --score-lr or --lmbda in a new run"
         return _complain(prog, f"stopped: {error}; {advice}", 1)

@@ -140,6 +140,13 @@ class Config:
     checkpoint_steps: int = 100
     """Steps between checkpoints inside an epoch, on an accelerator a hundred at least; its end may have one too."""
 
+    data_parallel: int | None = None
+    """Devices that share the examples of each batch, which has to divide evenly over them; None is 1, or all devices
+    where several processes run together. The result is the same to rounding on any number."""
+
+    model_parallel: int = 1
+    """Devices that share each large array of weights, with its scores and momentum, for networks too large for one."""
+
     report: bool = True
     """Write report.html and its plots at the end."""
 
@@ -147,9 +154,10 @@ class Config:
     """Least seconds between two checkpoints; the end of a round or of a training always has one."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "rounds", "batch_size", "keep", "checkpoint_steps"):
+        for name in ("epochs", "rounds", "batch_size", "keep", "checkpoint_steps", "model_parallel"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         self._check("max_train_examples", self.max_train_examples is None or self.max_train_examples >= 1, "at least 1")
+        self._check("data_parallel", self.data_parallel is None or self.data_parallel >= 1, "at least 1")
         self._check("val_set_size", self.val_set_size >= 0, "0 or more")
         self._check("seed", 0 <= self.seed < 2**32, "0 to 4294967295")
         self._check("lr", _is_positive(self.lr), "a finite number above 0")

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -9,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jaxtyping import Array, Float, Int, UInt8
 
 from cs_jax import masks, training
 from cs_jax.images import ImageSet, normalize
+from cs_jax.sharding import Layout
 from cs_jax.training import Hyperparams, Recipe, StepMetrics, TrainState
 
 PyTree = Any
@@ -21,8 +24,37 @@ STEPS_PER_CALL = 100
 """Steps that an accelerator takes in one call: many, to leave it alone, and few enough to hear a signal between."""
 
 
+@dataclass(frozen=True)
 class Executor:
-    """Takes steps and evaluates, on one device."""
+    """Takes steps and evaluates.
+
+    Attributes:
+        layout: where arrays are on several devices; None is the default device.
+    """
+
+    layout: Layout | None = None
+
+    def place(self, tree: PyTree) -> PyTree:
+        """Weights, and what has their shapes, where steps want them."""
+        return tree if self.layout is None else self.layout.place(tree, self.layout.state(tree))
+
+    def copy(self, tree: PyTree) -> PyTree:
+        """Copies of them there, which a step may be given for good."""
+        return jax.tree.map(jnp.copy, self.place(tree))
+
+    def place_everywhere(self, tree: PyTree) -> PyTree:
+        """Arrays of which every device has all: the data."""
+        return tree if self.layout is None else self.layout.place(tree, self.layout.whole)
+
+    def shardings(self, tree: PyTree) -> PyTree:
+        """Where `place` would put arrays of these shapes."""
+        if self.layout is not None:
+            return self.layout.state(tree)
+        return jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), tree)
+
+    def init_variables(self, recipe: Recipe, key: Array, image_shape: tuple[int, ...]) -> dict[str, PyTree]:
+        """`training.init_variables`, where steps want them from the start: no device needs room for all."""
+        return training.init_variables(recipe, key, image_shape, place=self.layout and self.layout.state)
 
     def train_epoch(
         self,
@@ -61,16 +93,19 @@ class Executor:
         host_order = np.asarray(order)
         num_steps = -(-order.size // batch_size)
         full = order.size // batch_size if jax.default_backend() != "cpu" else 0
-        batches = jnp.asarray(host_order[: full * batch_size].reshape(full, batch_size)) if first_step < full else None
+        batches = (
+            self._batches(host_order[: full * batch_size].reshape(full, batch_size)) if first_step < full else None
+        )
+        step, steps = _programs(self.layout, state)
         metrics = None
         for done in _call_ends(first_step, full, num_steps):
             before = metrics
             if done <= full:
-                state, metrics = compiled_steps(recipe, state, data, batches, first_step, done, key, hyper)
+                state, metrics = steps(recipe, state, data, batches, first_step, done, key, hyper)
                 metrics = jax.tree.map(lambda figure, first=first_step, done=done: figure[first:done], metrics)
             else:
-                indices = host_order[first_step * batch_size : done * batch_size]
-                state, metrics = compiled_step(recipe, state, data, indices, key, hyper)
+                indices = self._batch(host_order[first_step * batch_size : done * batch_size])
+                state, metrics = step(recipe, state, data, indices, key, hyper)
             jax.block_until_ready(before)
             yield done, state, metrics
             first_step = done
@@ -100,11 +135,11 @@ class Executor:
             logits = []
             for batch in indices:
                 on_batch()
-                logits.append(_forward(model, variables, data.images[batch], data.mean, data.std))
-            return jnp.concatenate(logits)[:n]
+                logits.append(_forward(model, variables, data.images[self._batch(batch)], data.mean, data.std))
+            return self.place_everywhere(jnp.concatenate(logits)[:n])
         on_batch()
-        logits = _forward_all(model, variables, data, jnp.asarray(indices))
-        return logits.reshape(-1, logits.shape[-1])[:n]
+        logits = _forward_all(model, variables, data, self._batches(indices))
+        return self.place_everywhere(logits.reshape(-1, logits.shape[-1])[:n])
 
     def estimate_statistics(
         self, model: nn.Module, params: PyTree, batch_stats: PyTree, masks: PyTree, data: ImageSet, *, batch_size: int
@@ -128,8 +163,16 @@ class Executor:
         batch_size = min(batch_size, len(data))
         order = np.random.default_rng(0).permutation(len(data))
         for batch in order[: len(data) // batch_size * batch_size].reshape(-1, batch_size):
-            batch_stats = _see_batch(model, params, batch_stats, masks, data, batch)
+            batch_stats = _see_batch(model, params, batch_stats, masks, data, self._batch(batch))
         return batch_stats
+
+    def _batch(self, indices: np.ndarray) -> Any:
+        return indices if self.layout is None else self.layout.place(indices, self.layout.batch(indices.size))
+
+    def _batches(self, indices: np.ndarray) -> jax.Array:
+        if self.layout is None:
+            return jnp.asarray(indices)
+        return self.layout.place(indices, self.layout.batches(indices.shape[1]))
 
 
 def share_right(logits: Float[Array, "examples classes"], data: ImageSet) -> float:
@@ -137,11 +180,7 @@ def share_right(logits: Float[Array, "examples classes"], data: ImageSet) -> flo
     return int(_count_right(logits, data.labels)) / len(data)
 
 
-compiled_step = jax.jit(training.step, static_argnames="recipe", donate_argnames="state")
-
-
-@functools.partial(jax.jit, static_argnames="recipe", donate_argnames="state")
-def compiled_steps(
+def _steps(
     recipe: Recipe,
     state: TrainState,
     data: ImageSet,
@@ -164,6 +203,25 @@ def compiled_steps(
     _, metrics = jax.eval_shape(lambda: training.step(recipe, state, data, batches[0], key, hyper))
     figures = jax.tree.map(lambda figure: jnp.zeros(len(batches), figure.dtype), metrics)
     return lax.fori_loop(first, stop, body, (state, figures))
+
+
+def _programs(layout: Layout | None, state: TrainState) -> tuple[Callable, Callable]:
+    """A step and several, compiled; what comes out is where it came in."""
+    if layout is None:
+        return compiled_step, compiled_steps
+    leaves, structure = jax.tree.flatten(layout.state(state))
+    return _compiled(structure, tuple(leaves), layout.whole)
+
+
+@functools.cache
+def _compiled(structure: Any, leaves: tuple[NamedSharding, ...], whole: NamedSharding) -> tuple[Callable, Callable]:
+    jit = functools.partial(_jit, out_shardings=(structure.unflatten(leaves), whole))
+    return jit(training.step), jit(_steps)
+
+
+_jit = functools.partial(jax.jit, static_argnames="recipe", donate_argnames="state")
+
+compiled_step, compiled_steps = _jit(training.step), _jit(_steps)
 
 
 def _call_ends(first_step: int, full: int, num_steps: int) -> Iterator[int]:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from cs_jax import data as data_module
-from cs_jax import masks, methods, records, run_directory, search, stored_config, training
+from cs_jax import masks, methods, processes, records, run_directory, search, sharding, stored_config, training
 from cs_jax.config import Config
 from cs_jax.controls import CONTROLS, DENSE
 from cs_jax.data import Data
@@ -23,7 +23,7 @@ from cs_jax.progress import SEARCH, TICKET, EpochRecord, Observer, Progress, Sna
 from cs_jax.run_directory import RunDirectory
 from cs_jax.search import Problem
 from cs_jax.stored_config import FREE
-from cs_jax.ticket import LoadedTicket, load_ticket, save_ticket
+from cs_jax.ticket import LoadedTicket, load_ticket
 from cs_jax.training import Recipe, TrainState
 
 PyTree = Any
@@ -38,11 +38,16 @@ def prepare(config: Config) -> tuple[Problem, Data]:
     Raises:
         ConfigError: data and config do not fit, or the model cannot take the images.
     """
-    data = data_module.load(config)
+    executor = Executor(sharding.layout(config.data_parallel, config.model_parallel))
+    if executor.layout is not None:
+        executor.layout.check_batch(config.batch_size)
+    loaded = data_module.load(config)
+    train, validation, test = map(executor.place_everywhere, (loaded.train, loaded.validation, loaded.test))
+    data = Data(train, validation, test, loaded.classes)
     recipe = Recipe(
         model=MODELS[config.model](num_classes=len(data.classes)), augment=config.augment, decay=config.decay
     )
-    problem = Problem(recipe, data.train, data.validation, jax.random.key(config.seed))
+    problem = Problem(recipe, data.train, data.validation, jax.random.key(config.seed), executor=executor)
     try:
         jax.eval_shape(lambda: _smallest_step(config, problem))
         multiply_adds(problem.recipe.model, problem.train.images.shape[1:])
@@ -130,6 +135,7 @@ def run(
         start = progress.snapshot
         state = search.retrain(config, problem, progress, observer)
         _write_ticket(config, problem, data, directory, start, state, observer)
+    processes.wait()  # the leader has written it
     saved = load_ticket(directory.path / run_directory.TICKET_FILE)  # here too where this process has made it
     start = saved.rewound or saved.variables
     ticket = Ticket(Snapshot(start["params"], start["batch_stats"]), saved.variables["masks"])
@@ -225,8 +231,7 @@ def _write_ticket(
         "versions": run_directory.versions(),
     }
     directory.write_predictions(_predictions(np.asarray(logits), data.test))
-    save_ticket(
-        directory.path / run_directory.TICKET_FILE,
+    directory.write_ticket(
         params=state.params,
         batch_stats=state.batch_stats,
         masks=state.masks,

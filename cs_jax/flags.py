@@ -67,6 +67,23 @@ def parse(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> 
     return parsed
 
 
+def pop_processes(arguments: Sequence[str]) -> tuple[list[str], str | None, int | None, int | None]:
+    """What `--coordinator`, `--processes` and `--process-id` say, and the words without them.
+
+    Raises:
+        ConfigError: one of them has no value that fits, or the first is missing beside the others.
+    """
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--coordinator")
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--process-id", "--process_id", type=int)
+    given, words = parser.parse_known_args(list(arguments))
+    for name, value in (("--processes", given.processes), ("--process-id", given.process_id)):
+        if value is not None and given.coordinator is None:
+            raise ConfigError(f"{name}: got {value} alone, wanted --coordinator HOST:PORT of the first process too")
+    return words, given.coordinator, given.processes, given.process_id
+
+
 def _pop_resume(arguments: list[str]) -> Path | None:
     """The folder that `--resume` names, taken out of the words; None without."""
     places = [index for index, word in enumerate(arguments) if word.partition("=")[0] == "--resume"]
@@ -93,7 +110,9 @@ def _description(preset: str, prog: str) -> str:
     return (
         f"{(Config.__doc__ or '').splitlines()[0]}\n\n"
         f"Usage: {prog} [PRESET] [flags], PRESET one of {', '.join(PRESETS)} ({DEFAULT_PRESET} if none is named); or "
-        f"{prog} --resume DIRECTORY, to go on with the run there. Shown here are the defaults of {preset}."
+        f"{prog} --resume DIRECTORY, to go on with the run there. Shown here are the defaults of {preset}.\n\n"
+        "On several hosts, start it on each of them with --coordinator HOST:PORT --processes N --process-id I beside "
+        "the other flags; or with --coordinator auto on a TPU pod or in a cluster of SLURM, Open MPI or Kubernetes."
     )
 
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 
+from cs_jax import processes
 from cs_jax.progress import EpochRecord, Observer, Progress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -78,7 +79,8 @@ class Interrupts(Observer):
         self.check()
 
     def on_batch(self) -> None:
-        self.check()
+        if not processes.are_several():  # which agree at steps: an evaluation is short
+            self.check()
 
     def on_epoch_end(self, record: EpochRecord, progress: Progress) -> None:
         self.check()
@@ -87,9 +89,10 @@ class Interrupts(Observer):
         self.check()
 
     def check(self) -> None:
-        """Raises `Stopped` if a signal came."""
-        if self._asked is not None:
-            raise Stopped(self._asked)
+        """Raises `Stopped` if a signal came, to this process or to another of the run."""
+        asked = processes.agree(self._asked or 0)
+        if asked:
+            raise Stopped(asked)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._asked = self._asked or number

@@ -18,6 +18,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
+from cs_jax.sharding import on_host
+
 PyTree = Any
 
 MIN_INIT_VALUE = -80.0
@@ -48,7 +50,8 @@ def init_scores(masks: PyTree, value: ArrayLike, *, dtype: DTypeLike | None = No
         raise ValueError(f"dtype is {jnp.dtype(dtype)}, wanted a float dtype")
 
     def fill(mask: Any) -> jax.Array:
-        return jnp.full(mask.shape, value, jnp.promote_types(mask.dtype, jnp.float32) if dtype is None else dtype)
+        kind = jnp.promote_types(mask.dtype, jnp.float32) if dtype is None else dtype
+        return jnp.full_like(mask, value, dtype=kind)  # which is where the mask is, too
 
     return map_leaves(fill, masks)
 
@@ -201,7 +204,7 @@ def density(masks: PyTree) -> Any:
     if any(isinstance(mask, Tracer) for mask in leaves):
         return jnp.asarray(sum(jnp.count_nonzero(mask) for mask in leaves) / total)
     # Rows are counted where the masks are and added up on the host: no 32-bit count can overflow.
-    counts = jax.device_get([_count_rows(mask) for mask in leaves])
+    counts = on_host([_count_rows(mask) for mask in leaves])
     return sum(int(np.sum(count, dtype=np.int64)) for count in counts) / total
 
 

@@ -15,6 +15,7 @@ from cs_jax.executor import share_right
 from cs_jax.images import ImageSet
 from cs_jax.methods import Method
 from cs_jax.progress import SEARCH, EpochRecord, Observer, Progress
+from cs_jax.sharding import on_host
 from cs_jax.training import Hyperparams, StepMetrics, TrainState
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def _search_masks(method: Method, state: TrainState, hyper: Hyperparams) -> tupl
 def _mask_figures(hard_masks: PyTree, kept_before: PyTree | None) -> tuple[PyTree, PyTree, PyTree | None]:
     """Entries kept, row by row, and entries flipped, on the host; which ones are kept, as bits on the device."""
     counts, kept, flips = _count(hard_masks, kept_before)
-    counts, flips = jax.device_get((counts, flips))
+    counts, flips = on_host((counts, flips))
     return jax.tree.map(lambda rows: rows.astype(np.int64), counts), kept, flips  # no 32-bit count can overflow
 
 

@@ -15,13 +15,13 @@ import safetensors
 import safetensors.numpy
 
 import cs_jax
-from cs_jax import files, methods, stored_config, trees
+from cs_jax import files, methods, processes, sharding, stored_config, trees
 from cs_jax.config import Config, flag
 from cs_jax.errors import ConfigError
 from cs_jax.lock import Lock
 from cs_jax.progress import EpochRecord, Observer, Progress
 from cs_jax.stored_config import CONFIG_FILE
-from cs_jax.ticket import TicketError, load_ticket
+from cs_jax.ticket import TicketError, load_ticket, save_ticket
 
 METRICS_FILE = "metrics.jsonl"
 SCORES_FILE = "scores.json"
@@ -98,17 +98,24 @@ def opened(config: Config, *, new: bool) -> Iterator["RunDirectory"]:
     Raises:
         ConfigError: the directory or a file in it cannot be made, or another process writes to it.
     """
-    path = config.run_directory
+    with contextlib.ExitStack() as stack:
+        processes.from_leader(lambda: _enter(config.run_directory, stack, new=new))
+        path = config.run_directory
+        if processes.agree(0 if path.is_dir() else 1):
+            raise ConfigError(f"--out: got {path}, which not every process sees, wanted a folder that all hosts share")
+        yield RunDirectory(config) if processes.is_leader() else Followed(config)
+
+
+def _enter(path: Path, stack: contextlib.ExitStack, *, new: bool) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out: got {path}, which cannot be made: {error.strerror}") from error
-    with Lock(path / LOCK_FILE):
-        if new and holds_run(path):
-            raise ConfigError(f"--out: got {path}, where another process has just begun a run")
-        for entry in filter(files.is_temporary, path.iterdir()):
-            entry.unlink()
-        yield RunDirectory(config)
+    stack.enter_context(Lock(path / LOCK_FILE))
+    if new and holds_run(path):
+        raise ConfigError(f"--out: got {path}, where another process has just begun a run")
+    for entry in filter(files.is_temporary, path.iterdir()):
+        entry.unlink()
 
 
 class RunDirectory(Observer):
@@ -232,7 +239,7 @@ class RunDirectory(Observer):
         number = progress.number(self._config)
         arrays = self._read_masks() if number else {}
         found = trees.leaves_by_path(progress.kept)
-        arrays |= {f"{number}/{trees.name(leaf)}": np.asarray(bits) for leaf, bits in found.items()}
+        arrays |= {f"{number}/{trees.name(leaf)}": sharding.on_host(bits) for leaf, bits in found.items()}
         files.write_whole(self.path / MASKS_FILE, safetensors.numpy.save(arrays))
 
     def _read_masks(self) -> dict[str, np.ndarray]:
@@ -262,6 +269,10 @@ class RunDirectory(Observer):
         """Names of what is there."""
         return sorted(path.name for path in self.path.glob("[!.]*") if path.name != LOCK_FILE)
 
+    def write_ticket(self, **content: Any) -> None:
+        """Writes the ticket: the keywords of `save_ticket`."""
+        save_ticket(self.path / TICKET_FILE, **content)
+
     def write_predictions(self, arrays: Mapping[str, np.ndarray]) -> None:
         files.write_whole(self.path / PREDICTIONS_FILE, safetensors.numpy.save(dict(arrays)))
 
@@ -283,6 +294,39 @@ class RunDirectory(Observer):
         files.write_whole(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
 
+class Followed(RunDirectory):
+    """The directory of a run whose leader writes it: read as that one does, and written by it alone."""
+
+    def begin(self, fingerprint: str) -> None:
+        del fingerprint
+
+    def check_same(self, fingerprint: str) -> dict[str, tuple[str, str]]:
+        del fingerprint
+        return {}
+
+    def go_on_from(self, progress: Progress | None) -> None:
+        del progress
+
+    def seconds(self, *phases: str) -> float:
+        del phases
+        return 0.0
+
+    def read_controls(self) -> dict[str, Any]:
+        return {}
+
+    def write_controls(self, results: Mapping[str, Any]) -> None:
+        del results
+
+    def write_predictions(self, arrays: Mapping[str, np.ndarray]) -> None:
+        del arrays
+
+    def write_ticket(self, **content: Any) -> None:
+        del content
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        del summary
+
+
 def _is_record(line: bytes) -> bool:
     try:
         return line.endswith(b"\n") and json.loads(line).keys() == set(EpochRecord._fields)
@@ -295,7 +339,7 @@ def score_counts(scores: jax.Array) -> np.ndarray:
 
     Scores beyond the outer edges count in the outer bins, so those above 0 are counted to the one.
     """
-    values = np.clip(-np.asarray(scores, np.float64).ravel(), -SCORE_EDGES[-1], SCORE_EDGES[-1])
+    values = np.clip(-sharding.on_host(scores).astype(np.float64).ravel(), -SCORE_EDGES[-1], SCORE_EDGES[-1])
     counts, _ = np.histogram(values, bins=-SCORE_EDGES[::-1])  # NumPy's bins include the lower edge: mirrored
     return counts[::-1]
 

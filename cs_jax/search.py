@@ -22,6 +22,7 @@ from cs_jax.executor import Executor
 from cs_jax.images import ImageSet
 from cs_jax.methods import FINETUNE, NONE, REWIND
 from cs_jax.progress import SEARCH, TICKET, EpochRecord, Observer, Progress, Snapshot, Ticket
+from cs_jax.sharding import on_host
 from cs_jax.training import Hyperparams, Recipe, StepMetrics, TrainState
 
 PyTree = Any
@@ -54,7 +55,7 @@ class Problem:
 
     def init_variables(self, purpose: str = "init") -> dict[str, PyTree]:
         """A fresh network: "params", "batch_stats" and "masks" of ones."""
-        return training.init_variables(self.recipe, self.key_for(purpose), self.train.images.shape[1:])
+        return self.executor.init_variables(self.recipe, self.key_for(purpose), self.train.images.shape[1:])
 
     def init_ticket(self, purpose: str = "init") -> Ticket:
         """A fresh network as a ticket that keeps every weight, unscaled."""
@@ -75,7 +76,8 @@ def init_state(config: Config, problem: Problem) -> TrainState:
     variables = problem.init_variables()
     scores, fixed = methods.of(config).begin(config, problem, variables)
     params, batch_stats = variables["params"], variables["batch_stats"]
-    return training.init_state(problem.recipe, params, batch_stats, scores=scores, masks=fixed)
+    state = training.init_state(problem.recipe, params, batch_stats, scores=scores, masks=fixed)
+    return problem.executor.place(state)
 
 
 def begin_search(state: TrainState) -> Progress:
@@ -127,12 +129,13 @@ def next_round(config: Config, problem: Problem, progress: Progress) -> Progress
     """The next round's start, from a round's end."""
     assert progress.round is not None
     state = methods.of(config).next_round(config, problem, progress.state, progress.snapshot)
-    return progress._replace(round=progress.round + 1, epoch=0, state=state.replace(step=jnp.zeros_like(state.step)))
+    state = problem.executor.place(state.replace(step=jnp.zeros_like(state.step)))
+    return progress._replace(round=progress.round + 1, epoch=0, state=state)
 
 
 def take_snapshot(state: TrainState) -> Snapshot:
-    """A copy of weights and BatchNorm state, which the next step overwrites in place."""
-    return Snapshot(*jax.tree.map(jnp.copy, (state.params, state.batch_stats)))
+    """A copy of weights and BatchNorm state on the host: a device needs them again at the rewind alone."""
+    return Snapshot(*jax.tree.map(np.array, on_host((state.params, state.batch_stats))))
 
 
 def begin_retraining(
@@ -153,8 +156,9 @@ def begin_retraining(
 
 def fixed_state(problem: Problem, ticket: Ticket) -> TrainState:
     """State of a ticket that has not been trained, of copies of its arrays."""
-    (params, batch_stats), fixed = jax.tree.map(jnp.copy, tuple(ticket))
-    return training.init_state(problem.recipe, params, batch_stats, scores={}, masks=fixed)
+    (params, batch_stats), fixed = problem.executor.copy(tuple(ticket))
+    state = training.init_state(problem.recipe, params, batch_stats, scores={}, masks=fixed)
+    return problem.executor.place(state)
 
 
 def retrain(config: Config, problem: Problem, progress: Progress, observer: Observer) -> TrainState:
@@ -191,6 +195,7 @@ def _epoch(config: Config, problem: Problem, progress: Progress, observer: Obser
     started, state = time.perf_counter(), progress.state
     if progress.round is not None:
         state = methods.of(config).end_epoch(config, state, progress.round, progress.epoch)
+        state = problem.executor.place(state)
     hyper = hyperparams(config, progress.phase, progress.epoch)
     record, kept = records.of_epoch(config, problem, progress, state, hyper, started, observer)
     epoch, ends = progress.epoch + 1, progress.round_ends

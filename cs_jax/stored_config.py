@@ -14,7 +14,17 @@ from cs_jax.methods import METHODS
 CONFIG_FILE = "config.json"
 """In a run directory: what was asked. The other names are in `run_directory`."""
 
-FREE = ("preset", "data_dir", "out", "keep", "checkpoint_steps", "checkpoint_seconds", "report")
+FREE = (
+    "preset",
+    "data_dir",
+    "out",
+    "keep",
+    "checkpoint_steps",
+    "checkpoint_seconds",
+    "report",
+    "data_parallel",
+    "model_parallel",
+)
 """Fields that do not change a run's result, and may differ where it goes on."""
 
 KINDS: dict[Any, str] = {

@@ -23,6 +23,7 @@ import safetensors.numpy
 
 from cs_jax import ticket_checks as checks
 from cs_jax.errors import ConfigError
+from cs_jax.sharding import on_host
 from cs_jax.ticket_checks import DTYPES, Arrays, check, quoted
 
 PyTree = Any
@@ -45,7 +46,7 @@ def leaves(tree: PyTree, name: str) -> Arrays:
         raise ConfigError(f"{name}: got {type(tree).__name__}, wanted nested dictionaries of arrays")
     if tree.dtype not in DTYPES.values():
         raise ConfigError(f"{name}: got dtype {tree.dtype}, wanted one of {', '.join(map(str, DTYPES.values()))}")
-    return {name: np.asarray(tree, order="C")}
+    return {name: np.asarray(on_host(tree), order="C")}
 
 
 def pack(leaves: Arrays, masks: Arrays, scale: float | None, *, compact: bool) -> tuple[Arrays, dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cs_jax import trees
+from cs_jax import sharding, trees
 from cs_jax.config import Config
 from cs_jax.progress import EpochRecord, Observer, Progress
 
@@ -120,7 +120,10 @@ def histograms_of(progress: Progress) -> dict[str, np.ndarray]:
     """The scores of each masked array by its tag, copied in float64; nothing where masks are fixed."""
     leaves = trees.leaves_by_path(progress.state.scores)
     # in float32 there may be no room for buckets between scores that are nearly equal
-    return {f"{progress.phase}/scores/{trees.name(path)}": np.array(leaf, float) for path, leaf in leaves.items()}
+    return {
+        f"{progress.phase}/scores/{trees.name(path)}": sharding.on_host(leaf).astype(float)
+        for path, leaf in leaves.items()
+    }
 
 
 class TensorBoard(Tracker):

@@ -97,28 +97,29 @@ def score_direction(recipe: Recipe) -> optax.GradientTransformation:
     return optax.trace(recipe.momentum, nesterov=True)
 
 
-def init_variables(recipe: Recipe, key: Array, image_shape: tuple[int, ...]) -> dict[str, PyTree]:
+def init_variables(
+    recipe: Recipe, key: Array, image_shape: tuple[int, ...], *, place: Callable[[PyTree], PyTree] | None = None
+) -> dict[str, PyTree]:
     """Fresh "params", "batch_stats" ({} where there are none) and "masks" (ones) of the recipe's model.
 
     Args:
         recipe: its model is initialised.
         key: PRNG key.
         image_shape: (height, width, channels).
+        place: shardings of the arrays, from their shapes; None is the default device.
     """
-    init = _init if isinstance(key, Tracer) else _compiled_init(jax.default_backend())
-    variables = init(recipe.model, key, image_shape)
+    init = functools.partial(_init, recipe.model, image_shape)
+    if isinstance(key, Tracer):
+        return init(key)
+    # For a CPU compiled fast rather than well: it runs once, and drawing numbers compiles slowly there.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    shardings = place and place(jax.eval_shape(init, key))
+    return jax.jit(init, out_shardings=shardings, compiler_options=options)(key)
+
+
+def _init(model: nn.Module, image_shape: tuple[int, ...], key: Array) -> dict[str, PyTree]:
+    variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
     return {collection: variables.get(collection, {}) for collection in ("params", "batch_stats", "masks")}
-
-
-def _init(model: nn.Module, key: Array, image_shape: tuple[int, ...]) -> PyTree:
-    return model.init(key, jnp.zeros((1, *image_shape)), train=False)
-
-
-@functools.cache
-def _compiled_init(backend: str) -> Callable[[nn.Module, Array, tuple[int, ...]], PyTree]:
-    """`_init`, compiled: for a CPU fast rather than well, as it runs once and drawing numbers compiles slowly there."""
-    options = {"xla_backend_optimization_level": 0} if backend == "cpu" else None
-    return jax.jit(_init, static_argnames=("model", "image_shape"), compiler_options=options)
 
 
 def init_state(recipe: Recipe, params: PyTree, batch_stats: PyTree, *, scores: PyTree, masks: PyTree) -> TrainState:

@@ -17,6 +17,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_platforms", "cpu")  # the tests count one call a step, and float64 parity
+jax.config.update("jax_num_cpu_devices", 8)  # simulated ones, for the tests of several
 
 
 @pytest.fixture

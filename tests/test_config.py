@@ -43,7 +43,7 @@ def test_every_flag_overrides_its_field() -> None:
         "--reset released --model resnet8 --dataset fashion_mnist --data-dir d --max-train-examples 11 "
         "--controls shuffled dense --method imp --after finetune --scope layer "
         "--score-lr 2 --augment none --out o --allow-empty-layers --keep 4 --checkpoint-steps 5 "
-        "--checkpoint-seconds 0 --no-report"
+        "--checkpoint-seconds 0 --no-report --data-parallel 1 --model-parallel 2"
     ).split()
     for field, flag in (("prune_rate", ["--prune-rate", "0.3"]), ("target_density", ["--target-density", "0.3"])):
         parsed = parse([*words, *flag])  # one excludes the other

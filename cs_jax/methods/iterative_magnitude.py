@@ -2,9 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
-
 from cs_jax import training
 from cs_jax.methods.magnitude import magnitudes
 from cs_jax.methods.method import Method, keep_highest, round_density
@@ -53,7 +50,7 @@ class IterativeMagnitudePruning(Method):
         self, config: "Config", problem: "Problem", state: TrainState, snapshot: Snapshot | None
     ) -> TrainState:
         assert snapshot is not None
-        early = jax.tree.map(jnp.copy, snapshot)  # the state is donated, and the snapshot is wanted again
+        early = problem.executor.copy(snapshot)  # the state is donated, and the snapshot is wanted again
         return training.init_state(problem.recipe, *early, scores={}, masks=state.masks)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cs_jax import connectivity, console, experiment, flags, processes, run_directory, stored_config
+from cs_jax import compilation, connectivity, console, experiment, flags, processes, run_directory, stored_config
 from cs_jax import ticket as tickets
 from cs_jax.checkpoints import Checkpoints
 from cs_jax.config import Config, flag
@@ -270,6 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def answer(prog: str, command: Callable[..., None], arguments: Sequence[str]) -> int:
     """Exit code of a command: 2 for words that cannot be used, 1 for what went wrong; both with one line on stderr."""
+    compilation.keep_programs()
     try:
         with processes.told():
             command(arguments, prog=prog)

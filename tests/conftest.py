@@ -1,6 +1,10 @@
 """Settings and fixtures that several test modules share."""
 
+import atexit
+import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 
 import jax
@@ -18,6 +22,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it in
     signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_platforms", "cpu")  # the tests count one call a step, and float64 parity
 jax.config.update("jax_num_cpu_devices", 8)  # simulated ones, for the tests of several
+
+# Processes that the tests start keep their programs for each other, and leave the user's alone.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture

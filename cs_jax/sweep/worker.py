@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 from rich.console import Console
 
-from cs_jax import commands, console, run_directory, stored_config
+from cs_jax import commands, compilation, console, run_directory, stored_config
 from cs_jax.errors import ConfigError
 from cs_jax.interrupts import Stopped
 from cs_jax.lock import LockedError
@@ -48,6 +48,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the sweep too, which then ends this
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is not for the sweep
+    compilation.keep_programs()
     say(answers, ready=True)
     for job in _jobs():
         say(answers, **_answer(job, answers))

@@ -24,10 +24,10 @@ from rich.table import Table
 
 from cs_jax import budget, executor, experiment, masks, methods, records, search
 from cs_jax.config import PRESETS, Config
-from cs_jax.images import ImageSet
 from cs_jax.methods.method import selection
 from cs_jax.progress import SEARCH, Observer, Ticket
 from cs_jax.search import Problem
+from cs_jax.streaming import Images
 from cs_jax.training import TrainState
 
 
@@ -80,7 +80,7 @@ def run(target: float, rate: float | None, seed: int) -> tuple[float, float, flo
     return share, before, accuracy(config, problem, retrained, ticket, data.test)
 
 
-def accuracy(config: Config, problem: Problem, state: TrainState, ticket: Ticket, images: ImageSet) -> float:
+def accuracy(config: Config, problem: Problem, state: TrainState, ticket: Ticket, images: Images) -> float:
     logits = records.logits(config, problem, state, ticket.masks, images, Observer())
     return executor.share_right(logits, images)
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +181,14 @@ def verify(arguments: Sequence[str], *, prog: str) -> None:
     parser.add_argument("--batch-size", type=int, default=128, help="images per call (128)")
     given = parser.parse_args(arguments)
     loaded = tickets.load_ticket(given.file)
-    asked = Config(dataset=given.dataset, data_dir=given.data_dir, batch_size=given.batch_size)
+    size = _image_size(loaded.metadata.get("config") or {})
+    asked = Config(
+        dataset=given.dataset,
+        data_dir=given.data_dir,
+        batch_size=given.batch_size,
+        image_size=size,
+        stream=size is not None,
+    )
     found = experiment.verify(asked, loaded, str(given.file))
     recorded = (loaded.metadata.get("accuracy") or {}).get("test_accuracy")
     line = f"{given.file}: whole; density {loaded.density:.2%}, accuracy on the test set of {given.dataset} {found:.2%}"
@@ -190,6 +197,12 @@ def verify(arguments: Sequence[str], *, prog: str) -> None:
     say(Console(), f"{line}, recorded {recorded:.2%}")
     if abs(found - recorded) > ROUNDING:
         raise AccuracyError(f"{given.file}: accuracy {found:.2%} is not the recorded one, {recorded:.2%}")
+
+
+def _image_size(made_with: Mapping[str, Any]) -> int | None:
+    """Of the settings that a ticket was made with, the side that its images were cut to."""
+    size = made_with.get("image_size")
+    return size if type(size) is int and size > 0 else None
 
 
 def report(arguments: Sequence[str], *, prog: str) -> None:

@@ -9,7 +9,7 @@ import tyro
 
 from cs_jax.controls import CONTROLS, DENSE
 from cs_jax.errors import ConfigError, in_words, one_of
-from cs_jax.images import AUGMENTATIONS
+from cs_jax.images import AUGMENTATIONS, RESIZED_CROP
 from cs_jax.masks import MIN_INIT_VALUE
 from cs_jax.methods import AFTERS, METHODS, NONE
 from cs_jax.models import MODELS
@@ -59,6 +59,16 @@ class Config:
     dataset: str = "cifar10"
     """Data set: digits (comes with scikit-learn), or a TensorFlow Datasets name of images with `image` and `label`."""
 
+    image_size: int | None = None
+    """Side of the square, in pixels, that streamed images are cut to; None leaves those that all have one shape."""
+
+    stream: bool = False
+    """Read images from their files as they are wanted, for a set that does not fit on the device; those of no fixed
+    shape always are."""
+
+    loader_threads: int | None = None
+    """Threads that read and decode streamed images; None is one for a core, 16 at most."""
+
     data_dir: Path | None = None
     """Folder of prepared TensorFlow Datasets; None is $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
 
@@ -73,7 +83,8 @@ class Config:
     """Train on at most so many of the examples that validation leaves, drawn with the seed; None is all."""
 
     augment: str = "flip-crop"
-    """Augmentation: none, crop (4 black pixels around, random crop) or flip-crop (half mirrored, then crop)."""
+    """Augmentation: none, crop (4 black pixels around, random crop), flip-crop (half mirrored, then crop), or of
+    streamed images resized-crop (a random part, resized, half mirrored)."""
 
     batch_size: int = 128
     """Examples per step; the last batch of an epoch may be smaller."""
@@ -156,8 +167,9 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("epochs", "rounds", "batch_size", "keep", "checkpoint_steps", "model_parallel"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
-        self._check("max_train_examples", self.max_train_examples is None or self.max_train_examples >= 1, "at least 1")
-        self._check("data_parallel", self.data_parallel is None or self.data_parallel >= 1, "at least 1")
+        for name in ("max_train_examples", "image_size", "loader_threads", "data_parallel"):
+            value = getattr(self, name)
+            self._check(name, value is None or value >= 1, "at least 1")
         self._check("val_set_size", self.val_set_size >= 0, "0 or more")
         self._check("seed", 0 <= self.seed < 2**32, "0 to 4294967295")
         self._check("lr", _is_positive(self.lr), "a finite number above 0")
@@ -293,6 +305,21 @@ PRESETS: dict[str, Config] = {
         lr_schedule=(20, 25),
     ),
     "cifar10": Config(),
+    # As ResNets are usually trained on ImageNet (Goyal et al., 2017, arXiv:1706.02677, without their warm-up): batch,
+    # learning rate and decay, epochs and drops. Rounds, temperature and the rest of the method are the paper's for
+    # CIFAR-10, because its own for ImageNet are not known here.
+    "imagenet-resnet50": Config(
+        preset="imagenet-resnet50",
+        dataset="imagenet2012",
+        image_size=224,
+        model="resnet50",
+        val_set_size=10000,
+        augment=RESIZED_CROP,
+        batch_size=256,
+        epochs=90,
+        lr_schedule=(30, 60, 80),
+        lr_drops=(0.1, 0.1, 0.1),
+    ),
 }
 """What `train.py PRESET` starts from. Flags override."""
 

@@ -30,11 +30,11 @@ from cs_jax.analysis import check_alike
 from cs_jax.config import Config
 from cs_jax.errors import ConfigError
 from cs_jax.executor import Executor, share_right
-from cs_jax.images import ImageSet
 from cs_jax.masks import at_least_float32
 from cs_jax.methods import NONE
 from cs_jax.progress import EpochRecord, Observer, Progress, Snapshot, Ticket
 from cs_jax.search import Problem
+from cs_jax.streaming import Images
 from cs_jax.ticket import load_ticket
 
 PyTree = Any
@@ -111,8 +111,8 @@ def connect(
     model: nn.Module,
     ends: tuple[Snapshot, Snapshot],
     masks: PyTree,
-    data: ImageSet,
-    validation: ImageSet,
+    data: Images,
+    validation: Images,
     *,
     points: int = 11,
     batch_size: int,
@@ -155,8 +155,9 @@ def connect(
         batch_stats = Executor().estimate_statistics(model, params, batch_stats, masks, data, batch_size=batch_size)
         variables = {"params": params, "batch_stats": batch_stats, "masks": masks}
         logits = Executor().predict(model, variables, validation, batch_size=batch_size)
-        wrong = int(jnp.sum(jnp.argmax(logits, axis=-1) != validation.labels))
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, validation.labels)
+        labels = jnp.asarray(validation.labels)
+        wrong = int(jnp.sum(jnp.argmax(logits, axis=-1) != labels))
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         path.append(PathPoint(share, wrong / len(validation), float(losses.mean())))
     return path
 
@@ -212,7 +213,7 @@ def child(problem: Problem, number: int, *, seed: int) -> Problem:
 def measure(
     config: Config,
     problem: Problem,
-    test: ImageSet,
+    test: Images,
     ticket: Ticket,
     observer: Observer,
     *,

@@ -53,6 +53,7 @@ def warnings_as_lines(console: Console) -> Iterator[None]:
     with warnings.catch_warnings():
         for kind in _WARNINGS:
             warnings.simplefilter("always", kind)
+        warnings.filterwarnings("ignore", "Corrupt EXIF data")  # in some photographs, whose pixels are whole
         warnings.showwarning = show
         yield
 

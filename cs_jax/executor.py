@@ -1,7 +1,8 @@
 """What drives the devices: epochs of steps, and evaluations, as compiled calls."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,16 @@ from jaxtyping import Array, Float, Int, UInt8
 from cs_jax import masks, training
 from cs_jax.images import ImageSet, normalize
 from cs_jax.sharding import Layout
+from cs_jax.streaming import Images, ImageStream
 from cs_jax.training import Hyperparams, Recipe, StepMetrics, TrainState
 
 PyTree = Any
 
 STEPS_PER_CALL = 100
 """Steps that an accelerator takes in one call: many, to leave it alone, and few enough to hear a signal between."""
+
+HOST_DRAWS = training.MASK_DRAWS - 1
+"""Folded into a phase's key for what the host draws: a number that neither a step nor the masks have."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,8 @@ class Executor:
         return jax.tree.map(jnp.copy, self.place(tree))
 
     def place_everywhere(self, tree: PyTree) -> PyTree:
-        """Arrays of which every device has all: the data."""
-        return tree if self.layout is None else self.layout.place(tree, self.layout.whole)
+        """Arrays of which every device has all: the data. Those of a stream are placed as they are read."""
+        return tree if self.layout is None or isinstance(tree, ImageStream) else self.layout.place(tree, self.layout.whole)
 
     def shardings(self, tree: PyTree) -> PyTree:
         """Where `place` would put arrays of these shapes."""
@@ -60,24 +65,25 @@ class Executor:
         self,
         recipe: Recipe,
         state: TrainState,
-        data: ImageSet,
+        data: Images,
         order: Int[Array, " examples"] | np.ndarray,
         key: Array,
         hyper: Hyperparams,
         *,
         batch_size: int,
         first_step: int = 0,
-    ) -> Iterator[tuple[int, TrainState, StepMetrics]]:
+    ) -> Generator[tuple[int, TrainState, StepMetrics], None, None]:
         """The steps of one pass over `order`, each example once, a compiled call at a time.
 
         On an accelerator a call takes `STEPS_PER_CALL` steps. On the CPU it takes one, because XLA computes the weight
-        gradient of a convolution 10 to 100 times slower inside a loop there (jax-ml/jax#12868). No more than two calls
-        are under way at a time, so a signal is heard between them.
+        gradient of a convolution 10 to 100 times slower inside a loop there (jax-ml/jax#12868). Of images that are
+        streamed it takes one everywhere. No more than two calls are under way at a time, so a signal is heard between
+        them.
 
         Args:
             recipe: what the step is built from.
             state: donated, not to be used again.
-            data: training images.
+            data: training images. To close the generator ends the threads that read a stream.
             order: indices into `data`, on the device or the host; the last batch is smaller where the batch size does
                 not divide their number.
             key: PRNG key of the phase.
@@ -89,7 +95,13 @@ class Executor:
             After every call: the steps done in this epoch, the state, which is donated to the next call (copy what is
             to be kept), and the figures of the call's steps, which may not have been computed yet; those of the call
             before have.
+
+        Raises:
+            ConfigError: an example that is streamed cannot be read.
         """
+        if isinstance(data, ImageStream):
+            yield from self._train_streamed(recipe, state, data, order, key, hyper, batch_size, first_step)
+            return
         host_order = np.asarray(order)
         num_steps = -(-order.size // batch_size)
         full = order.size // batch_size if jax.default_backend() != "cpu" else 0
@@ -114,7 +126,7 @@ class Executor:
         self,
         model: nn.Module,
         variables: PyTree,
-        data: ImageSet,
+        data: Images,
         *,
         batch_size: int,
         on_batch: Callable[[], None] = lambda: None,
@@ -127,9 +139,14 @@ class Executor:
             data: images to classify.
             batch_size: examples per call; the last batch is filled up with copies of an example, which are dropped.
             on_batch: called before every compiled call; may raise to leave.
+
+        Raises:
+            ConfigError: an example that is streamed cannot be read.
         """
         n = len(data)
         batch_size = min(batch_size, n)
+        if isinstance(data, ImageStream):
+            return self._predict_streamed(model, variables, data, batch_size, on_batch)
         indices = np.minimum(np.arange(-(-n // batch_size) * batch_size), n - 1).reshape(-1, batch_size)
         if jax.default_backend() == "cpu":
             logits = []
@@ -142,7 +159,7 @@ class Executor:
         return self.place_everywhere(logits.reshape(-1, logits.shape[-1])[:n])
 
     def estimate_statistics(
-        self, model: nn.Module, params: PyTree, batch_stats: PyTree, masks: PyTree, data: ImageSet, *, batch_size: int
+        self, model: nn.Module, params: PyTree, batch_stats: PyTree, masks: PyTree, data: Images, *, batch_size: int
     ) -> PyTree:
         """BatchNorm statistics after one pass over `data` in training mode, with weights that stay as they are.
 
@@ -157,12 +174,17 @@ class Executor:
             masks: of the weights.
             data: images, in general those that the weights were trained on.
             batch_size: images per call.
+
+        Raises:
+            ConfigError: an example that is streamed cannot be read.
         """
         if not jax.tree.leaves(batch_stats):
             return batch_stats
         batch_size = min(batch_size, len(data))
-        order = np.random.default_rng(0).permutation(len(data))
-        for batch in order[: len(data) // batch_size * batch_size].reshape(-1, batch_size):
+        order = np.random.default_rng(0).permutation(len(data))[: len(data) // batch_size * batch_size]
+        if isinstance(data, ImageStream):
+            return self._estimate_streamed(model, params, batch_stats, masks, data, order, batch_size)
+        for batch in order.reshape(-1, batch_size):
             batch_stats = _see_batch(model, params, batch_stats, masks, data, self._batch(batch))
         return batch_stats
 
@@ -174,10 +196,97 @@ class Executor:
             return jnp.asarray(indices)
         return self.layout.place(indices, self.layout.batches(indices.shape[1]))
 
+    def _train_streamed(
+        self,
+        recipe: Recipe,
+        state: TrainState,
+        stream: ImageStream,
+        order: Int[Array, " examples"] | np.ndarray,
+        key: Array,
+        hyper: Hyperparams,
+        batch_size: int,
+        first_step: int,
+    ) -> Iterator[tuple[int, TrainState, StepMetrics]]:
+        """`train_epoch` of streamed images: a call a step, to which its batch is all the data there are.
 
-def share_right(logits: Float[Array, "examples classes"], data: ImageSet) -> float:
+        While a step runs, the batch of the next one is read and put on the device.
+        """
+        seed = _host_seed(key, int(state.step) - first_step)
+        step, _ = _programs(self.layout, state)
+        metrics = None
+        reading = self._read(stream, order, batch_size, seed=seed, augment=recipe.augment, first_step=first_step)
+        with contextlib.closing(reading) as batches:
+            for done, data in enumerate(batches, first_step + 1):
+                before = metrics
+                state, metrics = step(recipe, state, data, self._batch(np.arange(len(data))), key, hyper)
+                jax.block_until_ready(before)
+                yield done, state, metrics
+
+    def _predict_streamed(
+        self,
+        model: nn.Module,
+        variables: PyTree,
+        stream: ImageStream,
+        batch_size: int,
+        on_batch: Callable[[], None],
+    ) -> Float[Array, "examples classes"]:
+        """`predict` of streamed images."""
+        n, logits = len(stream), []
+        order = np.minimum(np.arange(-(-n // batch_size) * batch_size), n - 1)
+        with contextlib.closing(self._read(stream, order, batch_size)) as batches:
+            for data in batches:
+                on_batch()
+                jax.block_until_ready(logits[-1:])
+                logits.append(_forward(model, variables, data.images, data.mean, data.std))
+        return self.place_everywhere(jnp.concatenate(logits)[:n])
+
+    def _estimate_streamed(
+        self,
+        model: nn.Module,
+        params: PyTree,
+        batch_stats: PyTree,
+        masks: PyTree,
+        stream: ImageStream,
+        order: np.ndarray,
+        batch_size: int,
+    ) -> PyTree:
+        """`estimate_statistics` of streamed images, in an order of whole batches."""
+        with contextlib.closing(self._read(stream, order, batch_size)) as batches:
+            for data in batches:
+                jax.block_until_ready(batch_stats)
+                batch_stats = _see_batch(model, params, batch_stats, masks, data, self._batch(np.arange(batch_size)))
+        return batch_stats
+
+    def _read(
+        self, stream: ImageStream, order: Any, batch_size: int, *, first_step: int = 0, **options: Any
+    ) -> Generator[ImageSet, None, None]:
+        """Batches of a stream where steps want them; each process reads its share."""
+        if self.layout is None:
+            batches = stream.batches(order, batch_size=batch_size, first_step=first_step, **options)
+            with contextlib.closing(batches):
+                yield from map(stream.on_device, batches)
+            return
+        options |= {"part": jax.process_index(), "parts": jax.process_count()}
+        with contextlib.closing(
+            stream.batches(order, batch_size=batch_size, first_step=first_step, **options)
+        ) as batches:
+            for number, batch in enumerate(batches, first_step):
+                size = min(batch_size, len(order) - number * batch_size)
+                images, labels = (self.layout.join(part, size) for part in (batch.images, batch.labels))
+                constants = (jnp.asarray(constant, float) for constant in (stream.mean, stream.std))
+                yield ImageSet(images, labels, *constants)
+
+
+def share_right(logits: Float[Array, "examples classes"], data: Images) -> float:
     """Share of `data` that logits classify right, in [0, 1], counted exactly."""
     return int(_count_right(logits, data.labels)) / len(data)
+
+
+def _host_seed(key: Array, first: int) -> int:
+    """Seed of what the host draws in the pass that follows `first` steps of a phase."""
+    bits = jax.random.bits(jax.random.fold_in(jax.random.fold_in(key, HOST_DRAWS), first), (2,), jnp.uint32)
+    high, low = map(int, bits)
+    return high << 32 | low
 
 
 def _steps(

@@ -23,6 +23,7 @@ from cs_jax.progress import SEARCH, TICKET, EpochRecord, Observer, Progress, Sna
 from cs_jax.run_directory import RunDirectory
 from cs_jax.search import Problem
 from cs_jax.stored_config import FREE
+from cs_jax.streaming import Images
 from cs_jax.ticket import LoadedTicket, load_ticket
 from cs_jax.training import Recipe, TrainState
 
@@ -50,9 +51,9 @@ def prepare(config: Config) -> tuple[Problem, Data]:
     problem = Problem(recipe, data.train, data.validation, jax.random.key(config.seed), executor=executor)
     try:
         jax.eval_shape(lambda: _smallest_step(config, problem))
-        multiply_adds(problem.recipe.model, problem.train.images.shape[1:])
+        multiply_adds(problem.recipe.model, problem.train.image_shape)
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        shape = data.train.images.shape[1:]
+        shape = data.train.image_shape
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"--model: got {config.model}, which cannot be trained on images of shape {shape}, "
@@ -70,8 +71,9 @@ def check_all(configs: Iterable[Config]) -> None:
     """
     problems: dict[Any, Problem] = {}
     for config in configs:
-        data = (config.dataset, config.data_dir, config.val_set_size, config.max_train_examples)
-        step = (*data, config.model, config.augment, config.batch_size)
+        cut = (config.image_size, config.stream, config.augment)
+        data = (config.dataset, config.data_dir, config.val_set_size, config.max_train_examples, *cut)
+        step = (*data, config.model, config.batch_size)
         if step not in problems:
             problems[step], _ = prepare(config)
         _check_target(config, problems[step])
@@ -96,7 +98,13 @@ def _smallest_step(config: Config, problem: Problem) -> Any:
     state = search.fixed_state(problem, problem.init_ticket())
     hyper = search.hyperparams(config, TICKET, 0)
     indices = jnp.arange(len(problem.train) % config.batch_size or config.batch_size)
-    return training.step(problem.recipe, state, problem.train, indices, problem.key, hyper)
+    return training.step(problem.recipe, state, _stand_in(problem.train), indices, problem.key, hyper)
+
+
+def _stand_in(images: Images) -> ImageSet:
+    """Black images of the same shape, where only shapes count."""
+    zeros, label = jnp.zeros((1, *images.image_shape), jnp.uint8), jnp.zeros(1, jnp.int32)
+    return ImageSet(zeros, label, mean=jnp.asarray(images.mean, float), std=jnp.asarray(images.std, float))
 
 
 def run(
@@ -196,7 +204,7 @@ def _cost(config: Config, problem: Problem, directory: RunDirectory, *phases: st
     epochs = config.epochs * (
         (config.search_rounds if SEARCH in phases else 0) + sum(phase in phases for phase in config.retrainings)
     )
-    forward = 2 * multiply_adds(problem.recipe.model, problem.train.images.shape[1:])
+    forward = 2 * multiply_adds(problem.recipe.model, problem.train.image_shape)
     return {
         "epochs": epochs,
         "training_flops": 3 * forward * len(problem.train) * epochs,
@@ -222,7 +230,7 @@ def _write_ticket(
         "model": {
             "name": config.model,
             "num_classes": len(data.classes),
-            "image_shape": list(data.train.images.shape[1:]),
+            "image_shape": list(data.train.image_shape),
         },
         "normalization": {"mean": data.train.mean.tolist(), "std": data.train.std.tolist()},
         "mask_scale": methods.of(config).mask_scale(config),
@@ -240,7 +248,7 @@ def _write_ticket(
     )
 
 
-def _predictions(logits: np.ndarray, images: ImageSet) -> dict[str, np.ndarray]:
+def _predictions(logits: np.ndarray, images: Images) -> dict[str, np.ndarray]:
     """Classes and confidence for every example, and the images of the most confident mistakes."""
     labels, predicted = np.asarray(images.labels, np.int32), np.argmax(logits, axis=-1).astype(np.int32)
     confidence = np.asarray(jax.nn.softmax(logits).max(axis=-1), np.float32)
@@ -251,7 +259,7 @@ def _predictions(logits: np.ndarray, images: ImageSet) -> dict[str, np.ndarray]:
         "predicted": predicted,
         "confidence": confidence,
         "mistakes": mistakes,
-        "images": np.asarray(images.images[mistakes]),
+        "images": np.asarray(images.take(mistakes).images),
     }
 
 
@@ -270,19 +278,13 @@ def verify(config: Config, ticket: LoadedTicket, name: str) -> float:
     if ticket.model is None or normalization is None:
         raise ConfigError(f"{name}: is of a model of its maker's own, wanted a ticket that train.py wrote")
     about = ticket.metadata["model"]
-    split, classes = data_module.load_test(config)
+    images, classes = data_module.load_test(config, normalization["mean"], normalization["std"])
     for what, got, wanted in (
-        ("images of shape", tuple(about["image_shape"]), split.images.shape[1:]),
+        ("images of shape", tuple(about["image_shape"]), images.image_shape),
         ("classes", about["num_classes"], len(classes)),
     ):
         if got != wanted:
             raise ConfigError(f"{name}: is for {what} {got}, but {config.dataset} has {what} {wanted}")
-    images = ImageSet(
-        images=jnp.asarray(split.images),
-        labels=jnp.asarray(split.labels),
-        mean=jnp.asarray(normalization["mean"], float),
-        std=jnp.asarray(normalization["std"], float),
-    )
     logits = Executor().predict(ticket.model, ticket.variables, images, batch_size=config.batch_size)
     return share_right(logits, images)
 

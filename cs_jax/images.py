@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.typing import ArrayLike
 
 CROP_PADDING = 4  # pixels on every side, as the authors pad CIFAR-10
 
@@ -27,6 +28,15 @@ class ImageSet(struct.PyTreeNode):
 
     def __len__(self) -> int:
         return self.images.shape[0]
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(height, width, channels)."""
+        return self.images.shape[1:]
+
+    def take(self, indices: ArrayLike) -> "ImageSet":
+        """The examples `indices`, (n,) integers, in their order."""
+        return self.replace(images=self.images[indices], labels=self.labels[indices])
 
 
 def normalize(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
@@ -67,9 +77,13 @@ def flip_and_crop(key: jax.Array, images: jax.Array) -> jax.Array:
     return random_crop(crop_key, random_flip(flip_key, images))
 
 
+RESIZED_CROP = "resized-crop"
+"""Augmentation of streamed images while they are decoded; on the device nothing is left to do."""
+
 AUGMENTATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "none": lambda key, images: images,
     "crop": random_crop,
     "flip-crop": flip_and_crop,
+    RESIZED_CROP: lambda key, images: images,
 }
 """What `--augment` can name: functions of a key and uint8 images that keep shape and dtype."""

@@ -217,6 +217,17 @@ def _gather(value: Any) -> list[Any]:
     return [json.loads(row.tobytes()) for row in np.asarray(multihost_utils.process_allgather(padded))]
 
 
+def gather_rows(share: np.ndarray, size: int) -> np.ndarray:
+    """All of an array of so many rows, of which each process has a share, in the order of the processes."""
+    if not are_several():
+        return share
+    padded = np.zeros((-(-size // jax.process_count()), *share.shape[1:]), share.dtype)
+    padded[: len(share)] = share
+    everyone = np.asarray(multihost_utils.process_allgather(padded))
+    lengths = np.asarray(multihost_utils.process_allgather(np.int32(len(share))))
+    return np.concatenate([rows[:length] for rows, length in zip(everyone, lengths, strict=True)])
+
+
 @functools.cache
 def code_version() -> str:
     """Version of this package, and a hash of its source: the same where the same code runs."""

@@ -12,10 +12,10 @@ from jax import lax
 from cs_jax import methods, trees
 from cs_jax.config import Config
 from cs_jax.executor import share_right
-from cs_jax.images import ImageSet
 from cs_jax.methods import Method
 from cs_jax.progress import SEARCH, EpochRecord, Observer, Progress
 from cs_jax.sharding import on_host
+from cs_jax.streaming import Images
 from cs_jax.training import Hyperparams, StepMetrics, TrainState
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _evaluate(
 
 
 def logits(
-    config: Config, problem: "Problem", state: TrainState, some_masks: PyTree, images: ImageSet, observer: Observer
+    config: Config, problem: "Problem", state: TrainState, some_masks: PyTree, images: Images, observer: Observer
 ) -> jax.Array:
     """What the state's weights make of `images` under `some_masks`: (examples, classes)."""
     variables = {"params": state.params, "batch_stats": state.batch_stats, "masks": some_masks}

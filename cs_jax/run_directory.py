@@ -366,7 +366,7 @@ def read_summary(path: Path) -> dict[str, Any] | None:
 
 def versions() -> dict[str, str]:
     """Versions of what decides a run's numbers, and the kind of device it runs on."""
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "pillow")
     return {
         "cs_jax": cs_jax.__version__,
         "python": platform.python_version(),

@@ -5,6 +5,7 @@ References:
     algorithm 2.
 """
 
+import contextlib
 import time
 import zlib
 from collections.abc import Callable
@@ -19,10 +20,10 @@ from cs_jax import methods, records, schedules, training
 from cs_jax.config import Config
 from cs_jax.controls import FRESH
 from cs_jax.executor import Executor
-from cs_jax.images import ImageSet
 from cs_jax.methods import FINETUNE, NONE, REWIND
 from cs_jax.progress import SEARCH, TICKET, EpochRecord, Observer, Progress, Snapshot, Ticket
 from cs_jax.sharding import on_host
+from cs_jax.streaming import Images
 from cs_jax.training import Hyperparams, Recipe, StepMetrics, TrainState
 
 PyTree = Any
@@ -41,8 +42,8 @@ class Problem:
     """What a run works on."""
 
     recipe: Recipe
-    train: ImageSet
-    validation: ImageSet | None  # None where no example was set aside
+    train: Images
+    validation: Images | None  # None where no example was set aside
     key: jax.Array  # PRNG key of the run
     order: Callable[[int, int], Any] | None = None  # indices into `train` of a phase's epoch; None is a shuffle
     executor: Executor = Executor()  # takes the steps
@@ -55,7 +56,7 @@ class Problem:
 
     def init_variables(self, purpose: str = "init") -> dict[str, PyTree]:
         """A fresh network: "params", "batch_stats" and "masks" of ones."""
-        return self.executor.init_variables(self.recipe, self.key_for(purpose), self.train.images.shape[1:])
+        return self.executor.init_variables(self.recipe, self.key_for(purpose), self.train.image_shape)
 
     def init_ticket(self, purpose: str = "init") -> Ticket:
         """A fresh network as a ticket that keeps every weight, unscaled."""
@@ -223,13 +224,14 @@ def _steps(config: Config, problem: Problem, progress: Progress, observer: Obser
         batch_size=config.batch_size,
         first_step=progress.step,
     )
-    for done, state, metrics in calls:
-        if progress.figures:
-            _check_loss(progress, progress.figures[-1], progress.step)
-        seconds = time.perf_counter() - started
-        figures = (*progress.figures, metrics)
-        progress = progress._replace(step=done, state=state, figures=figures, seconds=seconds)
-        observer.on_steps(progress, num_steps)
+    with contextlib.closing(calls):  # a signal may end the run here
+        for done, state, metrics in calls:
+            if progress.figures:
+                _check_loss(progress, progress.figures[-1], progress.step)
+            seconds = time.perf_counter() - started
+            figures = (*progress.figures, metrics)
+            progress = progress._replace(step=done, state=state, figures=figures, seconds=seconds)
+            observer.on_steps(progress, num_steps)
     check_finite(progress)
     return progress._replace(seconds=time.perf_counter() - started)
 

@@ -11,6 +11,7 @@ from flax.core import meta
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from cs_jax import processes
 from cs_jax.errors import ConfigError
 
 PyTree = Any
@@ -88,6 +89,13 @@ class Layout:
             return PartitionSpec()
         longest = max(axes, key=lambda axis: (shape[axis], axis))
         return PartitionSpec(*(MODEL if axis == longest else None for axis in range(longest + 1)))
+
+    def join(self, share: np.ndarray, size: int) -> jax.Array:
+        """A batch of so many examples, of which each process has read its share, in the order of the processes."""
+        sharding = self.batch(size)
+        if sharding.is_fully_replicated:
+            return self.place(processes.gather_rows(share, size), sharding)
+        return jax.make_array_from_process_local_data(sharding, share, (size, *share.shape[1:]))
 
     def place(self, tree: PyTree, shardings: PyTree) -> PyTree:
         """Arrays where they belong; those that are there already are not copied.

@@ -17,6 +17,7 @@ CONFIG_FILE = "config.json"
 FREE = (
     "preset",
     "data_dir",
+    "loader_threads",
     "out",
     "keep",
     "checkpoint_steps",

@@ -36,6 +36,14 @@ def test_cifar10_is_the_authors_experiment() -> None:
     )
 
 
+def test_imagenet_is_streamed_and_trained_as_usual() -> None:
+    imagenet = parse(["imagenet-resnet50"])
+    assert (imagenet.dataset, imagenet.model, imagenet.image_size) == ("imagenet2012", "resnet50", 224)
+    assert (imagenet.batch_size, imagenet.lr, imagenet.decay, imagenet.augment) == (256, 0.1, 1e-4, "resized-crop")
+    assert (imagenet.epochs, imagenet.lr_schedule, imagenet.lr_drops) == (90, (30, 60, 80), (0.1, 0.1, 0.1))
+    assert (imagenet.rounds, imagenet.rewind_epoch, imagenet.final_temp, imagenet.lmbda) == (2, 2, 200.0, 1e-8)
+
+
 def test_every_flag_overrides_its_field() -> None:
     words = (
         "cifar10 --batch-size 7 --epochs 9 --rounds 3 --lr 0.2 --lr-schedule 1 3 5 --lr-drops 0.5 0.4 0.3 --decay 0 "
@@ -43,7 +51,8 @@ def test_every_flag_overrides_its_field() -> None:
         "--reset released --model resnet8 --dataset fashion_mnist --data-dir d --max-train-examples 11 "
         "--controls shuffled dense --method imp --after finetune --scope layer "
         "--score-lr 2 --augment none --out o --allow-empty-layers --keep 4 --checkpoint-steps 5 "
-        "--checkpoint-seconds 0 --no-report --data-parallel 1 --model-parallel 2"
+        "--checkpoint-seconds 0 --no-report --image-size 24 --stream --loader-threads 3 "
+        "--data-parallel 1 --model-parallel 2"
     ).split()
     for field, flag in (("prune_rate", ["--prune-rate", "0.3"]), ("target_density", ["--target-density", "0.3"])):
         parsed = parse([*words, *flag])  # one excludes the other
@@ -94,7 +103,8 @@ def test_drops_after_the_last_epoch_and_no_drops_are_allowed() -> None:
     [
         (
             "fashion",
-            "preset: got 'fashion', wanted one of digits, fashion-mnist, cifar10 (did you mean fashion-mnist?)",
+            "preset: got 'fashion', wanted one of digits, fashion-mnist, cifar10, imagenet-resnet50 (did you mean "
+            "fashion-mnist?)",
         ),
         (
             "--model resnet21",
@@ -158,6 +168,8 @@ def test_drops_after_the_last_epoch_and_no_drops_are_allowed() -> None:
         ("--rounds -1", "--rounds: got -1, wanted at least 1"),
         ("--batch-size 0", "--batch-size: got 0, wanted at least 1"),
         ("--max-train-examples 0", "--max-train-examples: got 0, wanted at least 1"),
+        ("--image-size 0", "--image-size: got 0, wanted at least 1"),
+        ("--loader-threads 0", "--loader-threads: got 0, wanted at least 1"),
         ("--max-train-examples x", "--max-train-examples: got x, wanted a whole number"),
         ("--val-set-size -1", "--val-set-size: got -1, wanted 0 or more"),
         ("--lr 0", "--lr: got 0.0, wanted a finite number above 0"),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cs_jax import config, data, flags
+from cs_jax import config, data, flags, prepared
 from cs_jax.config import Config
 from cs_jax.errors import ConfigError
 
@@ -35,8 +35,9 @@ def test_the_fingerprint_tells_data_apart() -> None:
 
 
 def test_the_test_set_is_read_alone() -> None:
-    split, classes = data.load_test(flags.parse([]))
-    assert (split.images.shape, classes) == ((360, 8, 8, 1), tuple("0123456789"))
+    test, classes = data.load_test(flags.parse([]), mean=[70.0], std=[90.0])
+    assert (len(test), test.image_shape, classes) == (360, (8, 8, 1), tuple("0123456789"))
+    assert (test.mean.tolist(), test.std.tolist()) == ([70.0], [90.0])
 
 
 def test_validation_is_drawn_evenly_over_classes() -> None:
@@ -163,7 +164,7 @@ def test_a_prepared_set_is_read_without_tensorflow(tmp_path: Path) -> None:
 
 def test_cifar10_is_normalised_by_the_authors_constants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = prepare(tmp_path)
-    monkeypatch.setitem(data.AUTHORS_STATISTICS, "toy_images", data.AUTHORS_STATISTICS["cifar10"])
+    monkeypatch.setitem(data.STATISTICS, "toy_images", data.STATISTICS["cifar10"])
     loaded = data.load(settings)
     np.testing.assert_allclose(loaded.train.mean, [125.3, 123.0, 113.9], rtol=1e-6)
     np.testing.assert_allclose(loaded.test.std, [63.0, 62.1, 66.7], rtol=1e-6)
@@ -258,7 +259,7 @@ def test_a_missing_set_is_reported_soon_with_the_command(
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: has_tensorflow or None)
     monkeypatch.setattr(requests, "head", lambda *args, **kwargs: time.sleep(60))
-    monkeypatch.setattr(data, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(prepared, "CONNECT_SECONDS", 0.2)
     started = time.monotonic()
     with pytest.raises(ConfigError, match=f"--dataset: got cifar10, .*{reason}.*tfds.builder.'cifar10'"):
         data.load(Config(data_dir=tmp_path))
@@ -274,8 +275,8 @@ def test_any_answer_counts_as_within_reach(monkeypatch: pytest.MonkeyPatch) -> N
             raise requests.ConnectionError(url)
 
     monkeypatch.setattr(requests, "head", head)
-    assert data._any_answers(["https://fails.example/a", "https://works.example/b"])
-    assert not data._any_answers(["https://fails.example/a", "https://fails.example/b"])
+    assert prepared._any_answers(["https://fails.example/a", "https://works.example/b"])
+    assert not prepared._any_answers(["https://fails.example/a", "https://fails.example/b"])
 
 
 def test_a_set_prepared_in_another_format_is_refused(tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ class Snip(AtInitialization):
         full = max(1, min(MAX_BATCHES, len(order) // config.batch_size))
         gradient = None
         for indices in np.split(order[: full * config.batch_size], full):
-            part = _mask_gradient(problem.recipe, variables, problem.train, indices)
+            batch, places = problem.train.take(indices), np.arange(len(indices))
+            part = _mask_gradient(problem.recipe, variables, batch, places)
             gradient = part if gradient is None else jax.tree.map(jnp.add, gradient, part)
         ranks = jax.tree.map(jnp.abs, gradient)
         return {}, keep_highest(config, ranks, config.target_density)

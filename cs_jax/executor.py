@@ -49,7 +49,9 @@ class Executor:
 
     def place_everywhere(self, tree: PyTree) -> PyTree:
         """Arrays of which every device has all: the data. Those of a stream are placed as they are read."""
-        return tree if self.layout is None or isinstance(tree, ImageStream) else self.layout.place(tree, self.layout.whole)
+        if self.layout is None or isinstance(tree, ImageStream):
+            return tree
+        return self.layout.place(tree, self.layout.whole)
 
     def shardings(self, tree: PyTree) -> PyTree:
         """Where `place` would put arrays of these shapes."""

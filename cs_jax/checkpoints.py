@@ -59,6 +59,37 @@ class CheckpointError(OSError):
     """A checkpoint could not be saved; those before it are whole."""
 
 
+class _Quiet:
+    """Loggers and hook of the process, that say less while anybody saves: a save that fails is told by its error."""
+
+    def __init__(self) -> None:
+        self._saving = 0
+
+    def begin(self) -> None:
+        if not self._saving:
+            self._levels = [logger.level for logger in _LOGGERS]
+            for logger in _LOGGERS:
+                logger.setLevel(logging.CRITICAL)
+        if sys.unraisablehook != self._unraisable:
+            self._unraisable_before, sys.unraisablehook = sys.unraisablehook, self._unraisable
+        self._saving += 1
+
+    def end(self) -> None:
+        self._saving -= 1
+        if not self._saving:
+            for logger, level in zip(_LOGGERS, self._levels, strict=True):
+                logger.setLevel(level)
+            sys.unraisablehook = self._unraisable_before
+
+    def _unraisable(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        """Passes over what writes that go on after a failed save say when they end: the event loop is gone by then."""
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._unraisable_before(unraisable)
+
+
+_quiet = _Quiet()
+
+
 class Checkpoints(Observer):
     """Saves a run's progress in the background as it goes on.
 
@@ -86,13 +117,9 @@ class Checkpoints(Observer):
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._worker = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
-        self._levels = [logger.level for logger in _LOGGERS]
-        self._unraisable_before = sys.unraisablehook
 
     def __enter__(self) -> "Checkpoints":
-        for logger in _LOGGERS:  # a save that fails is told once, by its error
-            logger.setLevel(logging.CRITICAL)
-        sys.unraisablehook = self._unraisable
+        _quiet.begin()
         return self
 
     def __exit__(
@@ -107,14 +134,7 @@ class Checkpoints(Observer):
             if error is None:
                 raise
         if error is None:
-            for logger, level in zip(_LOGGERS, self._levels, strict=True):
-                logger.setLevel(level)
-            sys.unraisablehook = self._unraisable_before
-
-    def _unraisable(self, unraisable: "sys.UnraisableHookArgs") -> None:
-        """Passes over what writes that go on after a failed save say when they end: the event loop is gone by then."""
-        if str(unraisable.exc_value) != "Event loop is closed":
-            self._unraisable_before(unraisable)
+            _quiet.end()
 
     def on_steps(self, progress: Progress, total: int) -> None:
         self._latest = progress

@@ -17,6 +17,7 @@ from cs_jax.config import Config, flag
 from cs_jax.console import say
 from cs_jax.data import Data, fingerprint
 from cs_jax.errors import ConfigError, one_of
+from cs_jax.executor import Executor
 from cs_jax.flags import MODULE, command_parser
 from cs_jax.health import Health
 from cs_jax.interrupts import Interrupts, Stopped
@@ -34,13 +35,22 @@ class AccuracyError(ArithmeticError):
     """A ticket does not classify as it did when it was made."""
 
 
-def run(settings: Config, *, trackers: Sequence[Tracker] = (), terminal: Console | None = None) -> dict[str, Any]:
+def run(
+    settings: Config,
+    *,
+    trackers: Sequence[Tracker] = (),
+    terminal: Console | None = None,
+    executor: Executor | None = None,
+    watch: Interrupts | None = None,
+) -> dict[str, Any]:
     """The whole experiment that a config asks for, from where an earlier process left it, with all its files.
 
     Args:
         settings: what is asked.
         trackers: told of every epoch's figures, beside TensorBoard.
         terminal: where it is shown; standard output by default.
+        executor: takes the steps; by default those of this run alone.
+        watch: hears signals; by default one that listens to them from here on.
 
     Returns:
         What summary.json holds.
@@ -54,7 +64,7 @@ def run(settings: Config, *, trackers: Sequence[Tracker] = (), terminal: Console
     started, path = time.perf_counter(), settings.run_directory
     terminal = terminal or Console(quiet=not processes.is_leader())
     processes.check_same(_what_runs(settings))
-    with Interrupts() as watch, console.warnings_as_lines(terminal), contextlib.ExitStack() as stack:
+    with watch or Interrupts() as watch, console.warnings_as_lines(terminal), contextlib.ExitStack() as stack:
         figures = TensorBoard(path / run_directory.TENSORBOARD_FOLDER)
         tracking = stack.enter_context(Tracking(settings, [figures, *trackers]))
         unused = settings.without_effect()
@@ -63,7 +73,7 @@ def run(settings: Config, *, trackers: Sequence[Tracker] = (), terminal: Console
         new = processes.from_leader(lambda: not run_directory.holds_run(path))
         if new:
             processes.from_leader(lambda: run_directory.check_free(settings))
-            problem, data = experiment.prepare(settings)  # before anything is written
+            problem, data = experiment.prepare(settings, executor)  # before anything is written
             hashed = _fingerprint(data)
             directory = stack.enter_context(run_directory.opened(settings, new=True))
             processes.from_leader(lambda: directory.begin(hashed))
@@ -78,7 +88,7 @@ def run(settings: Config, *, trackers: Sequence[Tracker] = (), terminal: Console
                 say(terminal, f"{path}: finished before, nothing was trained")
                 return summary
             directory = stack.enter_context(run_directory.opened(settings, new=False))
-            problem, data = experiment.prepare(settings)
+            problem, data = experiment.prepare(settings, executor)
             hashed = _fingerprint(data)
             for name, (began, now) in processes.from_leader(lambda: directory.check_same(hashed)).items():
                 say(terminal, f"goes on with {name} {now}, began with {began}: figures may differ in the last digits")
@@ -156,11 +166,22 @@ def write_report(path: Path) -> list[Path]:
 
 def train(arguments: Sequence[str], *, prog: str) -> None:
     """search a ticket, rewind it, retrain it, and report; or go on with a run that stopped"""
-    words, coordinator, count, index = flags.pop_processes(arguments)
+    words = list(arguments)
+    coordinator, count, index = flags.pop_processes(words)
+    tickets = flags.pop_tickets(words)
     settings = flags.parse(words, prog=prog)
+    if coordinator is not None and tickets is not None:
+        raise ConfigError(
+            f"--tickets: got {tickets} beside --coordinator, wanted one of them: a run is of all processes"
+        )
     if coordinator is not None:
         processes.start(coordinator, count, index, prog=prog)
-    run(settings)
+    if tickets is None:
+        run(settings)
+        return
+    from cs_jax import several  # which runs what is above
+
+    several.train(settings, tickets)
 
 
 def ticket(arguments: Sequence[str], *, prog: str) -> None:

@@ -1,9 +1,11 @@
 """What a person sees of a run: a progress bar on a terminal, plain lines elsewhere, and the table at the end."""
 
 import contextlib
+import statistics
+import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -39,9 +41,16 @@ def say(terminal: Console, line: str) -> None:
     terminal.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+_shown_by_thread: dict[int, Callable[..., None]] = {}
+"""How the warnings of a thread are shown that runs one of several runs; those of other threads are the main one's."""
+
+
 @contextlib.contextmanager
 def warnings_as_lines(console: Console) -> Iterator[None]:
-    """Shows warnings as lines between those of the epochs: those of this package every time, but no layer twice."""
+    """Shows warnings as lines between those of the epochs: those of this package every time, but no layer twice.
+
+    In a thread that is not the main one, its own warnings alone; the main thread has to be inside one of these too.
+    """
     told: set[str] = set()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -50,11 +59,23 @@ def warnings_as_lines(console: Console) -> Iterator[None]:
             console.print(f"warning: {message}", markup=False, highlight=False, soft_wrap=True)
         told.update(layers)
 
-    with warnings.catch_warnings():
+    thread = threading.get_ident()
+    if thread != threading.main_thread().ident:
+        _shown_by_thread[thread] = show
+        try:
+            yield
+        finally:
+            del _shown_by_thread[thread]
+        return
+
+    def dispatch(*warning: Any, **options: Any) -> None:
+        _shown_by_thread.get(threading.get_ident(), show)(*warning, **options)
+
+    with warnings.catch_warnings():  # which is the whole process's
         for kind in _WARNINGS:
             warnings.simplefilter("always", kind)
         warnings.filterwarnings("ignore", "Corrupt EXIF data")  # in some photographs, whose pixels are whole
-        warnings.showwarning = show
+        warnings.showwarning = dispatch
         yield
 
 
@@ -139,6 +160,27 @@ def print_result(console: Console, summary: dict[str, Any]) -> None:
     if ticket["density"] == 0:
         dials = "--target-density or, without it, --mask-initial-value or --score-lr"
         console.print(f"The ticket is empty: no maskable weight is left. Raise {dials}.", soft_wrap=True)
+
+
+def print_tickets(console: Console, summaries: Sequence[dict[str, Any]]) -> None:
+    """A line for each of several tickets that differ in their seeds, and their mean and standard deviation."""
+    table = _table("Tickets", "seed", "density", "test", "dense test")
+    rows = [
+        (
+            summary["ticket"]["density"],
+            summary["ticket"]["test_accuracy"],
+            (summary["dense"] or {}).get("test_accuracy"),
+        )
+        for summary in summaries
+    ]
+    for summary, row in zip(summaries, rows, strict=True):
+        table.add_row(str(summary["seed"]), *map(percent, row))
+    columns = [*zip(*rows, strict=True)]
+    if len(rows) > 1:
+        table.add_section()
+        for name, measure in (("mean", statistics.mean), ("deviation", statistics.stdev)):
+            table.add_row(name, *(percent(None if None in column else measure(column)) for column in columns))
+    console.print(table, width=max(60, console.width), crop=False)
 
 
 def _table(title: str, first: str, *others: str) -> Table:

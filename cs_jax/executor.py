@@ -29,9 +29,9 @@ HOST_DRAWS = training.MASK_DRAWS - 1
 """Folded into a phase's key for what the host draws: a number that neither a step nor the masks have."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Executor:
-    """Takes steps and evaluates.
+    """Takes steps and evaluates. Every compiled call is a method of its own, which another executor may make otherwise.
 
     Attributes:
         layout: where arrays are on several devices; None is the default device.
@@ -110,19 +110,49 @@ class Executor:
         batches = (
             self._batches(host_order[: full * batch_size].reshape(full, batch_size)) if first_step < full else None
         )
-        step, steps = _programs(self.layout, state)
         metrics = None
         for done in _call_ends(first_step, full, num_steps):
             before = metrics
             if done <= full:
-                state, metrics = steps(recipe, state, data, batches, first_step, done, key, hyper)
-                metrics = jax.tree.map(lambda figure, first=first_step, done=done: figure[first:done], metrics)
+                assert batches is not None
+                state, metrics = self.take_steps(recipe, state, data, batches, first_step, done, key, hyper)
             else:
-                indices = self._batch(host_order[first_step * batch_size : done * batch_size])
-                state, metrics = step(recipe, state, data, indices, key, hyper)
+                indices = host_order[first_step * batch_size : done * batch_size]
+                state, metrics = self.take_step(recipe, state, data, indices, first_step, key, hyper)
             jax.block_until_ready(before)
             yield done, state, metrics
             first_step = done
+
+    def take_steps(
+        self,
+        recipe: Recipe,
+        state: TrainState,
+        data: ImageSet,
+        batches: Int[Array, "steps batch"],
+        first: int,
+        stop: int,
+        key: Array,
+        hyper: Hyperparams,
+    ) -> tuple[TrainState, StepMetrics]:
+        """The state, which is donated, after the steps from `first` to before `stop` of an epoch, and their figures."""
+        _, steps = _programs(self.layout, state)
+        state, metrics = steps(recipe, state, data, batches, first, stop, key, hyper)
+        return state, jax.tree.map(lambda figure: figure[first:stop], metrics)
+
+    def take_step(
+        self,
+        recipe: Recipe,
+        state: TrainState,
+        data: ImageSet,
+        indices: Int[np.ndarray, " batch"],
+        step: int,
+        key: Array,
+        hyper: Hyperparams,
+    ) -> tuple[TrainState, StepMetrics]:
+        """The state, which is donated, after an epoch's step of this number, and its figures."""
+        del step
+        one, _ = _programs(self.layout, state)
+        return one(recipe, state, data, self._batch(indices), key, hyper)
 
     def predict(
         self,
@@ -154,11 +184,23 @@ class Executor:
             logits = []
             for batch in indices:
                 on_batch()
-                logits.append(_forward(model, variables, data.images[self._batch(batch)], data.mean, data.std))
+                logits.append(self.classify(model, variables, data, batch))
             return self.place_everywhere(jnp.concatenate(logits)[:n])
         on_batch()
-        logits = _forward_all(model, variables, data, self._batches(indices))
+        logits = self.classify_all(model, variables, data, indices)
         return self.place_everywhere(logits.reshape(-1, logits.shape[-1])[:n])
+
+    def classify(
+        self, model: nn.Module, variables: PyTree, data: ImageSet, batch: Int[np.ndarray, " batch"]
+    ) -> Float[Array, "batch classes"]:
+        """Logits of one batch, in evaluation mode."""
+        return forward(model, variables, data.images[self._batch(batch)], data.mean, data.std)
+
+    def classify_all(
+        self, model: nn.Module, variables: PyTree, data: ImageSet, batches: Int[np.ndarray, "steps batch"]
+    ) -> Float[Array, "steps batch classes"]:
+        """Logits of all batches, in evaluation mode."""
+        return _forward_all(model, variables, data, self._batches(batches))
 
     def estimate_statistics(
         self, model: nn.Module, params: PyTree, batch_stats: PyTree, masks: PyTree, data: Images, *, batch_size: int
@@ -239,7 +281,7 @@ class Executor:
             for data in batches:
                 on_batch()
                 jax.block_until_ready(logits[-1:])
-                logits.append(_forward(model, variables, data.images, data.mean, data.std))
+                logits.append(forward(model, variables, data.images, data.mean, data.std))
         return self.place_everywhere(jnp.concatenate(logits)[:n])
 
     def _estimate_streamed(
@@ -344,7 +386,8 @@ def _call_ends(first_step: int, full: int, num_steps: int) -> Iterator[int]:
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _forward(model: nn.Module, variables: PyTree, images: UInt8[Array, "..."], mean: Array, std: Array) -> Array:
+def forward(model: nn.Module, variables: PyTree, images: UInt8[Array, "..."], mean: Array, std: Array) -> Array:
+    """Logits of a batch of images, in evaluation mode."""
     logits = model.apply(variables, normalize(images, mean, std), train=False)
     assert isinstance(logits, Array)
     return masks.at_least_float32(logits)
@@ -352,7 +395,7 @@ def _forward(model: nn.Module, variables: PyTree, images: UInt8[Array, "..."], m
 
 @functools.partial(jax.jit, static_argnames="model")
 def _forward_all(model: nn.Module, variables: PyTree, data: ImageSet, batches: Int[Array, "steps batch"]) -> Array:
-    return lax.map(lambda batch: _forward(model, variables, data.images[batch], data.mean, data.std), batches)
+    return lax.map(lambda batch: forward(model, variables, data.images[batch], data.mean, data.std), batches)
 
 
 @functools.partial(jax.jit, static_argnames="model")

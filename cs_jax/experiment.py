@@ -33,13 +33,17 @@ MAX_MISTAKES = 24
 """Images of mistakes that are kept for the report."""
 
 
-def prepare(config: Config) -> tuple[Problem, Data]:
+def prepare(config: Config, executor: Executor | None = None) -> tuple[Problem, Data]:
     """Data, network and key of a config, checked against each other before anything is trained.
+
+    Args:
+        config: what is asked.
+        executor: takes the steps; by default those of this run alone.
 
     Raises:
         ConfigError: data and config do not fit, or the model cannot take the images.
     """
-    executor = Executor(sharding.layout(config.data_parallel, config.model_parallel))
+    executor = executor or Executor(sharding.layout(config.data_parallel, config.model_parallel))
     if executor.layout is not None:
         executor.layout.check_batch(config.batch_size)
     loaded = data_module.load(config)

@@ -67,37 +67,74 @@ def parse(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> 
     return parsed
 
 
-def pop_processes(arguments: Sequence[str]) -> tuple[list[str], str | None, int | None, int | None]:
-    """What `--coordinator`, `--processes` and `--process-id` say, and the words without them.
+def pop_processes(arguments: list[str]) -> tuple[str | None, int | None, int | None]:
+    """What `--coordinator`, `--processes` and `--process-id` say, taken out of the words; None without.
 
     Raises:
         ConfigError: one of them has no value that fits, or the first is missing beside the others.
     """
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--coordinator")
-    parser.add_argument("--processes", type=int)
-    parser.add_argument("--process-id", "--process_id", type=int)
-    given, words = parser.parse_known_args(list(arguments))
-    for name, value in (("--processes", given.processes), ("--process-id", given.process_id)):
-        if value is not None and given.coordinator is None:
+    coordinator = _pop("--coordinator", "HOST:PORT of the first process, or auto", arguments)
+    numbers = []
+    for name in ("--processes", "--process-id"):
+        value = _pop(name, "a number", arguments)
+        if value is not None and not re.fullmatch("[0-9]{1,6}", value):
+            raise ConfigError(f"{name}: got {value}, wanted a number")
+        if value is not None and coordinator is None:
             raise ConfigError(f"{name}: got {value} alone, wanted --coordinator HOST:PORT of the first process too")
-    return words, given.coordinator, given.processes, given.process_id
+        numbers.append(None if value is None else int(value))
+    return coordinator, *numbers
+
+
+def pop_tickets(arguments: list[str]) -> int | None:
+    """The number that `--tickets` says, taken out of the words; None without.
+
+    It is no setting of a run, but of how many there are.
+
+    Raises:
+        ConfigError: it is no number of at least 1, or comes beside `--resume`, which is about one run.
+    """
+    value = _pop("--tickets", "a number", arguments)
+    if value is None:
+        return None
+    number = read_tickets(value)
+    if any(word.partition("=")[0] == "--resume" for word in arguments):
+        raise ConfigError(f"--tickets: got {value} beside --resume, wanted the command that began them: it goes on")
+    return number
+
+
+def read_tickets(value: str, *, auto: bool = False) -> int | None:
+    """What a word after `--tickets` says; None for "auto", where that can be.
+
+    Raises:
+        ConfigError: it is no number of at least 1.
+    """
+    if auto and value == "auto":
+        return None
+    if not re.fullmatch("[0-9]{1,6}", value) or int(value) < 1:
+        raise ConfigError(f"--tickets: got {value}, wanted a number of at least 1{' or auto' * auto}")
+    return int(value)
 
 
 def _pop_resume(arguments: list[str]) -> Path | None:
     """The folder that `--resume` names, taken out of the words; None without."""
-    places = [index for index, word in enumerate(arguments) if word.partition("=")[0] == "--resume"]
+    value = _pop("--resume", "a run directory", arguments)
+    return None if value is None else Path(value).expanduser()
+
+
+def _pop(name: str, wanted: str, arguments: list[str]) -> str | None:
+    """The value of a flag that is none of a config's, taken out of the words; None without."""
+    places = [index for index, word in enumerate(arguments) if word.partition("=")[0] == name]
     if not places:
         return None
     if len(places) > 1:
-        raise ConfigError(f"--resume: got {len(places)} of them, wanted one")
+        raise ConfigError(f"{name}: got {len(places)} of them, wanted one")
     index = places[0]
     _, equals, value = arguments.pop(index).partition("=")
-    if not equals and index < len(arguments) and not arguments[index].startswith("-"):
+    if not equals and index < len(arguments) and not arguments[index].startswith("--"):
         value = arguments.pop(index)
     if not value:
-        raise ConfigError("--resume: got nothing, wanted a run directory")
-    return Path(value).expanduser()
+        raise ConfigError(f"{name}: got nothing, wanted {wanted}")
+    return value
 
 
 def _dashed(word: str) -> str:
@@ -111,6 +148,7 @@ def _description(preset: str, prog: str) -> str:
         f"{(Config.__doc__ or '').splitlines()[0]}\n\n"
         f"Usage: {prog} [PRESET] [flags], PRESET one of {', '.join(PRESETS)} ({DEFAULT_PRESET} if none is named); or "
         f"{prog} --resume DIRECTORY, to go on with the run there. Shown here are the defaults of {preset}.\n\n"
+        "--tickets N searches N tickets, with the seeds from --seed on, in folders of their own inside --out.\n\n"
         "On several hosts, start it on each of them with --coordinator HOST:PORT --processes N --process-id I beside "
         "the other flags; or with --coordinator auto on a TPU pod or in a cluster of SLURM, Open MPI or Kubernetes."
     )

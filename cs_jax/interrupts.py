@@ -37,9 +37,14 @@ class Interrupts(Observer):
     A second signal, if it is SIGINT, ends the process at once.
     Elsewhere Python raises the exception wherever it is, which may be inside a callback of a library that lets none
     through; then it comes again at the next step.
+
+    Args:
+        of_all: of the main thread, which waits for several runs in threads of their own; this is one run's, and raises
+            what that has heard. Signals come to the main thread alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, of_all: "Interrupts | None" = None) -> None:
+        self._of_all = of_all
         self._asked: int | None = None
         self._held = False
         self._installed = False
@@ -90,6 +95,8 @@ class Interrupts(Observer):
 
     def check(self) -> None:
         """Raises `Stopped` if a signal came, to this process or to another of the run."""
+        if self._of_all is not None:
+            self._of_all.check()
         asked = processes.agree(self._asked or 0)
         if asked:
             raise Stopped(asked)

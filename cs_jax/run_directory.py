@@ -35,6 +35,8 @@ SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report.html"
 CONNECTIVITY_FILE = "connectivity.json"
 LOCK_FILE = "run.lock"
+LOG_FILE = "log.txt"
+"""What a run that is one of several would have printed."""
 
 _MAGNITUDES = np.logspace(-4, 4, 65)
 SCORE_EDGES = np.concatenate([-_MAGNITUDES[::-1], [0.0], _MAGNITUDES])
@@ -88,7 +90,7 @@ def check_free(config: Config) -> None:
 
 def _is_left_over(path: Path) -> bool:
     """Whether a process that was killed before its run had begun can have made this."""
-    return path.name in (LOCK_FILE, METRICS_FILE, SCORES_FILE) or files.is_temporary(path)
+    return path.name in (LOCK_FILE, LOG_FILE, METRICS_FILE, SCORES_FILE) or files.is_temporary(path)
 
 
 @contextlib.contextmanager

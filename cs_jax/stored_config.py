@@ -28,6 +28,20 @@ FREE = (
 )
 """Fields that do not change a run's result, and may differ where it goes on."""
 
+TRACED = (
+    "seed",
+    "lr",
+    "score_lr",
+    "lr_schedule",
+    "lr_drops",
+    "lmbda",
+    "final_temp",
+    "mask_initial_value",
+    "target_density",
+    "prune_rate",
+)
+"""Fields that no compiled step is built from: they are its arguments, or have their say between steps."""
+
 KINDS: dict[Any, str] = {
     int: "a whole number",
     int | None: "a whole number",
@@ -69,6 +83,13 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], name_of: Call
     before, now = effective(before), effective(now)
     changed = [name for name in now if name not in FREE and before[name] != now[name]]
     return ", ".join(f"{name_of(name)} {in_words(now[name])} (was {in_words(before[name])})" for name in changed)
+
+
+def of_program(config: Config) -> dict[str, Any]:
+    """What decides which programs a run needs, and when: runs that have it in common can share them."""
+    settings = effective(to_json(config))
+    own = {*FREE, *TRACED} - {"data_dir", "data_parallel", "model_parallel"}
+    return {name: value for name, value in settings.items() if name not in own}
 
 
 def effective(settings: Mapping[str, Any]) -> dict[str, Any]:

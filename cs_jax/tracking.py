@@ -36,7 +36,7 @@ class Tracker(Protocol):
     """
 
     def log(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, np.ndarray]) -> None:
-        """Takes all figures of an epoch, at its end; called on the main thread, which waits.
+        """Takes all figures of an epoch, at its end; called on the thread of the run, which waits.
 
         Args:
             step: epochs over all phases that were done before, so from 0. It grows by 1 from call to call, and begins

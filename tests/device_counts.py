@@ -55,7 +55,8 @@ def to_double(leaf: jax.Array) -> jax.Array:
 
 
 if __name__ == "__main__":
-    words, coordinator, count, index = flags.pop_processes(sys.argv[1:])
+    words = sys.argv[1:]
+    coordinator, count, index = flags.pop_processes(words)
     if coordinator is not None:
         processes.start(coordinator, count, index, prog="device_counts.py")
     main(Path(words[0]), words[1:])

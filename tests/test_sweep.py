@@ -48,7 +48,7 @@ TROUBLE = (
     'methods = ["wild", "slow", "random"]\ndensities = [0.1]\nseeds = [0]\n'
     + QUICK
     + '[method.wild]\nmethod = "imp"\nlr = 1e30\n'
-    + '[method.slow]\nmethod = "imp"\nepochs = 10\ncheckpoint_seconds = 0.0\n'
+    + '[method.slow]\nmethod = "imp"\nepochs = 40\ncheckpoint_seconds = 0.0\n'
 )
 """A run that fails, one that is long enough to be killed, and one that is neither."""
 
@@ -261,6 +261,8 @@ def test_a_spec_that_cannot_be_used_is_refused_in_one_line(
         (["latin.toml"], "latin.toml: is no TOML: 'utf-8' codec can't decode byte 0xe9"),
         (["good.toml", "--jobs", "0"], "--jobs: got 0, wanted at least 1"),
         (["good.toml", "--jobs", "two"], "argument --jobs: invalid int value: 'two'"),
+        (["good.toml", "--tickets", "0"], "--tickets: got 0, wanted a number of at least 1 or auto"),
+        (["good.toml", "--tickets", "all"], "--tickets: got all, wanted a number of at least 1 or auto"),
         (["good.toml", "--job"], "argument --jobs: expected one argument"),
         ([], "the following arguments are required: SPEC"),
         (["good.toml", "--out", "full"], "--out: got full, which is not empty and holds no sweep, wanted another"),
@@ -404,7 +406,7 @@ def test_pareto_says_what_is_not_done(copied: Path, capsys: pytest.CaptureFixtur
 
 
 class Killing(Watcher):
-    """Notes what ends, and kills the workers of some runs: after an epoch, or, where that is 0, at the end."""
+    """Notes what ends, and kills the workers of some runs: after an epoch and a checkpoint, or, where 0, at the end."""
 
     def __init__(self, directory: Path, epochs: dict[str, int]) -> None:
         self._directory, self._epochs = directory, epochs
@@ -419,7 +421,8 @@ class Killing(Watcher):
         if worker not in self._processes:
             lock = scheduler.folder_of(self._directory, run) / "run.lock"
             self._processes[worker] = json.loads(lock.read_text())["process"]
-        if self._epochs.get(run.variant) == epoch:
+        checkpoints = scheduler.folder_of(self._directory, run) / "checkpoints"
+        if 0 < self._epochs.get(run.variant, 0) <= epoch and list(checkpoints.glob("[0-9]*-[0-9]*[0-9]")):
             self._kill(worker)
 
     def on_end(self, worker: int, run: Planned, ticket: Mapping[str, Any] | None, failure: str) -> None:
@@ -460,9 +463,9 @@ def test_failures_and_killed_workers_do_not_stop_the_other_runs_and_are_tried_ag
     assert commands.main(["pareto", str(spec), "--out", str(out)]) == 0
     assert f"not done: wild-density0.1-seed0 failed: {failures['wild-density0.1-seed0']}\n" in capsys.readouterr().out
     # What has failed may be asked for differently, what is done may not.
-    written(spec, TROUBLE.replace("lr = 1e30", "lr = 0.05").replace("epochs = 10", "epochs = 9"))
+    written(spec, TROUBLE.replace("lr = 1e30", "lr = 0.05").replace("epochs = 40", "epochs = 39"))
     assert sweep(spec, "--jobs", "1") == 2
-    assert "holds another sweep: slow-density0.1-seed0 has epochs 9 (was 10); " in one_line(capsys)
+    assert "holds another sweep: slow-density0.1-seed0 has epochs 39 (was 40); " in one_line(capsys)
     written(spec, TROUBLE.replace("lr = 1e30", "lr = 0.05"))
     assert sweep(spec, "--jobs", "1") == 0
     assert "3 of 3  wild-density0.1-seed0: density 10.00%, test " in capsys.readouterr().out
@@ -492,7 +495,8 @@ def worker(folder: Path) -> subprocess.Popen[str]:
     """A worker that has been told to run something that takes minutes."""
     settings = {**tomllib.loads(QUICK)["settings"], "epochs": 5000}
     (run,) = grid(methods=["imp"], settings=settings).runs
-    job = {"config": {**to_json(run.config), "out": str(folder / "run")}, "log": str(folder / "log.txt")}
+    settings = {**to_json(run.config), "out": str(folder / "run")}
+    job = {"runs": [{"name": "run", "config": settings, "log": str(folder / "log.txt")}], "tickets": None}
     folder.mkdir()
     process = subprocess.Popen(
         [sys.executable, "-m", "cs_jax.sweep.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -508,7 +512,7 @@ def test_a_worker_whose_sweep_has_died_saves_its_run_and_leaves(tmp_path: Path) 
         assert early.stdin is not None and busy.stdin is not None and busy.stdout is not None
         early.stdin.close()  # before it can have looked for a job
         assert busy.stdout.readline() == '{"ready": true}\n'
-        assert busy.stdout.readline() == '{"epoch": 1}\n'
+        assert busy.stdout.readline() == '{"run": "run", "epoch": 1}\n'
         busy.stdin.close()
         try:
             assert busy.wait(60) == 0
@@ -545,10 +549,10 @@ def test_each_gpu_is_seen_by_workers_of_its_own(monkeypatch: pytest.MonkeyPatch)
     asked(monkeypatch, "gpu", 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     one, other = {"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}
-    assert find_places(None, 100) == [Place((), one), Place((), other)]
-    assert find_places(None, 1) == find_places(1, 100) == [Place((), one)]
+    assert find_places(None, 100) == [Place((), one, True), Place((), other, True)]
+    assert find_places(None, 1) == find_places(1, 100) == [Place((), one, True)]
     half = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45"}
-    assert find_places(3, 100) == [Place((), one | half), Place((), other | half), Place((), one | half)]
+    assert find_places(3, 100) == [Place((), device | half, True) for device in (one, other, one)]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")
     assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in find_places(None, 100)] == ["5", "GPU-7"]
 
@@ -557,7 +561,7 @@ def test_a_tpu_has_one_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked(monkeypatch, "tpu", 8)
-    assert find_places(None, 100) == find_places(1, 100) == [Place((), {})]
+    assert find_places(None, 100) == find_places(1, 100) == [Place((), {}, True)]
     assert sweep(written(tmp_path / "four.toml", FOUR), "--jobs", "2") == 2
     told = "--jobs: got 2, wanted 1 on a TPU, which one process holds as a whole"
     assert one_line(capsys) == f"python -m cs_jax sweep: error: {told}\n"

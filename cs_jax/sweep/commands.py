@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from cs_jax import experiment
+from cs_jax import experiment, flags
 from cs_jax.console import say
 from cs_jax.errors import ConfigError
 from cs_jax.flags import MODULE, command_parser
@@ -26,13 +26,15 @@ def sweep(arguments: Sequence[str], *, prog: str) -> None:
     """run a grid of methods, densities and seeds that a file names, or go on with it"""
     parser = _sweep_parser(prog, sweep)
     parser.add_argument("--jobs", type=int, help="runs at a time (one for each GPU, or for each core without one)")
+    parser.add_argument("--tickets", metavar="N", help="runs in one program, or auto: as measured to be faster (auto)")
     given = parser.parse_args(arguments)
     if given.jobs is not None and given.jobs < 1:
         raise ConfigError(f"--jobs: got {given.jobs}, wanted at least 1")
+    tickets = flags.read_tickets(given.tickets or "auto", auto=True)
     spec, directory = _read_sweep(given)
     hint = f"the same command goes on: {_words('sweep', given)}"
     with Interrupts() as watch:
-        failures = _run(spec, directory, given.jobs, Console(), watch, hint)
+        failures = _run(spec, directory, given.jobs, tickets, Console(), watch, hint)
     if failures:
         name = next(iter(failures))
         log = directory / scheduler.LOGS_FOLDER / f"{name}.txt"
@@ -41,7 +43,13 @@ def sweep(arguments: Sequence[str], *, prog: str) -> None:
 
 
 def _run(
-    spec: Spec, directory: Path, jobs: int | None, terminal: Console, watch: Interrupts, hint: str
+    spec: Spec,
+    directory: Path,
+    jobs: int | None,
+    tickets: int | None,
+    terminal: Console,
+    watch: Interrupts,
+    hint: str,
 ) -> dict[str, str]:
     """Runs a sweep, checked as a whole before anything is written; why runs have failed, by their names."""
     scheduler.check_same(directory, spec)
@@ -52,7 +60,7 @@ def _run(
     with SweepDisplay(terminal, len(spec.runs), waiting) as display:
         try:
             places = find_places(jobs, len(waiting)) if waiting else []
-            return scheduler.run_sweep(spec, directory, places, display)
+            return scheduler.run_sweep(spec, directory, places, display, tickets)
         except Stopped as stop:
             stop.hint = f"; runs under way are saved; {hint}"
             raise

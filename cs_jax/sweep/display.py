@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: a bar for all of it and one for each worker, or a line for each run that ends."""
+"""What a person sees of a sweep: a bar for all of it and one for each run under way, or a line for each that ends."""
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -56,7 +56,7 @@ class SweepDisplay(Watcher):
         self._bars = progress_bars(console, width=24, elapsed_when_finished=True)
         self._epochs = sum(run.epochs for run in waiting)
         self._whole = self._bars.add_task("", total=self._epochs)
-        self._tasks: dict[int, bars.TaskID] = {}
+        self._tasks: dict[str, bars.TaskID] = {}
         self._done: dict[str, int] = {}
         self._describe()
 
@@ -70,21 +70,22 @@ class SweepDisplay(Watcher):
         self._bars.stop()
 
     def on_start(self, worker: int, run: Planned) -> None:
-        if worker in self._tasks:
-            self._bars.remove_task(self._tasks.pop(worker))
-        self._tasks[worker] = self._bars.add_task(f"{_label(run)} compiles", total=run.epochs)
+        self._tasks[run.name] = self._bars.add_task(f"{_label(run)} compiles", total=run.epochs)
+
+    def on_back(self, worker: int, run: Planned) -> None:
+        self._bars.remove_task(self._tasks.pop(run.name))
 
     def on_epoch(self, worker: int, run: Planned, epoch: int) -> None:
         if run.name not in self._done:  # what an earlier sweep did says nothing of the time left
-            self._bars.reset(self._tasks[worker], completed=epoch - 1, description=_label(run))
+            self._bars.reset(self._tasks[run.name], completed=epoch - 1, description=_label(run))
             self._leave_out(epoch - 1)
         self._bars.advance(self._whole, epoch - self._done.get(run.name, epoch - 1))
-        self._bars.update(self._tasks[worker], completed=epoch)
+        self._bars.update(self._tasks[run.name], completed=epoch)
         self._done[run.name] = epoch
 
     def on_end(self, worker: int, run: Planned, ticket: Mapping[str, Any] | None, failure: str) -> None:
         self._leave_out(run.epochs - self._done.get(run.name, 0))
-        self._bars.remove_task(self._tasks.pop(worker))
+        self._bars.remove_task(self._tasks.pop(run.name))
         self._ended += 1
         self._describe()
         if ticket is None:

@@ -35,7 +35,7 @@ def find_places(jobs: int | None, runs: int) -> list[Place]:
             raise ConfigError(
                 f"--jobs: got {jobs}, wanted 1 on a {backend.upper()}, which one process holds as a whole"
             )
-        return [Place((), {})]
+        return [Place((), {}, accelerator=True)]
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     count = min(jobs or len(cores) or os.cpu_count() or 1, runs)
     if count > len(cores):
@@ -45,7 +45,7 @@ def find_places(jobs: int | None, runs: int) -> list[Place]:
 
 def _on_gpu(device: str, workers: int) -> Place:
     shared = {} if workers == 1 else {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{MEMORY_SHARE / workers:.2f}"}
-    return Place((), {"CUDA_VISIBLE_DEVICES": device, **shared})
+    return Place((), {"CUDA_VISIBLE_DEVICES": device, **shared}, accelerator=True)
 
 
 def _ask_jax() -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""Runs of a sweep, on as many devices or cores as there are, each in a process that runs one after another."""
+"""Runs of a sweep, on as many devices or cores as there are, each with a process that runs one or several at a time."""
 
 import contextlib
 import json
@@ -27,12 +27,16 @@ FAILURES_FILE = "failures.json"
 CHECK_SECONDS = 0.5
 """After which signals are looked for at the latest."""
 
+MOST = 8
+"""Compatible runs that a worker with an accelerator is given where nobody says how many; it may give some back."""
+
 
 class Place(NamedTuple):
     """Where a worker computes."""
 
     cores: tuple[int, ...]  # that it keeps to; none is all
     environment: dict[str, str]  # in which it sees its own device
+    accelerator: bool = False  # which may be faster with several runs in one program
 
 
 class Watcher:
@@ -40,6 +44,9 @@ class Watcher:
 
     def on_start(self, worker: int, run: Planned) -> None:
         """A worker has begun with a run, or goes on with it."""
+
+    def on_back(self, worker: int, run: Planned) -> None:
+        """A worker, which is faster with fewer at once, has given a run back, which waits for another start."""
 
     def on_epoch(self, worker: int, run: Planned, epoch: int) -> None:
         """So many epochs of a run are done, over all its phases."""
@@ -128,7 +135,9 @@ def _is_left_over(path: Path) -> bool:
     return path.name == LOCK_FILE or files.is_temporary(path)
 
 
-def run_sweep(spec: Spec, directory: Path, places: Sequence[Place], watcher: Watcher) -> dict[str, str]:
+def run_sweep(
+    spec: Spec, directory: Path, places: Sequence[Place], watcher: Watcher, tickets: int | None = None
+) -> dict[str, str]:
     """Runs what is not done yet of a sweep, and returns what failed, with the reason.
 
     Args:
@@ -136,6 +145,7 @@ def run_sweep(spec: Spec, directory: Path, places: Sequence[Place], watcher: Wat
         directory: for the whole sweep; made where there is none.
         places: one for each worker.
         watcher: told of runs and epochs.
+        tickets: compatible runs that a worker takes at once, at most; None is what it finds to be faster.
 
     Raises:
         ConfigError: the directory holds another sweep, a damaged result, or another process runs it.
@@ -161,7 +171,7 @@ def run_sweep(spec: Spec, directory: Path, places: Sequence[Place], watcher: Wat
                 _forget_checkpoints(directory, run)  # a sweep that was killed may not have come to it
             else:
                 waiting.append(run)
-        pool = _Pool(directory, waiting, watcher)
+        pool = _Pool(directory, waiting, watcher, tickets)
         try:
             for place in places[: len(waiting)]:
                 pool.add(place)
@@ -179,9 +189,9 @@ def _forget_checkpoints(directory: Path, run: Planned) -> None:
 class _Pool:
     """Workers, and the runs that they are at."""
 
-    def __init__(self, directory: Path, waiting: deque[Planned], watcher: Watcher) -> None:
+    def __init__(self, directory: Path, waiting: deque[Planned], watcher: Watcher, tickets: int | None) -> None:
         self.failures: dict[str, str] = {}
-        self._directory, self._waiting, self._watcher = directory, waiting, watcher
+        self._directory, self._waiting, self._watcher, self._tickets = directory, waiting, watcher, tickets
         self._selector = selectors.DefaultSelector()
         self._workers: list[_Worker] = []
 
@@ -200,7 +210,7 @@ class _Pool:
 
     def close(self) -> None:
         """Ends all workers; what they are at is saved first."""
-        running = sum(worker.run is not None for worker in self._workers)
+        running = sum(len(worker.runs) for worker in self._workers)
         if running:
             self._watcher.on_stop(running)
         for worker in self._workers:
@@ -210,18 +220,40 @@ class _Pool:
         self._selector.close()
 
     def _hear(self, worker: "_Worker", event: dict[str, Any]) -> None:
-        run = worker.run
-        if run is not None and "epoch" in event:
-            self._watcher.on_epoch(worker.number, run, event["epoch"])
-            return
-        if run is not None:
+        for name in reversed(event.get("back", ())):
+            run = worker.runs.pop(name)
+            self._waiting.appendleft(run)
+            self._watcher.on_back(worker.number, run)
+        if "epoch" in event:
+            self._watcher.on_epoch(worker.number, worker.runs[event["run"]], event["epoch"])
+        elif "run" in event:
+            run = worker.runs.pop(event["run"])
             self._end(worker, run, event.get("done"), event.get("failed", ""))
-        worker.run = self._waiting.popleft() if self._waiting else None
-        if worker.run is None:
+        if not worker.runs:
+            self._give(worker)
+
+    def _give(self, worker: "_Worker") -> None:
+        """Gives a worker the next runs, or lets it leave where there are none."""
+        if not self._waiting:
             worker.dismiss()
-        else:
-            self._watcher.on_start(worker.number, worker.run)
-            worker.give(worker.run)
+            return
+        runs = self._next(worker)
+        worker.runs = {run.name: run for run in runs}
+        for run in runs:
+            self._watcher.on_start(worker.number, run)
+        worker.give(runs, self._tickets)
+
+    def _next(self, worker: "_Worker") -> list[Planned]:
+        """The next run, and those that can be in a program with it, but not those that would leave others idle."""
+        first = self._waiting.popleft()
+        idle = sum(not key.data.runs for key in self._selector.get_map().values())
+        most = self._tickets or (MOST if worker.place.accelerator else 1)
+        most = min(most, -(-(len(self._waiting) + 1) // idle))
+        program = stored_config.of_program(first.config)
+        alike = [run for run in self._waiting if stored_config.of_program(run.config) == program][: most - 1]
+        for run in alike:
+            self._waiting.remove(run)
+        return [first, *alike]
 
     def _end(self, worker: "_Worker", run: Planned, ticket: Mapping[str, Any] | None, failure: str) -> None:
         if ticket is None:
@@ -234,9 +266,10 @@ class _Pool:
     def _replace(self, worker: "_Worker") -> None:
         """Takes note of a worker that has ended; one that died while it ran something gets a successor."""
         code = worker.wait()
-        if worker.run is not None:
-            self._end(worker, worker.run, None, f"its process ended with exit code {code}; see {worker.log}")
-            worker.run = None
+        if worker.runs:
+            for run in worker.runs.values():
+                self._end(worker, run, None, f"its process ended with exit code {code}; see {worker.log}")
+            worker.runs = {}
             if self._waiting:
                 self.add(worker.place)
         elif not worker.has_answered:
@@ -248,7 +281,7 @@ class _Worker:
 
     def __init__(self, number: int, place: Place, directory: Path) -> None:
         self.number, self.place, self._directory = number, place, directory
-        self.run: Planned | None = None
+        self.runs: dict[str, Planned] = {}  # that it is at
         self.has_answered = False
         self.log = directory / LOGS_FOLDER / f"worker{number}.txt"
         words = [sys.executable, "-m", "cs_jax.sweep.worker"]
@@ -267,13 +300,16 @@ class _Worker:
         self.answers = self._process.stdout
         self._rest = b""
 
-    def give(self, run: Planned) -> None:
-        settings = {**stored_config.to_json(run.config), "out": str(folder_of(self._directory, run))}
-        job = {"config": settings, "log": str(self._directory / LOGS_FOLDER / f"{run.name}.txt")}
+    def give(self, runs: Sequence[Planned], tickets: int | None) -> None:
+        job = {"runs": [self._described(run) for run in runs], "tickets": tickets}
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has died, which the end of its answers tells
             self._process.stdin.write(json.dumps(job).encode() + b"\n")
             self._process.stdin.flush()
+
+    def _described(self, run: Planned) -> dict[str, Any]:
+        settings = {**stored_config.to_json(run.config), "out": str(folder_of(self._directory, run))}
+        return {"name": run.name, "config": settings, "log": str(self._directory / LOGS_FOLDER / f"{run.name}.txt")}
 
     def read(self, hear: Callable[["_Worker", dict[str, Any]], None]) -> bool:
         """Passes on what it has said; whether it may say more."""

@@ -1,0 +1,184 @@
+"""Several runs in one process, each with its own directory and log: at once in one program, or one after another."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+
+from cs_jax import commands, console, experiment, run_directory, trial
+from cs_jax.config import Config
+from cs_jax.console import say
+from cs_jax.errors import ConfigError
+from cs_jax.executor import Executor
+from cs_jax.interrupts import Interrupts, Stopped
+from cs_jax.lock import LockedError
+from cs_jax.search import NonFiniteLossError
+from cs_jax.sweep.display import SweepDisplay
+from cs_jax.sweep.spec import Planned
+from cs_jax.together import Together
+from cs_jax.tracking import Tracker
+
+PATIENCE = 60.0
+"""Seconds to wait for another process that was told to end, and may still be saving the same run."""
+
+Told = Callable[..., None]
+"""Is told of a run, by its name, and what happened: `epoch=` so many done, `done=` its ticket or `failed=` why."""
+
+
+class Job(NamedTuple):
+    """A run among others."""
+
+    name: str
+    settings: Config
+    log: Path  # takes what it would have printed
+
+
+class Reporter(Tracker):
+    """Tells of every epoch."""
+
+    def __init__(self, name: str, told: Told) -> None:
+        self._name, self._told = name, told
+
+    def log(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, np.ndarray]) -> None:
+        self._told(self._name, epoch=step + 1)
+
+
+def take(jobs: Sequence[Job], told: Told, why: str = "") -> None:
+    """Takes runs to their end: one by itself, several in one program.
+
+    Args:
+        jobs: one at least.
+        told: told of their epochs and ends; of one at a time.
+        why: for their logs: why so many are taken at once.
+
+    Raises:
+        Stopped: on SIGINT or SIGTERM, after all were saved.
+    """
+    if len(jobs) == 1:
+        _take(jobs[0], told, why)
+        return
+
+    def life(job: Job, watch: Interrupts) -> Callable[[Executor], None]:
+        return lambda executor: _take(job, told, why, executor, Interrupts(watch))
+
+    with Interrupts() as watch, watch.held(), console.warnings_as_lines(Console(stderr=True)):
+        ends = Together().run([life(job, watch) for job in jobs])
+    errors = [end for end in ends if end is not None]
+    for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):  # what nobody expects comes first
+        raise error
+
+
+def _take(job: Job, told: Told, why: str, executor: Executor | None = None, watch: Interrupts | None = None) -> None:
+    """Takes a run to its end, and tells of it."""
+    started, path = time.monotonic(), job.settings.run_directory
+    with open(job.log, "a") as log:
+        terminal = Console(file=log, width=120)
+        if why:
+            say(terminal, why)
+        while True:
+            had_begun = run_directory.holds_run(path)
+            try:
+                trackers = [Reporter(job.name, told)]
+                summary = commands.run(
+                    job.settings, trackers=trackers, terminal=terminal, executor=executor, watch=watch
+                )
+            except LockedError as error:
+                if time.monotonic() > started + PATIENCE:
+                    return told(job.name, failed=str(error))
+                time.sleep(0.5)
+            except (ConfigError, NonFiniteLossError, OSError) as error:
+                begun_meanwhile = run_directory.holds_run(path) and not had_begun and isinstance(error, ConfigError)
+                if not begun_meanwhile:  # by a process that was told to end
+                    failure = " ".join(str(error).split())
+                    say(terminal, f"failed: {failure}")
+                    return told(job.name, failed=failure)
+            else:
+                return told(job.name, done=summary["ticket"])
+
+
+def train(settings: Config, tickets: int) -> None:
+    """Searches tickets that differ in their seeds, those not done yet, and prints what they are worth.
+
+    Args:
+        settings: of the first; the next ones have the next seeds. Its folder, where it has one, is that of all.
+        tickets: how many.
+
+    Raises:
+        ConfigError: they cannot be searched as asked; nothing was written.
+        OSError: some have failed; says which.
+        Stopped: on SIGINT or SIGTERM, after what was under way was saved.
+    """
+    terminal, runs = Console(), _plan(settings, tickets)
+    with Interrupts() as watch:
+        waiting = [run for run in runs if not _is_done(run.config)]
+        experiment.check_all(run.config for run in waiting)
+        failures: dict[str, str] = {}
+        try:
+            count, why = trial.how_many([run.config for run in waiting], None) if waiting else (0, "")
+            if why:
+                say(terminal, why)
+            with SweepDisplay(terminal, len(runs), waiting) as display:
+                for first in range(0, len(waiting), count or 1):
+                    failures |= _take_shown(waiting[first : first + count], display, why)
+            watch.check()
+        except Stopped as stop:
+            stop.hint = "; tickets under way are saved: the same command goes on"
+            raise
+    summaries = [run_directory.read_summary(run.config.run_directory) for run in runs]
+    done = [summary for summary in summaries if summary is not None]
+    if done:
+        console.print_tickets(terminal, done)
+    if failures:
+        first = next(run for run in runs if run.name in failures)
+        reason = f"{failures[first.name]}; see {_log_of(first.config)}"
+        raise OSError(f"{len(failures)} of {tickets} tickets failed, first {first.name}: {reason}")
+    say(terminal, f"{runs[0].config.run_directory.parent}: {', '.join(run.name for run in runs)}")
+
+
+def _plan(settings: Config, tickets: int) -> list[Planned]:
+    """The runs of consecutive seeds, in folders that are named as ever."""
+    runs = []
+    for seed in range(settings.seed, settings.seed + tickets):
+        config = dataclasses.replace(settings, seed=seed, out=None)
+        name = config.run_directory.name
+        out = None if settings.out is None else settings.out / name
+        runs.append(Planned(name, settings.method, None, dataclasses.replace(config, out=out)))
+    return runs
+
+
+def _is_done(config: Config) -> bool:
+    """Whether a run is done; refuses its folder if another is there."""
+    path = config.run_directory
+    if not run_directory.holds_run(path):
+        run_directory.check_free(config)
+        return False
+    run_directory.check_same(config)
+    return run_directory.read_summary(path) is not None
+
+
+def _log_of(config: Config) -> Path:
+    return config.run_directory / run_directory.LOG_FILE
+
+
+def _take_shown(runs: Sequence[Planned], display: SweepDisplay, why: str) -> dict[str, str]:
+    """Takes runs together, on a display; why some have failed, by their names."""
+    planned, failures = {run.name: run for run in runs}, {}
+
+    def told(name: str, **event: Any) -> None:
+        run = planned[name]
+        if "epoch" in event:
+            display.on_epoch(0, run, event["epoch"])
+            return
+        if "failed" in event:
+            failures[name] = event["failed"]
+        display.on_end(0, run, event.get("done"), event.get("failed", ""))
+
+    for run in runs:
+        display.on_start(0, run)
+        run.config.run_directory.mkdir(parents=True, exist_ok=True)
+    take([Job(run.name, run.config, _log_of(run.config)) for run in runs], told, why)
+    return failures

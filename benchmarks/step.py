@@ -9,20 +9,16 @@ ratios within each repeat are printed.
 
 import dataclasses
 import statistics
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import tyro
-from flax import linen as nn
+from networks import make_data, make_networks, make_step
 from rich.console import Console
 from rich.table import Table
 from timing import Stepper, interleave, median_ratio
 
-from cs_jax import masks, training
-from cs_jax.images import ImageSet
 from cs_jax.models import MODELS
-from cs_jax.training import Hyperparams, Recipe, TrainState
+from cs_jax.training import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +26,7 @@ class Settings:
     """What is measured."""
 
     model: str = "resnet20"
-    """A residual network of cs_jax.models."""
+    """A network of cs_jax.models, but lenet300100."""
 
     batch_size: int = 128
     """Examples per step."""
@@ -49,40 +45,9 @@ def main(settings: Settings) -> None:
 
 def make_steps(settings: Settings) -> dict[str, Stepper]:
     """The compiled steps, by name."""
-    data = make_data(settings)
-    order, key = jnp.arange(settings.batch_size), jax.random.key(1)
-    hyper = Hyperparams(*(jnp.asarray(value, float) for value in (3.0, 0.0, 0.01, 0.01, 1e-8)))
-    steps = {}
-    for name, (recipe, state) in make_states(settings).items():
-        compiled = jax.jit(training.step, static_argnames="recipe", donate_argnames="state")
-        compiled = compiled.lower(recipe, state, data, order, key, hyper).compile()
-        steps[name] = Stepper(compiled, state, (data, order, key, hyper))
-    return steps
-
-
-def make_data(settings: Settings) -> ImageSet:
-    shape = (settings.batch_size, settings.image_size, settings.image_size, 3)
-    images = jax.random.randint(jax.random.key(0), shape, 0, 256).astype(jnp.uint8)
-    labels = jnp.arange(settings.batch_size, dtype=jnp.int32) % 10
-    return ImageSet(images=images, labels=labels, mean=jnp.full(3, 120.0), std=jnp.full(3, 64.0))
-
-
-def make_states(settings: Settings) -> dict[str, tuple[Recipe, TrainState]]:
-    """Recipe and state of the three networks, from the same weights; a ticket that keeps a fifth."""
+    data = make_data(settings.batch_size, settings.image_size)
     recipe = Recipe(MODELS[settings.model](), augment="flip-crop")
-    variables = training.init_variables(recipe, jax.random.key(0), (settings.image_size, settings.image_size, 3))
-
-    def state(recipe: Recipe, scores: Any, fixed: Any) -> tuple[Recipe, TrainState]:
-        params, batch_stats = jax.tree.map(jnp.copy, (variables["params"], variables["batch_stats"]))
-        return recipe, training.init_state(recipe, params, batch_stats, scores=scores, masks=fixed)
-
-    scores = masks.init_scores(variables["masks"], 0.0)
-    kept = jax.tree.map(lambda mask: 2.0 * jax.random.bernoulli(jax.random.key(2), 0.2, mask.shape), scores)
-    return {
-        "dense": state(Recipe(MODELS[settings.model](conv=nn.Conv), augment=recipe.augment), {}, {}),
-        "search": state(recipe, scores, {}),
-        "ticket": state(recipe, {}, kept),
-    }
+    return {name: make_step(*network, data) for name, network in make_networks(recipe, data).items()}
 
 
 def device_title(settings: Settings) -> str:

@@ -29,10 +29,11 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from cs_jax import files, masks, methods, processes, records, search, training, trees
+from cs_jax import files, methods, processes, records, search, training, trees
 from cs_jax.config import Config
 from cs_jax.errors import ConfigError
 from cs_jax.methods import REWIND
+from cs_jax.methods.method import first_scores
 from cs_jax.progress import SEARCH, EpochRecord, Observer, Progress, Snapshot
 from cs_jax.search import Problem
 from cs_jax.sharding import on_host
@@ -369,7 +370,7 @@ def abstract_state(config: Config, problem: Problem, phase: str) -> TrainState:
         state = search.fixed_state(problem, problem.init_ticket())
         if phase != SEARCH or not methods.of(config).learns_masks:
             return state
-        scores = masks.init_scores(state.masks, 0.0)
+        scores = first_scores(config, state.masks)
         return training.init_state(problem.recipe, state.params, state.batch_stats, scores=scores, masks={})
 
     return jax.eval_shape(make)

@@ -12,7 +12,8 @@ from cs_jax.errors import ConfigError, in_words, one_of
 from cs_jax.images import AUGMENTATIONS, RESIZED_CROP
 from cs_jax.masks import MIN_INIT_VALUE
 from cs_jax.methods import AFTERS, METHODS, NONE
-from cs_jax.models import MODELS
+from cs_jax.models import MODELS, takes
+from cs_jax.precision import DTYPES
 from cs_jax.progress import TICKET
 
 
@@ -88,6 +89,22 @@ class Config:
 
     batch_size: int = 128
     """Examples per step; the last batch of an epoch may be smaller."""
+
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after another, for the memory of one; divides --batch-size. Gradients are
+    averaged for one update; BatchNorm sees each part by itself."""
+
+    remat: bool = False
+    """Keep the inputs of a network's blocks alone for the backward pass, and compute all else again there: less memory,
+    more time."""
+
+    dtype: str = "float32"
+    """What the network computes in: float32 or bfloat16. Weights, their momentum, BatchNorm statistics, masks, logits
+    and the loss are float32 in both."""
+
+    score_dtype: str = "float32"
+    """What mask scores and their momentum are stored in: float32 or bfloat16, for half the memory; their updates are
+    then rounded at random, so that small ones count."""
 
     epochs: int = 85
     """Epochs in each search round, and again in the ticket's retraining."""
@@ -165,11 +182,13 @@ class Config:
     """Least seconds between two checkpoints; the end of a round or of a training always has one."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "rounds", "batch_size", "keep", "checkpoint_steps", "model_parallel"):
+        for name in ("epochs", "rounds", "batch_size", "accumulate", "keep", "checkpoint_steps", "model_parallel"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("max_train_examples", "image_size", "loader_threads", "data_parallel"):
             value = getattr(self, name)
             self._check(name, value is None or value >= 1, "at least 1")
+        divides = self.batch_size % self.accumulate == 0
+        self._check("accumulate", divides, f"a divisor of --batch-size {self.batch_size}")
         self._check("val_set_size", self.val_set_size >= 0, "0 or more")
         self._check("seed", 0 <= self.seed < 2**32, "0 to 4294967295")
         self._check("lr", _is_positive(self.lr), "a finite number above 0")
@@ -190,6 +209,11 @@ class Config:
         self._check("rewind_epoch", 0 <= self.rewind_epoch < self.epochs or not searches, inside)
         self._check_schedule()
         self._check_choice("model", MODELS)
+        lacks = f"none beside --model {self.model}, which has no field"
+        self._check("remat", not self.remat or takes(self.model, "remat"), f"{lacks} remat")
+        self._check_choice("dtype", DTYPES)
+        self._check("dtype", DTYPES[self.dtype] is None or takes(self.model, "dtype"), f"{lacks} dtype")
+        self._check_choice("score_dtype", DTYPES)
         self._check_choice("augment", AUGMENTATIONS)
         self._check_choice("reset", ("paper", "released"))
         self._check_choice("scope", ("global", "layer"))
@@ -266,7 +290,7 @@ class Config:
         """Flags, with their values, that are not the preset's and that the method makes no use of."""
         method, usual = METHODS[self.method], PRESETS.get(self.preset, PRESETS[DEFAULT_PRESET])
         unused = (
-            *(() if method.learns_masks else ("score_lr", "lmbda", "mask_initial_value")),
+            *(() if method.learns_masks else ("score_lr", "score_dtype", "lmbda", "mask_initial_value")),
             *(() if method.anneals else ("final_temp", "reset")),
             *(() if method.searches else ("rounds", "rewind_epoch")),
             *(() if method.wants_target is not False else ("scope", "allow_empty_layers")),

@@ -25,8 +25,8 @@ PyTree = Any
 STEPS_PER_CALL = 100
 """Steps that an accelerator takes in one call: many, to leave it alone, and few enough to hear a signal between."""
 
-HOST_DRAWS = training.MASK_DRAWS - 1
-"""Folded into a phase's key for what the host draws: a number that neither a step nor the masks have."""
+HOST_DRAWS = training.ROUNDING_DRAWS - 1
+"""Folded into a phase's key for what the host draws: a number that nothing within steps has."""
 
 
 @dataclass(eq=False)
@@ -135,7 +135,7 @@ class Executor:
         hyper: Hyperparams,
     ) -> tuple[TrainState, StepMetrics]:
         """The state, which is donated, after the steps from `first` to before `stop` of an epoch, and their figures."""
-        _, steps = _programs(self.layout, state)
+        _, steps = _programs(recipe, self.layout, state)
         state, metrics = steps(recipe, state, data, batches, first, stop, key, hyper)
         return state, jax.tree.map(lambda figure: figure[first:stop], metrics)
 
@@ -151,7 +151,7 @@ class Executor:
     ) -> tuple[TrainState, StepMetrics]:
         """The state, which is donated, after an epoch's step of this number, and its figures."""
         del step
-        one, _ = _programs(self.layout, state)
+        one, _ = _programs(recipe, self.layout, state)
         return one(recipe, state, data, self._batch(indices), key, hyper)
 
     def predict(
@@ -256,7 +256,7 @@ class Executor:
         While a step runs, the batch of the next one is read and put on the device.
         """
         seed = _host_seed(key, int(state.step) - first_step)
-        step, _ = _programs(self.layout, state)
+        step, _ = _programs(recipe, self.layout, state)
         metrics = None
         reading = self._read(stream, order, batch_size, seed=seed, augment=recipe.augment, first_step=first_step)
         with contextlib.closing(reading) as batches:
@@ -358,23 +358,38 @@ def _steps(
     return lax.fori_loop(first, stop, body, (state, figures))
 
 
-def _programs(layout: Layout | None, state: TrainState) -> tuple[Callable, Callable]:
-    """A step and several, compiled; what comes out is where it came in."""
+def step_for(recipe: Recipe, layout: Layout | None = None, state: TrainState | None = None) -> Any:
+    """`training.step`, compiled: what comes out is where it came in, on one device or on those of a layout."""
+    return _programs(recipe, layout, state)[0]
+
+
+def _programs(recipe: Recipe, layout: Layout | None, state: TrainState | None) -> tuple[Any, Any]:
+    """A step and several, compiled."""
+    is_ordered = recipe.in_order and jax.default_backend() == "cpu"
     if layout is None:
-        return compiled_step, compiled_steps
+        return _compiled(None, is_ordered)
     leaves, structure = jax.tree.flatten(layout.state(state))
-    return _compiled(structure, tuple(leaves), layout.whole)
+    return _compiled((structure, tuple(leaves), layout.whole), is_ordered)
 
 
 @functools.cache
-def _compiled(structure: Any, leaves: tuple[NamedSharding, ...], whole: NamedSharding) -> tuple[Callable, Callable]:
-    jit = functools.partial(_jit, out_shardings=(structure.unflatten(leaves), whole))
+def _compiled(placed: tuple[Any, tuple[NamedSharding, ...], NamedSharding] | None, is_ordered: bool) -> tuple[Any, Any]:
+    """Programs whose state has these shardings.
+
+    Where steps have an order that saves memory, a CPU's compiler has to be told: it drops the barriers of the order
+    early on, and then computes nothing twice, for more memory.
+    """
+    options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if is_ordered else None
+    jit = functools.partial(_jit, compiler_options=options)
+    if placed is not None:
+        structure, leaves, whole = placed
+        jit = functools.partial(jit, out_shardings=(structure.unflatten(leaves), whole))
     return jit(training.step), jit(_steps)
 
 
 _jit = functools.partial(jax.jit, static_argnames="recipe", donate_argnames="state")
 
-compiled_step, compiled_steps = _jit(training.step), _jit(_steps)
+compiled_step, compiled_steps = _compiled(None, False)
 
 
 def _call_ends(first_step: int, full: int, num_steps: int) -> Iterator[int]:

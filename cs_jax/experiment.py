@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from cs_jax import data as data_module
 from cs_jax import masks, methods, processes, records, run_directory, search, sharding, stored_config, training
+from cs_jax.accumulation import num_parts
 from cs_jax.config import Config
 from cs_jax.controls import CONTROLS, DENSE
 from cs_jax.data import Data
@@ -17,7 +18,7 @@ from cs_jax.errors import ConfigError
 from cs_jax.executor import Executor, share_right
 from cs_jax.images import ImageSet
 from cs_jax.methods.method import selection
-from cs_jax.models import MODELS
+from cs_jax.models import build
 from cs_jax.multiply_adds import multiply_adds
 from cs_jax.progress import SEARCH, TICKET, EpochRecord, Observer, Progress, Snapshot, Ticket
 from cs_jax.run_directory import RunDirectory
@@ -49,9 +50,7 @@ def prepare(config: Config, executor: Executor | None = None) -> tuple[Problem, 
     loaded = data_module.load(config)
     train, validation, test = map(executor.place_everywhere, (loaded.train, loaded.validation, loaded.test))
     data = Data(train, validation, test, loaded.classes)
-    recipe = Recipe(
-        model=MODELS[config.model](num_classes=len(data.classes)), augment=config.augment, decay=config.decay
-    )
+    recipe = make_recipe(config, len(data.classes))
     problem = Problem(recipe, data.train, data.validation, jax.random.key(config.seed), executor=executor)
     try:
         jax.eval_shape(lambda: _smallest_step(config, problem))
@@ -67,6 +66,17 @@ def prepare(config: Config, executor: Executor | None = None) -> tuple[Problem, 
     return problem, data
 
 
+def make_recipe(config: Config, num_classes: int) -> Recipe:
+    """What steps are built from, as a config has it."""
+    return Recipe(
+        model=build(config.model, num_classes=num_classes, dtype=config.dtype, remat=config.remat),
+        augment=config.augment,
+        decay=config.decay,
+        part_size=None if config.accumulate == 1 else config.batch_size // config.accumulate,
+        in_order=config.remat or config.accumulate > 1 or config.score_dtype != "float32",
+    )
+
+
 def check_all(configs: Iterable[Config]) -> None:
     """Refuses what any of many runs would be refused for, as `prepare` does, but reads shared data once.
 
@@ -77,7 +87,7 @@ def check_all(configs: Iterable[Config]) -> None:
     for config in configs:
         cut = (config.image_size, config.stream, config.augment)
         data = (config.dataset, config.data_dir, config.val_set_size, config.max_train_examples, *cut)
-        step = (*data, config.model, config.batch_size)
+        step = (*data, config.model, config.batch_size, config.accumulate, config.dtype)
         if step not in problems:
             problems[step], _ = prepare(config)
         _check_target(config, problems[step])
@@ -98,10 +108,12 @@ def _check_target(config: Config, problem: Problem) -> None:
 
 
 def _smallest_step(config: Config, problem: Problem) -> Any:
-    """A step on as few examples as the last batch of an epoch has."""
+    """A step on as few examples as the smallest part has of any batch, of which the last of an epoch may be smaller."""
     state = search.fixed_state(problem, problem.init_ticket())
     hyper = search.hyperparams(config, TICKET, 0)
-    indices = jnp.arange(len(problem.train) % config.batch_size or config.batch_size)
+    n, batch_size, part_size = len(problem.train), config.batch_size, problem.recipe.part_size
+    batches = {min(n, batch_size), n % batch_size or batch_size}
+    indices = jnp.arange(min(size // num_parts(size, part_size) for size in batches))
     return training.step(problem.recipe, state, _stand_in(problem.train), indices, problem.key, hyper)
 
 
@@ -235,6 +247,7 @@ def _write_ticket(
             "name": config.model,
             "num_classes": len(data.classes),
             "image_shape": list(data.train.image_shape),
+            "dtype": config.dtype,
         },
         "normalization": {"mean": data.train.mean.tolist(), "std": data.train.std.tolist()},
         "mask_scale": methods.of(config).mask_scale(config),

@@ -24,7 +24,7 @@ from rich.text import Text
 from cs_jax import files, ticket_checks, ticket_file, trees
 from cs_jax.errors import ConfigError, one_of
 from cs_jax.images import normalize
-from cs_jax.models import MODELS
+from cs_jax.models import MODELS, build, takes
 from cs_jax.ticket_checks import COLLECTIONS, REWOUND, Arrays
 
 PyTree = Any
@@ -89,7 +89,8 @@ def save_ticket(
             that is common to all. A weight that is never masked is absent.
         rewound: "params" and "batch_stats" like those above, before retraining; None if there are none.
         metadata: what else to keep, JSON values. These keys have a meaning, and may all be left out: "model" ("name" in
-            `cs_jax.models.MODELS`, or None for a model of your own; "num_classes"; "image_shape"), "config",
+            `cs_jax.models.MODELS`, or None for a model of your own; "num_classes"; "image_shape"; "dtype", in which it
+            computes, float32 if that is left out, or bfloat16), "config",
             "dataset", "classes", "normalization" ("mean", "std"), "accuracy" (shares in [0, 1]), "versions",
             and "mask_scale", which is needed where no mask keeps anything. Paths, hosts and times do not belong here.
             What this function writes itself, it writes anew: a loaded ticket's metadata can be given as they are.
@@ -163,7 +164,9 @@ def _check_model(about: Mapping[str, Any], arrays: Arrays, model: nn.Module | No
         name, wanted = type(model).__name__, _shapes_of(model, image_shape) if image_shape else None
     elif name is not None:
         ticket_checks.check("model", name, name in MODELS, one_of(name, MODELS))
-        model, wanted = _known_model(name, entry["num_classes"], image_shape)
+        dtype = entry.get("dtype") or "float32"
+        ticket_checks.check("model dtype", dtype, dtype == "float32" or takes(name, "dtype"), f"float32, as {name} has")
+        model, wanted = _known_model(name, entry["num_classes"], image_shape, dtype)
     else:
         return None
     if wanted is not None:
@@ -180,8 +183,10 @@ def _kind(dtype: DTypeLike) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _known_model(name: str, num_classes: int, image_shape: tuple[int, ...]) -> tuple[nn.Module, dict[str, tuple]]:
-    model = MODELS[name](num_classes=num_classes)
+def _known_model(
+    name: str, num_classes: int, image_shape: tuple[int, ...], dtype: str
+) -> tuple[nn.Module, dict[str, tuple]]:
+    model = build(name, num_classes=num_classes, dtype=dtype)
     return model, _shapes_of(model, image_shape)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from cs_jax import precision
 from cs_jax.errors import ConfigError
 
 Arrays = dict[str, np.ndarray]
@@ -94,6 +95,9 @@ _MODEL: dict[str, Rule] = {
         f"a shape, as (height, width, channels), of 1 to {MAX_IMAGE_ENTRIES:,} entries",
     ),
 }
+_MODEL_MAY: dict[str, Rule] = {
+    "dtype": (lambda name: _is_text(name) and name in precision.DTYPES, f"one of {', '.join(precision.DTYPES)}"),
+}
 _WRITTEN: dict[str, Rule] = {
     "form": (lambda form: form in (FULL, COMPACT), f"one of {FULL}, {COMPACT}"),
     "mask_scale": _GIVEN["mask_scale"],
@@ -154,10 +158,11 @@ def _check_json(value: Any, where: str, depth: int = 0) -> None:
 
 def _check_model_entry(entry: Any) -> None:
     """A named model has both sizes, bounded before anything is made of them; the sizes of another may be left out."""
-    usual = isinstance(entry, dict) and set(entry) <= set(_MODEL)
-    check("model", entry, usual, "a dictionary of name, num_classes and image_shape")
+    usual = isinstance(entry, dict) and set(entry) <= {*_MODEL, *_MODEL_MAY}
+    check("model", entry, usual, "a dictionary of name, num_classes, image_shape and dtype")
     named = entry.get("name") is not None
     _check_values(entry, _MODEL, needed=named, where="model ")
+    _check_values(entry, _MODEL_MAY, needed=False, where="model ")
     if named:
         shape = entry["image_shape"]
         check("model image_shape", shape, len(shape) == 3, "(height, width, channels)")

@@ -17,7 +17,8 @@ from flax import struct
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from cs_jax import masks
+from cs_jax import masks, precision
+from cs_jax.accumulation import mean_over_parts
 from cs_jax.images import AUGMENTATIONS, ImageSet, normalize
 
 PyTree = Any
@@ -42,6 +43,9 @@ def soft_masks(scores: PyTree, hyper: Hyperparams, key: Array) -> PyTree:
 MASK_DRAWS = 2**31 - 1
 """Folded into a phase's key for the masks that steps draw: a number that no step has."""
 
+ROUNDING_DRAWS = MASK_DRAWS - 1
+"""Likewise for the rounding of scores and their momentum."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -54,6 +58,11 @@ class Recipe:
         decay: L2 factor added to the gradient of every weight, BatchNorm and biases included, before momentum.
         step_masks: a step's masks from scores, hyperparameters and a PRNG key of its own.
         moves_weights: whether a step updates the weights, or the scores alone.
+        part_size: examples whose gradient is computed at once; a larger batch is computed in parts, one after another,
+            for one update. BatchNorm normalises every part by itself, and its running averages take them in turn.
+            None is the whole batch.
+        in_order: whether compilers are kept to the order in which a step saves memory: with a part size, with
+            `nn.remat` in the model, or with scores in bfloat16. It costs nothing, and does not change a bit.
     """
 
     model: nn.Module
@@ -62,6 +71,8 @@ class Recipe:
     decay: float = 1e-4
     step_masks: Callable[[PyTree, Hyperparams, Array], PyTree] = soft_masks
     moves_weights: bool = True
+    part_size: int | None = None
+    in_order: bool = False
 
 
 class TrainState(struct.PyTreeNode):
@@ -74,6 +85,11 @@ class TrainState(struct.PyTreeNode):
     masks: PyTree  # the fixed masks; {} where they are learned from scores
     weight_momentum: optax.OptState
     score_momentum: optax.OptState
+
+    @property
+    def wide_scores(self) -> PyTree:
+        """Scores as masks are made of them, in float32 at least: masks are no narrower than what they multiply."""
+        return precision.widen(self.scores)
 
 
 class StepMetrics(NamedTuple):
@@ -180,28 +196,36 @@ def step(
 ) -> tuple[TrainState, StepMetrics]:
     """State after one update of weights and scores on the examples `indices` of `data`, and the step's figures.
 
-    Scores are updated where the state has some; fixed masks stay as they are. Augmentation and masks are drawn from
-    `key` and the state's step number, so any step can be repeated alone.
+    Scores are updated where the state has some; fixed masks stay as they are. Augmentation, masks and the rounding of
+    narrow scores are drawn from `key` and the state's step number, so any step can be repeated alone.
     """
     images = AUGMENTATIONS[recipe.augment](jax.random.fold_in(key, state.step), data.images[indices])
-    inputs = normalize(images, data.mean, data.std)
-    mask_key = jax.random.fold_in(jax.random.fold_in(key, MASK_DRAWS), state.step)
+    mask_key, rounding_key = (
+        jax.random.fold_in(jax.random.fold_in(key, purpose), state.step) for purpose in (MASK_DRAWS, ROUNDING_DRAWS)
+    )
+    wide_scores, wide_momentum = state.wide_scores, precision.widen(state.score_momentum)
     differentiate = jax.grad(functools.partial(loss_fn, recipe), argnums=(0, 1), has_aux=True)
-    gradients, (metrics, batch_stats) = differentiate(
-        state.params, state.scores, state, inputs, data.labels[indices], mask_key, hyper
+
+    def compute(batch_stats: PyTree, images: Array, labels: Array) -> tuple[PyTree, PyTree]:
+        inputs = normalize(images, data.mean, data.std)
+        before = state.replace(batch_stats=batch_stats)
+        gradients, (metrics, after) = differentiate(state.params, wide_scores, before, inputs, labels, mask_key, hyper)
+        return after, (gradients, metrics)
+
+    batch_stats, (gradients, metrics) = mean_over_parts(
+        recipe.part_size, compute, state.batch_stats, images, data.labels[indices]
     )
     weight_gradient, score_gradient = gradients
     if recipe.moves_weights:
         weights, momentum = weight_direction(recipe).update(weight_gradient, state.weight_momentum, state.params)
         params = _descend(state.params, weights, hyper.learning_rate)
         state = state.replace(params=params, weight_momentum=momentum)
-    scores, score_momentum = score_direction(recipe).update(score_gradient, state.score_momentum)
-    state = state.replace(
-        step=state.step + 1,
-        batch_stats=batch_stats,
-        scores=_descend(state.scores, scores, hyper.score_learning_rate),
-        score_momentum=score_momentum,
+    direction, score_momentum = score_direction(recipe).update(score_gradient, wide_momentum)
+    scores = _descend(wide_scores, direction, hyper.score_learning_rate)
+    scores, score_momentum = precision.narrow_like(
+        rounding_key, (scores, score_momentum), (state.scores, state.score_momentum)
     )
+    state = state.replace(step=state.step + 1, batch_stats=batch_stats, scores=scores, score_momentum=score_momentum)
     return state, metrics
 
 

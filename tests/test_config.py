@@ -52,7 +52,8 @@ def test_every_flag_overrides_its_field() -> None:
         "--controls shuffled dense --method imp --after finetune --scope layer "
         "--score-lr 2 --augment none --out o --allow-empty-layers --keep 4 --checkpoint-steps 5 "
         "--checkpoint-seconds 0 --no-report --image-size 24 --stream --loader-threads 3 "
-        "--data-parallel 1 --model-parallel 2"
+        "--data-parallel 1 --model-parallel 2 --accumulate 7 --remat --dtype bfloat16 "
+        "--score-dtype bfloat16"
     ).split()
     for field, flag in (("prune_rate", ["--prune-rate", "0.3"]), ("target_density", ["--target-density", "0.3"])):
         parsed = parse([*words, *flag])  # one excludes the other
@@ -167,6 +168,17 @@ def test_drops_after_the_last_epoch_and_no_drops_are_allowed() -> None:
         ("--epochs=x", "--epochs: got x, wanted a whole number"),
         ("--rounds -1", "--rounds: got -1, wanted at least 1"),
         ("--batch-size 0", "--batch-size: got 0, wanted at least 1"),
+        ("--accumulate 0", "--accumulate: got 0, wanted at least 1"),
+        ("--accumulate 3", "--accumulate: got 3, wanted a divisor of --batch-size 64"),
+        ("--accumulate 128", "--accumulate: got 128, wanted a divisor of --batch-size 64"),
+        ("--accumulate 1.5", "--accumulate: got 1.5, wanted a whole number"),
+        (
+            "--remat --model lenet300100",
+            "--remat: got True, wanted none beside --model lenet300100, which has no field remat",
+        ),
+        ("--dtype float16", "--dtype: got 'float16', wanted one of float32, bfloat16"),
+        ("--dtype bf16", "--dtype: got 'bf16', wanted one of float32, bfloat16"),
+        ("--score-dtype float64", "--score-dtype: got 'float64', wanted one of float32, bfloat16"),
         ("--max-train-examples 0", "--max-train-examples: got 0, wanted at least 1"),
         ("--image-size 0", "--image-size: got 0, wanted at least 1"),
         ("--loader-threads 0", "--loader-threads: got 0, wanted at least 1"),
@@ -251,6 +263,7 @@ def test_a_config_made_in_python_is_checked_too() -> None:
         Config(out=Path("a b"), data_dir=Path("/c"), lr_schedule=(), lr_drops=(), lr=0.1 + 0.2, target_density=1 / 3),
         Config(max_train_examples=7, score_lr=1, reset="released", controls=("dense", "random"), report=False),
         Config(method="imp", after="lr-rewind", prune_rate=0.3, scope="layer"),
+        Config(accumulate=4, remat=True, dtype="bfloat16", score_dtype="bfloat16"),
     ],
 )
 def test_a_stored_config_is_the_same_when_it_is_read(settings: Config) -> None:
@@ -273,6 +286,9 @@ def test_a_stored_config_is_the_same_when_it_is_read(settings: Config) -> None:
         ("after", 0),
         ("scope", "all"),
         ("prune_rate", "0.3"),
+        ("remat", 1),
+        ("accumulate", 2.0),
+        ("dtype", None),
     ],
 )
 def test_a_stored_config_of_another_type_is_told(name: str, value: Any) -> None:
@@ -322,6 +338,7 @@ def test_what_resume_cannot_mean_is_told(words: str, message: str, tmp_path: Pat
         ("--method iss --score-lr 0.5 --reset released", ["--reset released"]),
         ("--method snip --target-density 0.1 --rounds 3 --lmbda 0", ["--lmbda 0.0", "--rounds 3"]),
         ("--method dense --controls --scope layer", ["--scope layer"]),
+        ("--method imp --score-dtype bfloat16 --dtype bfloat16", ["--score-dtype bfloat16"]),
     ],
 )
 def test_flags_that_a_method_makes_no_use_of_are_known(words: str, unused: list[str]) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 
 from cs_jax import budget, masks, schedules
-from cs_jax.methods.method import Method, round_density, selection
+from cs_jax.methods.method import Method, first_scores, round_density, selection
 from cs_jax.progress import Snapshot
 from cs_jax.training import Hyperparams, TrainState
 
@@ -34,7 +34,7 @@ class ContinuousSparsification(Method):
         return round_density(config, round)
 
     def begin(self, config: "Config", problem: "Problem", variables: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
-        return masks.init_scores(variables["masks"], config.mask_initial_value), {}
+        return first_scores(config, variables["masks"]), {}
 
     def end_epoch(self, config: "Config", state: TrainState, round: int, epoch: int) -> TrainState:
         if config.target_density is None:
@@ -55,10 +55,10 @@ class ContinuousSparsification(Method):
         return state.replace(scores=masks.prune_scores(state.scores, temperature, init_value=config.mask_initial_value))
 
     def soft_masks(self, state: TrainState, hyper: Hyperparams) -> PyTree | None:
-        return masks.soft_mask(state.scores, hyper.temperature, init_value=hyper.init_value)
+        return masks.soft_mask(state.wide_scores, hyper.temperature, init_value=hyper.init_value)
 
     def hard_masks(self, state: TrainState, hyper: Hyperparams) -> PyTree:
-        return masks.hard_mask(state.scores, init_value=hyper.init_value)
+        return masks.hard_mask(state.wide_scores, init_value=hyper.init_value)
 
     def ticket_masks(self, config: "Config", state: TrainState) -> PyTree:
         """Hard masks of the target density, or of the scores above 0.
@@ -70,7 +70,7 @@ class ContinuousSparsification(Method):
         chosen = selection(config, state.scores, config.target_density)
         if chosen.budgets:
             budget.warn_if_soft(chosen, state.scores, config.final_temp)
-        return budget.ticket_masks(chosen, state.scores, init_value=config.mask_initial_value)
+        return budget.ticket_masks(chosen, state.wide_scores, init_value=config.mask_initial_value)
 
     def mask_scale(self, config: "Config") -> float:
         return float(masks.hard_mask(jnp.ones(()), init_value=config.mask_initial_value))

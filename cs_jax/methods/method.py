@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cs_jax import budget, rules
+from cs_jax import budget, masks, rules
+from cs_jax.precision import DTYPES
 from cs_jax.progress import Snapshot
 from cs_jax.selection import Selection
 from cs_jax.training import Hyperparams, Recipe, TrainState
@@ -133,6 +134,11 @@ def selection(config: "Config", masks: PyTree, density: float | None) -> Selecti
         per_layer=config.scope == "layer",
         allow_empty_layers=config.allow_empty_layers,
     )
+
+
+def first_scores(config: "Config", some_masks: PyTree) -> PyTree:
+    """Scores before the first step, for masks of these shapes, in the config's dtype."""
+    return masks.init_scores(some_masks, config.mask_initial_value, dtype=DTYPES[config.score_dtype])
 
 
 def keep_highest(config: "Config", ranks: PyTree, density: float) -> PyTree:

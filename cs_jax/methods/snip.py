@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cs_jax import training
+from cs_jax.accumulation import mean_over_parts
 from cs_jax.images import ImageSet, normalize
 from cs_jax.methods.method import AtInitialization, keep_highest
 from cs_jax.training import Recipe
@@ -51,10 +52,14 @@ class Snip(AtInitialization):
 @functools.partial(jax.jit, static_argnames="recipe")
 def _mask_gradient(recipe: Recipe, variables: dict[str, PyTree], data: ImageSet, indices: jax.Array) -> PyTree:
     """Gradient of the mean loss with respect to the masks: `weight * gradient of the weight` where they are one."""
-    inputs = normalize(data.images[indices], data.mean, data.std)
 
-    def loss(masks: PyTree) -> jax.Array:
-        cross_entropy, _ = training.cross_entropy(recipe, {**variables, "masks": masks}, inputs, data.labels[indices])
+    def loss(masks: PyTree, images: jax.Array, labels: jax.Array) -> jax.Array:
+        inputs = normalize(images, data.mean, data.std)
+        cross_entropy, _ = training.cross_entropy(recipe, {**variables, "masks": masks}, inputs, labels)
         return cross_entropy
 
-    return jax.grad(loss)(variables["masks"])
+    def compute(carry: None, images: jax.Array, labels: jax.Array) -> tuple[None, PyTree]:
+        return carry, jax.grad(loss)(variables["masks"], images, labels)
+
+    _, gradient = mean_over_parts(recipe.part_size, compute, None, data.images[indices], data.labels[indices])
+    return gradient

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from cs_jax import budget, masks, trees
-from cs_jax.methods.method import Method, keep_highest, round_density
+from cs_jax import budget, trees
+from cs_jax.methods.method import Method, first_scores, keep_highest, round_density
 from cs_jax.progress import Snapshot
 from cs_jax.training import Hyperparams, Recipe, TrainState
 
@@ -44,7 +44,7 @@ class IterativeStochasticSparsification(Method):
         return dataclasses.replace(recipe, step_masks=draw_masks)
 
     def begin(self, config: "Config", problem: "Problem", variables: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
-        return masks.init_scores(variables["masks"], config.mask_initial_value), {}
+        return first_scores(config, variables["masks"]), {}
 
     def end_epoch(self, config: "Config", state: TrainState, round: int, epoch: int) -> TrainState:
         if epoch < config.epochs - 1:
@@ -71,7 +71,7 @@ class IterativeStochasticSparsification(Method):
 
     def soft_masks(self, state: TrainState, hyper: Hyperparams) -> PyTree | None:
         """The masks' means."""
-        return jax.tree.map(jax.nn.sigmoid, state.scores)
+        return jax.tree.map(jax.nn.sigmoid, state.wide_scores)
 
     def hard_masks(self, state: TrainState, hyper: Hyperparams) -> PyTree:
         del hyper
@@ -103,8 +103,8 @@ def draw_masks(scores: PyTree, hyper: Hyperparams, key: jax.Array) -> PyTree:
 
 def _left(scores: PyTree) -> PyTree:
     """Masks of the weights that are left."""
-    return jax.tree.map(lambda score: _is_left(score).astype(score.dtype), scores)
+    return jax.tree.map(lambda score: _is_left(score).astype(jnp.promote_types(score.dtype, jnp.float32)), scores)
 
 
 def _is_left(score: jax.Array) -> jax.Array:
-    return score > PRUNED
+    return score > jnp.asarray(PRUNED, score.dtype)  # as it was stored: bfloat16 rounds it

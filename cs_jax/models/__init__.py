@@ -1,5 +1,6 @@
 """Networks built from masked layers, one file per family. All take `train: bool` and know nothing of temperature."""
 
+import inspect
 from collections.abc import Callable
 
 from flax import linen as nn
@@ -21,6 +22,7 @@ from cs_jax.models.resnet import (
 )
 from cs_jax.models.vgg import VGG, VGG16
 from cs_jax.models.vit import TransformerBlock, VisionTransformer, ViTTiny
+from cs_jax.precision import DTYPES
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet20": ResNet20,
@@ -36,7 +38,27 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit_tiny": ViTTiny,
     "lenet300100": LeNet300100,
 }
-"""What `--model` can name. Each takes `num_classes`, `dtype` and `param_dtype`."""
+"""What `--model` can name. Each takes `num_classes`, `dtype` and `param_dtype`, those with blocks `remat` too."""
+
+
+def takes(name: str, field: str) -> bool:
+    """Whether a network has a field, `remat` for one."""
+    return field in inspect.signature(MODELS[name]).parameters
+
+
+def build(name: str, *, num_classes: int, dtype: str = "float32", remat: bool = False) -> nn.Module:
+    """A network by its name; fields are given to it where they are not the default, as it need not have them.
+
+    Args:
+        name: in `MODELS`.
+        num_classes: width of the classifier.
+        dtype: of the computation, in `precision.DTYPES`.
+        remat: compute activations inside of blocks again in the backward pass.
+    """
+    wide = DTYPES[dtype] is None
+    fields = {**({} if wide else {"dtype": DTYPES[dtype]}), **({"remat": True} if remat else {})}
+    return MODELS[name](num_classes=num_classes, **fields)
+
 
 __all__ = [
     "MODELS",
@@ -61,4 +83,6 @@ __all__ = [
     "VGG16",
     "ViTTiny",
     "VisionTransformer",
+    "build",
+    "takes",
 ]

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from cs_jax.layers import MaskedConv, MaskedDense
 from cs_jax.models.lenet import xavier_normal
+from cs_jax.precision import of_logits
 
 
 class ConvNet(nn.Module):
@@ -27,6 +28,7 @@ class ConvNet(nn.Module):
         widths: channels of each pair of convolutions.
         dtype: of the computation; by default that of images and weights.
         param_dtype: of the weights.
+        remat: keep the inputs of stages alone for the backward pass, and compute all else again there.
         conv, dense: classes of the masked layers; `flax.linen.Conv` and `flax.linen.Dense` make the plain network.
 
     Raises:
@@ -40,21 +42,32 @@ class ConvNet(nn.Module):
     widths: Sequence[int] = (64, 128, 256)
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    remat: bool = False
     conv: type[nn.Conv] = MaskedConv
     dense: type[nn.Dense] = MaskedDense
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         check_pools(x, len(self.widths))
-        fields: Any = {"kernel_init": xavier_normal, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        for stage, width in enumerate(self.widths, start=1):
-            for layer in (1, 2):
-                x = nn.relu(self.conv(width, (3, 3), padding=1, name=f"stage{stage}_conv{layer}", **fields)(x))
-            x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        fields = self._fields()
+        make_stage = nn.remat(ConvNet._stage, static_argnums=(2,)) if self.remat else ConvNet._stage
+        for stage in range(1, len(self.widths) + 1):
+            x = make_stage(self, x, stage)
         x = x.reshape(x.shape[0], -1)
         for layer in range(2):
             x = nn.relu(self.dense(256, name=f"hidden{layer}", **fields)(x))
+        fields["dtype"] = of_logits(self.dtype)
         return nn.Dense(self.num_classes, name="classifier", **fields)(x)
+
+    def _stage(self, x: jax.Array, stage: int) -> jax.Array:
+        fields = self._fields()
+        for layer in (1, 2):
+            name = f"stage{stage}_conv{layer}"
+            x = nn.relu(self.conv(self.widths[stage - 1], (3, 3), padding=1, name=name, **fields)(x))
+        return nn.max_pool(x, (2, 2), strides=(2, 2))
+
+    def _fields(self) -> dict[str, Any]:
+        return {"kernel_init": xavier_normal, "dtype": self.dtype, "param_dtype": self.param_dtype}
 
 
 Conv2 = partial(ConvNet, widths=(64,))

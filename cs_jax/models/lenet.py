@@ -6,6 +6,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from cs_jax.layers import MaskedDense
+from cs_jax.precision import of_logits
 
 xavier_normal = nn.initializers.xavier_normal()
 
@@ -40,7 +41,7 @@ class LeNet300100(nn.Module):
         return nn.Dense(
             self.num_classes,
             kernel_init=xavier_normal,
-            dtype=self.dtype,
+            dtype=of_logits(self.dtype),
             param_dtype=self.param_dtype,
             name="classifier",
         )(x)

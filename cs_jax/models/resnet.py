@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from cs_jax import convolution
 from cs_jax.layers import MaskedConv
 from cs_jax.models.batch_norm import BatchNorm
+from cs_jax.precision import of_logits
 
 # As PyTorch draws them: not truncated.
 xavier_normal = nn.initializers.variance_scaling(1.0, "fan_avg", "normal")
@@ -34,6 +35,7 @@ class ResNet(nn.Module):
         widths: channels in each stage; the stem has those of the first.
         dtype: of the computation; by default that of images and weights.
         param_dtype: of the weights.
+        remat: keep the inputs of blocks alone for the backward pass, and compute all else again there.
         conv: class of the 3x3 convolutions; `flax.linen.Conv` makes the plain dense network.
     """
 
@@ -42,6 +44,7 @@ class ResNet(nn.Module):
     widths: Sequence[int] = (16, 32, 64)
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    remat: bool = False
     conv: type[nn.Conv] = MaskedConv
 
     @nn.compact
@@ -50,10 +53,11 @@ class ResNet(nn.Module):
         norm = partial(_norm, train=train, dtype=self.dtype, param_dtype=self.param_dtype)
         x = conv(self.widths[0], 3, name="conv0")(x)
         x = nn.relu(norm(name="bn0")(x))
+        make_block = nn.remat(ResidualBlock, static_argnums=(2,)) if self.remat else ResidualBlock
         for stage, (num_blocks, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True), start=1):
             for block in range(1, num_blocks + 1):
                 stride = 2 if block == 1 and stage > 1 else 1
-                x = ResidualBlock(
+                x = make_block(
                     width,
                     stride,
                     dtype=self.dtype,
@@ -65,7 +69,7 @@ class ResNet(nn.Module):
         return nn.Dense(
             self.num_classes,
             kernel_init=xavier_normal,
-            dtype=self.dtype,
+            dtype=of_logits(self.dtype),
             param_dtype=self.param_dtype,
             name="classifier",
         )(x)
@@ -132,6 +136,7 @@ class BottleneckResNet(nn.Module):
             the first.
         dtype: of the computation; by default that of images and weights.
         param_dtype: of the weights.
+        remat: keep the inputs of blocks alone for the backward pass, and compute all else again there.
         conv: class of the masked convolutions; `flax.linen.Conv` makes the plain dense network.
 
     References:
@@ -143,6 +148,7 @@ class BottleneckResNet(nn.Module):
     widths: Sequence[int] = (64, 128, 256, 512)
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    remat: bool = False
     conv: type[nn.Conv] = MaskedConv
 
     @nn.compact
@@ -151,13 +157,15 @@ class BottleneckResNet(nn.Module):
         x = _conv(nn.Conv, self.widths[0], 7, strides=2, kernel_init=he_normal_fan_out, name="conv0", **dtypes)(x)
         x = nn.relu(_norm(train=train, name="bn0", **dtypes)(x))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
+        make_block = nn.remat(BottleneckBlock, static_argnums=(2,)) if self.remat else BottleneckBlock
         for stage, (num_blocks, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True), start=1):
             for block in range(1, num_blocks + 1):
                 stride = 2 if block == 1 and stage > 1 else 1
                 name = f"stage{stage}_block{block}"
-                x = BottleneckBlock(width, stride, conv=self.conv, name=name, **dtypes)(x, train)
+                x = make_block(width, stride, conv=self.conv, name=name, **dtypes)(x, train)
         x = jnp.mean(x, axis=(1, 2))
         like_pytorch = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        dtypes["dtype"] = of_logits(self.dtype)
         return nn.Dense(self.num_classes, kernel_init=like_pytorch, name="classifier", **dtypes)(x)
 
 

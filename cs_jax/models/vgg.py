@@ -13,6 +13,7 @@ from cs_jax.layers import MaskedConv
 from cs_jax.models.batch_norm import BatchNorm
 from cs_jax.models.conv import check_pools
 from cs_jax.models.resnet import he_normal_fan_out
+from cs_jax.precision import of_logits
 
 
 class VGG(nn.Module):
@@ -30,6 +31,7 @@ class VGG(nn.Module):
         widths: channels in each stage.
         dtype: of the computation; by default that of images and weights.
         param_dtype: of the weights.
+        remat: keep the inputs of stages alone for the backward pass, and compute all else again there.
         conv: class of the convolutions; `flax.linen.Conv` makes the plain dense network.
 
     Raises:
@@ -44,23 +46,34 @@ class VGG(nn.Module):
     widths: Sequence[int] = (64, 128, 256, 512, 512)
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    remat: bool = False
     conv: type[nn.Conv] = MaskedConv
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         check_pools(x, len(self.widths))
+        make_stage = nn.remat(VGG._stage, static_argnums=(2, 3)) if self.remat else VGG._stage
+        for stage in range(1, len(self.widths) + 1):
+            x = make_stage(self, x, stage, train)
+        x = jnp.mean(x, axis=(1, 2))  # of one pixel, for 32x32 images
+        return nn.Dense(
+            self.num_classes,
+            kernel_init=nn.initializers.normal(0.01),
+            dtype=of_logits(self.dtype),
+            param_dtype=self.param_dtype,
+            name="classifier",
+        )(x)
+
+    def _stage(self, x: jax.Array, stage: int, train: bool) -> jax.Array:
         dtypes: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = partial(
             self.conv, kernel_size=(3, 3), padding=1, use_bias=False, kernel_init=he_normal_fan_out, **dtypes
         )
         norm = partial(BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, **dtypes)
-        for stage, (num_layers, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True), start=1):
-            for layer in range(1, num_layers + 1):
-                x = conv(width, name=f"stage{stage}_conv{layer}")(x)
-                x = nn.relu(norm(name=f"stage{stage}_bn{layer}")(x))
-            x = nn.max_pool(x, (2, 2), strides=(2, 2))
-        x = jnp.mean(x, axis=(1, 2))  # of one pixel, for 32x32 images
-        return nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01), name="classifier", **dtypes)(x)
+        for layer in range(1, self.stage_sizes[stage - 1] + 1):
+            x = conv(self.widths[stage - 1], name=f"stage{stage}_conv{layer}")(x)
+            x = nn.relu(norm(name=f"stage{stage}_bn{layer}")(x))
+        return nn.max_pool(x, (2, 2), strides=(2, 2))
 
 
 VGG16 = partial(VGG, stage_sizes=(2, 2, 3, 3, 3), widths=(64, 128, 256, 512, 512))

@@ -9,6 +9,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from cs_jax.layers import MaskedDenseGeneral
+from cs_jax.precision import of_logits
 
 # DeiT truncates at 100 deviations, which is not at all.
 narrow_normal = nn.initializers.normal(0.02)
@@ -32,6 +33,7 @@ class VisionTransformer(nn.Module):
         patch_size: side of a patch in pixels; None is 16 for images of at least 64 by 64 pixels, else 4.
         dtype: of the computation; by default that of images and weights.
         param_dtype: of the weights.
+        remat: keep the inputs of blocks alone for the backward pass, and compute all else again there.
         dense: class of the masked layers; `flax.linen.DenseGeneral` makes the plain dense network.
 
     Raises:
@@ -48,15 +50,18 @@ class VisionTransformer(nn.Module):
     patch_size: int | None = None
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    remat: bool = False
     dense: type[nn.DenseGeneral] = MaskedDenseGeneral
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         dtypes: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = self._tokens(x)
+        make_block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
         for block in range(1, self.depth + 1):
-            x = TransformerBlock(self.num_heads, dense=self.dense, name=f"block{block}", **dtypes)(x)
+            x = make_block(self.num_heads, dense=self.dense, name=f"block{block}", **dtypes)(x)
         x = nn.LayerNorm(epsilon=1e-6, name="norm", **dtypes)(x[:, 0])
+        dtypes["dtype"] = of_logits(self.dtype)
         return nn.Dense(self.num_classes, kernel_init=narrow_normal, name="classifier", **dtypes)(x)
 
     def _tokens(self, images: jax.Array) -> jax.Array:

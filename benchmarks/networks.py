@@ -1,0 +1,58 @@
+"""Networks and data of the step benchmarks: a search, a ticket and a plain dense network of the same weights."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from timing import Stepper
+
+from cs_jax import executor, masks, training
+from cs_jax.images import ImageSet
+from cs_jax.precision import DTYPES
+from cs_jax.training import Hyperparams, Recipe, TrainState
+
+Network = tuple[Recipe, TrainState]
+
+
+def make_data(batch_size: int, image_size: int) -> ImageSet:
+    """One batch of random square images with three channels, of ten classes."""
+    shape = (batch_size, image_size, image_size, 3)
+    images = jax.random.randint(jax.random.key(0), shape, 0, 256).astype(jnp.uint8)
+    labels = jnp.arange(batch_size, dtype=jnp.int32) % 10
+    return ImageSet(images=images, labels=labels, mean=jnp.full(3, 120.0), std=jnp.full(3, 64.0))
+
+
+def make_networks(recipe: Recipe, data: ImageSet, *, score_dtype: str = "float32") -> dict[str, Network]:
+    """Recipe and state of the three networks, from the same weights; a ticket that keeps a fifth.
+
+    The dense one is made of Flax's own layers, without masks.
+    """
+    variables = training.init_variables(recipe, jax.random.key(0), data.images.shape[1:])
+
+    def network(recipe: Recipe, scores: Any, fixed: Any) -> Network:
+        params, batch_stats = jax.tree.map(jnp.copy, (variables["params"], variables["batch_stats"]))
+        return recipe, training.init_state(recipe, params, batch_stats, scores=scores, masks=fixed)
+
+    scores = masks.init_scores(variables["masks"], 0.0, dtype=DTYPES[score_dtype])
+    kept = jax.tree.map(lambda mask: 2.0 * jax.random.bernoulli(jax.random.key(2), 0.2, mask.shape), scores)
+    return {
+        "dense": network(dataclasses.replace(recipe, model=_plain(recipe.model)), {}, {}),
+        "search": network(recipe, scores, {}),
+        "ticket": network(recipe, {}, kept),
+    }
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The model with the layers that its masked ones are made from."""
+    fields = [name for name in ("conv", "dense") if hasattr(model, name)]
+    return model.clone(**{name: getattr(model, name).__bases__[-1] for name in fields})
+
+
+def make_step(recipe: Recipe, state: TrainState, data: ImageSet) -> Stepper:
+    """The compiled step on all of `data`, from a state that is donated."""
+    order, key = jnp.arange(len(data)), jax.random.key(1)
+    hyper = Hyperparams(*(jnp.asarray(value, float) for value in (3.0, 0.0, 0.01, 0.01, 1e-8)))
+    compiled = executor.step_for(recipe).lower(recipe, state, data, order, key, hyper).compile()
+    return Stepper(compiled, state, (data, order, key, hyper))

@@ -71,10 +71,10 @@ class ResNet20(nn.Module):
 
 
 class TorchStepper:
-    """The step of a search: what `timing.interleave` runs."""
+    """Steps of a search, waited for after so many of them: what `timing.interleave` runs."""
 
-    def __init__(self, batch_size: int, device: str) -> None:
-        self.device = device
+    def __init__(self, batch_size: int, device: str, steps: int = 1) -> None:
+        self.device, self.steps = device, steps
         self.network = ResNet20().to(device)
         self.convolutions = [module for module in self.network.modules() if isinstance(module, MaskedConv)]
         scores = {id(module.score) for module in self.convolutions}
@@ -89,6 +89,13 @@ class TorchStepper:
     def run(self) -> float:
         """Seconds of one step."""
         started = time.perf_counter()
+        for _ in range(self.steps):
+            self.step()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - started) / self.steps
+
+    def step(self) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         cross_entropy = functional.cross_entropy(self.network(self.images), self.labels)
@@ -96,9 +103,6 @@ class TorchStepper:
         (cross_entropy + PENALTY_WEIGHT * penalty).backward()
         for optimizer in self.optimizers:
             optimizer.step()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
 
 
 def main(settings: Settings) -> None:

@@ -1,0 +1,179 @@
+"""All that is to be known of one accelerator, table after table, in less than nine minutes.
+
+    python benchmarks/gpu.py            # CIFAR-10 has to be prepared, as for train.py cifar10
+    python benchmarks/gpu.py --small    # the same on a CPU, in a minute or two: a small network on the digits
+
+Steps are taken as train.py takes them, many in a call, on random images of which there are as many as a call wants.
+PyTorch, where it is installed, takes as many before it is waited for. What is compared runs interleaved.
+"""
+
+# pyright: reportMissingImports=false
+
+import dataclasses
+import importlib.util
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # there is a second library on the device
+
+import jax
+import jax.numpy as jnp
+import many_tickets
+import numpy as np
+import tyro
+from networks import Network, make_data, make_networks, make_step
+from rich.console import Console
+from rich.table import Table
+from timing import Timed, interleave, median_ratio
+
+from cs_jax import commands, flags, run_directory, search
+from cs_jax.executor import Executor
+from cs_jax.images import ImageSet
+from cs_jax.models import MODELS
+from cs_jax.multiply_adds import multiply_adds
+from cs_jax.progress import SEARCH
+from cs_jax.training import Recipe
+
+BATCH_SIZE, IMAGE_SIZE = 128, 32
+
+PEAKS = {"H100": (495e12, 3.35e12), "H200": (495e12, 4.8e12), "A100": (156e12, 2.04e12)}
+"""Products a second, in which an addition counts too, of TF32 without sparsity, and bytes a second: the makers' figures
+for the SXM forms with 80 (H200: 141) GB."""
+
+CONSOLE = Console(width=120)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured."""
+
+    small: bool = False
+    """Try it all at a small size."""
+
+    tickets: int = 8
+    """Tickets at once."""
+
+    repeats: int = 7
+    """Timed rounds, after two that are not counted."""
+
+    @property
+    def steps(self) -> int:
+        return 2 if self.small else 200
+
+    @property
+    def model(self) -> str:
+        return "resnet6" if self.small else "resnet20"
+
+
+class Steps:
+    """Search, ticket or dense steps, as train.py takes them: what `timing.interleave` runs."""
+
+    def __init__(self, network: Network, data: ImageSet, steps: int) -> None:
+        self._recipe, self._state = network
+        self._data, self._steps = data, steps
+        self._order = np.arange(steps * BATCH_SIZE) % len(data)
+        self._hyper = search.hyperparams(flags.parse(["cifar10"]), SEARCH, 3)
+
+    def run(self) -> float:
+        """Seconds of a step."""
+        started = time.perf_counter()
+        calls = Executor().train_epoch(
+            self._recipe,
+            self._state,
+            self._data,
+            self._order,
+            jax.random.key(1),
+            self._hyper,
+            batch_size=BATCH_SIZE,
+        )
+        for _, self._state, _ in calls:
+            pass
+        jax.block_until_ready(self._state)
+        return (time.perf_counter() - started) / self._steps
+
+
+def main(settings: Settings) -> None:
+    device = jax.devices()[0].device_kind
+    CONSOLE.print(f"{device}, {os.cpu_count()} cores, jax {jax.__version__}, {time.strftime('%Y-%m-%d')}")
+    recipe = Recipe(MODELS[settings.model](), augment="flip-crop")
+    networks = make_networks(recipe, make_data(BATCH_SIZE, IMAGE_SIZE))
+    seconds = print_steps(settings, networks)
+    print_roofline(settings, device, networks["search"], seconds)
+    print_tickets(settings)
+    print_experiment(settings)
+
+
+def print_steps(settings: Settings, networks: dict[str, Network]) -> float:
+    """Times of the steps beside each other; seconds of a search step."""
+    data = make_data(BATCH_SIZE * min(settings.steps, 100), IMAGE_SIZE)
+    stepped: dict[str, Timed] = {name: Steps(network, data, settings.steps) for name, network in networks.items()}
+    if importlib.util.find_spec("torch"):
+        import torch
+        from pytorch_step import TorchStepper
+
+        name = f"PyTorch {torch.__version__}, eager"
+        stepped[name] = TorchStepper(BATCH_SIZE, "cuda" if torch.cuda.is_available() else "cpu", settings.steps)
+    else:
+        CONSOLE.print("PyTorch is not installed: not measured")
+    times = interleave(stepped, settings.repeats)
+    title = f"{settings.model}, batch {BATCH_SIZE}, {settings.steps} steps at a time, n={settings.repeats}"
+    table = Table("step", "median ms", "min ms", "ratio to dense", "ratio to search", title=title)
+    for name, found in times.items():
+        ratios = (median_ratio(found, times[other]) for other in ("dense", "search"))
+        figures = (1e3 * statistics.median(found), 1e3 * min(found))
+        table.add_row(name, *(f"{figure:.3f}" for figure in figures), *(f"{ratio:.3f}" for ratio in ratios))
+    CONSOLE.print(table)
+    return statistics.median(times["search"])
+
+
+def print_roofline(settings: Settings, device: str, network: Network, seconds: float) -> None:
+    """How near a search step is to what the device could do."""
+    recipe, state = network
+    state = jax.tree.map(jnp.zeros_like, state)  # of which others may have been given away
+    compiled = make_step(recipe, state, make_data(BATCH_SIZE, IMAGE_SIZE)).compiled
+    operations = 3 * 2 * multiply_adds(recipe.model, (IMAGE_SIZE, IMAGE_SIZE, 3)) * BATCH_SIZE
+    moved = compiled.cost_analysis()["bytes accessed"]
+    CONSOLE.print(f"a search step: {operations / 1e9:.1f} GFLOP, {moved / 1e6:.0f} MB moved by the compiler's account")
+    peaks = next((peaks for name, peaks in PEAKS.items() if name in device), None)
+    if peaks is None:
+        CONSOLE.print(f"no peak of {device} is known here: no share of the roofline")
+        return
+    computing, moving = operations / peaks[0], moved / peaks[1]
+    bound = "computing" if computing > moving else "moving"
+    CONSOLE.print(
+        f"at the device's peak {1e3 * computing:.3f} ms of computing, {1e3 * moving:.3f} ms of moving: "
+        f"{max(computing, moving) / seconds:.0%} of the roofline, bound by {bound}"
+    )
+
+
+def print_tickets(settings: Settings) -> None:
+    dataset, model = ("digits", "lenet300100") if settings.small else ("cifar10", "resnet20")
+    for count in (1, settings.tickets):
+        many_tickets.main(count, 1 if settings.small else 3, model, dataset)
+
+
+def print_experiment(settings: Settings) -> None:
+    """The whole experiment, end to end, from compilation to the ticket."""
+    words = ["digits", "--epochs", "3", "--rewind-epoch", "1", "--lr-schedule", "--lr-drops"]
+    with tempfile.TemporaryDirectory() as folder:
+        config = flags.parse([*(words if settings.small else ["cifar10"]), "--out", folder, "--no-report"])
+        started = time.perf_counter()
+        summary = commands.run(config)
+        seconds = time.perf_counter() - started
+        lines = (Path(folder) / run_directory.METRICS_FILE).read_text().splitlines()
+    epochs = [json.loads(line) for line in lines]
+    each = statistics.median(epoch["seconds"] for epoch in epochs)
+    rate = statistics.median(epoch["images_per_second"] for epoch in epochs)
+    CONSOLE.print(
+        f"{config.dataset} end to end: {seconds:.0f} s for {len(epochs)} epochs; an epoch {each:.2f} s with its "
+        f"evaluation, {rate:,.0f} images a second in its steps; ticket {summary['ticket']['test_accuracy']:.2%} of the "
+        f"test set at density {summary['ticket']['density']:.2%}"
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

@@ -112,8 +112,11 @@ def test_a_run_stopped_at_a_step_or_evaluation_ends_with_the_same_bits(
         assert before.records + resumed.records == records.records
 
 
-def test_without_a_target_it_goes_on_too_and_after_many_stops(problem: Problem, tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, target_density=None)
+@pytest.mark.parametrize("score_dtype", ["float32", "bfloat16"])
+def test_without_a_target_it_goes_on_too_and_after_many_stops(
+    problem: Problem, tmp_path: Path, score_dtype: str
+) -> None:
+    config = dataclasses.replace(CONFIG, target_density=None, score_dtype=score_dtype)
     whole = run(config, problem, None, Observer())
     for _ in range(6):
         stopped_at(config, problem, tmp_path, 7)

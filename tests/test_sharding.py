@@ -125,6 +125,22 @@ def test_fifty_steps_are_the_same_on_any_number_of_devices(
     assert 0.1 < kept.mean() < 0.9
 
 
+@pytest.mark.usefixtures("x64")
+def test_scores_are_rounded_at_random_alike_on_several_devices(problem: Problem) -> None:
+    config = dataclasses.replace(CONFIG, score_dtype="bfloat16")
+    found = []
+    for here in (problem, on(problem, 4, 1)):
+        hyper = search.hyperparams(config, "search", 0)
+        state, order = search.init_state(config, here), np.arange(36)
+        for _, state, _ in here.executor.train_epoch(  # noqa: B020
+            here.recipe, state, here.train, order, here.key, hyper, batch_size=12
+        ):
+            pass
+        found.append(sharding.on_host(state.scores))
+    assert {leaf.dtype for leaf in jax.tree.leaves(found[0])} == {jnp.bfloat16}
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
 def test_each_device_computes_its_share_of_a_batch(problem: Problem) -> None:
     """Read from the program: products of the first layer have an eighth of the rows."""
     executor = Executor(layout(8, 1))

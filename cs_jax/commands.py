@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from cs_jax import compilation, connectivity, console, experiment, flags, proces
 from cs_jax import ticket as tickets
 from cs_jax.checkpoints import Checkpoints
 from cs_jax.config import Config, flag
-from cs_jax.console import say
+from cs_jax.console import Terminal, say
 from cs_jax.data import Data, fingerprint
 from cs_jax.errors import ConfigError, one_of
 from cs_jax.executor import Executor
@@ -62,7 +63,7 @@ def run(
         OSError: a file cannot be written.
     """
     started, path = time.perf_counter(), settings.run_directory
-    terminal = terminal or Console(quiet=not processes.is_leader())
+    terminal = terminal or Terminal(quiet=not processes.is_leader())
     processes.check_same(_what_runs(settings))
     with watch or Interrupts() as watch, console.warnings_as_lines(terminal), contextlib.ExitStack() as stack:
         figures = TensorBoard(path / run_directory.TENSORBOARD_FOLDER)
@@ -152,7 +153,8 @@ def go_on(
             stop.hint = f"; saved: go on with --resume {directory.path}" if saved else "; nothing to save yet"
             raise
         except BrokenPipeError:  # nobody reads what is printed
-            checkpoints.save_latest()
+            if not processes.are_several():  # a save is everybody's, and the others are elsewhere
+                checkpoints.save_latest()
             raise
         except OSError as error:
             raise OSError(f"{error}; the same command goes on from the last checkpoint") from error
@@ -166,7 +168,7 @@ def write_report(path: Path) -> list[Path]:
 
 def train(arguments: Sequence[str], *, prog: str) -> None:
     """search a ticket, rewind it, retrain it, and report; or go on with a run that stopped"""
-    words = list(arguments)
+    words = [flags.dashed(word) for word in arguments]
     coordinator, count, index = flags.pop_processes(words)
     tickets = flags.pop_tickets(words)
     settings = flags.parse(words, prog=prog)
@@ -202,13 +204,14 @@ def verify(arguments: Sequence[str], *, prog: str) -> None:
     parser.add_argument("--batch-size", type=int, default=128, help="images per call (128)")
     given = parser.parse_args(arguments)
     loaded = tickets.load_ticket(given.file)
-    size = _image_size(loaded.metadata.get("config") or {})
+    made_with = loaded.metadata.get("config") or {}
+    size = None if given.dataset == "digits" else _image_size(made_with)
     asked = Config(
         dataset=given.dataset,
         data_dir=given.data_dir,
         batch_size=given.batch_size,
         image_size=size,
-        stream=size is not None,
+        stream=given.dataset != "digits" and (size is not None or made_with.get("stream") is True),
     )
     found = experiment.verify(asked, loaded, str(given.file))
     recorded = (loaded.metadata.get("accuracy") or {}).get("test_accuracy")
@@ -325,6 +328,11 @@ def answer(prog: str, command: Callable[..., None], arguments: Sequence[str]) ->
         return 1
     except OSError as error:
         return _complain(prog, f"error: {error}", 1)
+    except BaseException as error:
+        if not processes.are_several() or (isinstance(error, SystemExit) and not error.code):
+            raise
+        traceback.print_exc()  # and out at once, by `leave`: at JAX's own end this process would wait for the others
+        return 1
     return 0
 
 

@@ -173,7 +173,8 @@ def read_run(path: Path) -> tuple[Config, Ticket]:
             retraining began with.
     """
     stored = stored_config.read_stored(path, "run")
-    config = dataclasses.replace(stored_config.from_json(stored, f"{path}: its settings"), out=path)
+    config = stored_config.from_json(stored, f"{path}: its settings")
+    config = dataclasses.replace(config, out=path, data_parallel=None, model_parallel=1)
     if run_directory.read_summary(path) is None:
         raise ConfigError(f"run: got {path}, which has not finished, wanted a finished run")
     if config.retraining == NONE:

@@ -36,6 +36,13 @@ _WARNINGS = (
 _HEADER = "phase     epoch     loss      lr   temp  density  val soft  val hard  seconds"
 
 
+class Terminal(Console):
+    """A console that tells when nobody reads on, as with `| head`, instead of ending the process."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def say(terminal: Console, line: str) -> None:
     """Prints a line as it is."""
     terminal.print(line, markup=False, highlight=False, soft_wrap=True)

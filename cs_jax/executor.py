@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import lax
-from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float, Int, UInt8
 
 from cs_jax import masks, training
@@ -368,13 +368,14 @@ def _programs(recipe: Recipe, layout: Layout | None, state: TrainState | None) -
     is_ordered = recipe.in_order and jax.default_backend() == "cpu"
     if layout is None:
         return _compiled(None, is_ordered)
-    leaves, structure = jax.tree.flatten(layout.state(state))
-    return _compiled((structure, tuple(leaves), layout.whole), is_ordered)
+    leaves, structure = jax.tree.flatten(state)
+    shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    return _compiled((layout, structure, shapes), is_ordered)
 
 
 @functools.cache
-def _compiled(placed: tuple[Any, tuple[NamedSharding, ...], NamedSharding] | None, is_ordered: bool) -> tuple[Any, Any]:
-    """Programs whose state has these shardings.
+def _compiled(placed: tuple[Layout, Any, tuple[Any, ...]] | None, is_ordered: bool) -> tuple[Any, Any]:
+    """Programs for a state of these shapes in a layout.
 
     Where steps have an order that saves memory, a CPU's compiler has to be told: it drops the barriers of the order
     early on, and then computes nothing twice, for more memory.
@@ -382,8 +383,8 @@ def _compiled(placed: tuple[Any, tuple[NamedSharding, ...], NamedSharding] | Non
     options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if is_ordered else None
     jit = functools.partial(_jit, compiler_options=options)
     if placed is not None:
-        structure, leaves, whole = placed
-        jit = functools.partial(jit, out_shardings=(structure.unflatten(leaves), whole))
+        layout, structure, shapes = placed
+        jit = functools.partial(jit, out_shardings=(layout.state(structure.unflatten(shapes)), layout.whole))
     return jit(training.step), jit(_steps)
 
 

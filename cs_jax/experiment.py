@@ -87,7 +87,15 @@ def check_all(configs: Iterable[Config]) -> None:
     for config in configs:
         cut = (config.image_size, config.stream, config.augment)
         data = (config.dataset, config.data_dir, config.val_set_size, config.max_train_examples, *cut)
-        step = (*data, config.model, config.batch_size, config.accumulate, config.dtype)
+        step = (
+            *data,
+            config.model,
+            config.batch_size,
+            config.accumulate,
+            config.dtype,
+            config.data_parallel,
+            config.model_parallel,
+        )
         if step not in problems:
             problems[step], _ = prepare(config)
         _check_target(config, problems[step])

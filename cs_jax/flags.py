@@ -42,7 +42,7 @@ def parse(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> 
         SystemExit: after the help.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    arguments = [_dashed(word) for word in arguments]
+    arguments = [dashed(word) for word in arguments]
     directory = _pop_resume(arguments)
     if directory is not None:
         if arguments and not arguments[0].startswith("-"):
@@ -137,7 +137,7 @@ def _pop(name: str, wanted: str, arguments: list[str]) -> str | None:
     return value
 
 
-def _dashed(word: str) -> str:
+def dashed(word: str) -> str:
     """`--batch-size` for `--batch_size`: tyro takes both."""
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if word.startswith("--") else word

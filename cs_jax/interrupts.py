@@ -13,6 +13,9 @@ from cs_jax.progress import EpochRecord, Observer, Progress
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+AGREE_STEPS = 10
+"""Steps between two looks of several processes, which wait for each other there, and for their devices."""
+
 PATIENCE = 1.0
 """Seconds after which a person is told that the signal was heard."""
 
@@ -81,7 +84,8 @@ class Interrupts(Observer):
             self._held = False
 
     def on_steps(self, progress: Progress, total: int) -> None:
-        self.check()
+        if not processes.are_several() or progress.step % AGREE_STEPS == 0 or progress.step == total:
+            self.check()
 
     def on_batch(self) -> None:
         if not processes.are_several():  # which agree at steps: an evaluation is short

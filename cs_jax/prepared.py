@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from cs_jax import processes
 from cs_jax.config import Config
 from cs_jax.crops import MODES
 from cs_jax.errors import ConfigError, closest
@@ -139,6 +140,8 @@ def _prepare(config: Config, builder: Any) -> Any:
     missing = None
     if importlib.util.find_spec("tensorflow") is None:
         missing = "which cannot be prepared without TensorFlow"
+    elif processes.are_several():
+        missing = "which several processes do not prepare at once"
     elif builder.url_infos and not _any_answers(list(builder.url_infos)):
         missing = "whose servers are out of reach"
     if missing:

@@ -76,7 +76,9 @@ def _check(coordinator: str, count: int | None, index: int | None) -> None:
     if not host or not port.isdigit():
         raise ConfigError(f"--coordinator: got {coordinator!r}, wanted HOST:PORT of the first process, or {AUTOMATIC}")
     if count is None or count < 1:
-        raise ConfigError(f"--processes: got {count or 'none'}, wanted how many run together, beside --coordinator")
+        raise ConfigError(
+            f"--processes: got {'none' if count is None else count}, wanted how many run together, beside --coordinator"
+        )
     if index is None or not 0 <= index < count:
         got = "none" if index is None else index
         raise ConfigError(f"--process-id: got {got}, wanted 0 to {count - 1}, another one in each process")

@@ -104,6 +104,10 @@ def opened(config: Config, *, new: bool) -> Iterator["RunDirectory"]:
         processes.from_leader(lambda: _enter(config.run_directory, stack, new=new))
         path = config.run_directory
         if processes.agree(0 if path.is_dir() else 1):
+            stack.close()
+            if new and processes.is_leader():
+                with contextlib.suppress(OSError):
+                    path.rmdir()
             raise ConfigError(f"--out: got {path}, which not every process sees, wanted a folder that all hosts share")
         yield RunDirectory(config) if processes.is_leader() else Followed(config)
 

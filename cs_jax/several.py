@@ -65,11 +65,13 @@ def take(jobs: Sequence[Job], told: Told, why: str = "") -> None:
     def life(job: Job, watch: Interrupts) -> Callable[[Executor], None]:
         return lambda executor: _take(job, told, why, executor, Interrupts(watch))
 
-    with Interrupts() as watch, watch.held(), console.warnings_as_lines(Console(stderr=True)):
-        ends = Together().run([life(job, watch) for job in jobs])
-    errors = [end for end in ends if end is not None]
-    for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):  # what nobody expects comes first
-        raise error
+    with Interrupts() as watch:
+        with watch.held(), console.warnings_as_lines(Console(stderr=True)):
+            ends = Together().run([life(job, watch) for job in jobs])
+        errors = [end for end in ends if end is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):  # what nobody expects comes first
+            raise error
+        watch.check()  # a signal may have come after the last step of all
 
 
 def _take(job: Job, told: Told, why: str, executor: Executor | None = None, watch: Interrupts | None = None) -> None:
@@ -87,7 +89,7 @@ def _take(job: Job, told: Told, why: str, executor: Executor | None = None, watc
                     job.settings, trackers=trackers, terminal=terminal, executor=executor, watch=watch
                 )
             except LockedError as error:
-                if time.monotonic() > started + PATIENCE:
+                if executor is not None or time.monotonic() > started + PATIENCE:  # others would have to wait, too
                     return told(job.name, failed=str(error))
                 time.sleep(0.5)
             except (ConfigError, NonFiniteLossError, OSError) as error:
@@ -117,10 +119,10 @@ def train(settings: Config, tickets: int) -> None:
         waiting = [run for run in runs if not _is_done(run.config)]
         experiment.check_all(run.config for run in waiting)
         failures: dict[str, str] = {}
+        count, why = trial.how_many([run.config for run in waiting], None) if waiting else (0, "")
+        if why:
+            say(terminal, why)
         try:
-            count, why = trial.how_many([run.config for run in waiting], None) if waiting else (0, "")
-            if why:
-                say(terminal, why)
             with SweepDisplay(terminal, len(runs), waiting) as display:
                 for first in range(0, len(waiting), count or 1):
                     failures |= _take_shown(waiting[first : first + count], display, why)

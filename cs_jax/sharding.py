@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.core import meta
@@ -63,8 +62,8 @@ class Layout:
         """Shardings of weights, and of all that has their shapes.
 
         An array of at least `MIN_SIZE` entries is split over "model" along its longest axis that divides evenly (the
-        last of equal ones). One with names (`flax.linen.with_partitioning`) is split along the axes whose names the
-        mesh has, and no other.
+        last of equal ones). One with names (`flax.linen.with_partitioning`) is split along the axis that is named
+        "model", and no other.
 
         Args:
             tree: arrays or their shapes; boxes with names where there are some.
@@ -77,7 +76,7 @@ class Layout:
             if not isinstance(node, meta.AxisMetadata):
                 return NamedSharding(self.mesh, self._split(node.shape))
             names = nn.get_partition_spec(node)
-            known = PartitionSpec(*(name if name in self.mesh.axis_names else None for name in names))
+            known = PartitionSpec(*(name if name == MODEL else None for name in names))  # never over processes
             return jax.tree.map(lambda _: NamedSharding(self.mesh, known), node)
 
         return jax.tree.map(place, tree, is_leaf=lambda node: isinstance(node, meta.AxisMetadata))
@@ -114,9 +113,6 @@ def _placed(array: Any, sharding: NamedSharding) -> jax.Array:
         return array
     if sharding.is_fully_addressable or (isinstance(array, jax.Array) and not array.is_fully_addressable):
         return jax.device_put(array, sharding)
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        data = _placed(jax.random.key_data(array), sharding)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
     host = np.asarray(array)
     return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
 
@@ -134,6 +130,9 @@ def layout(data: int | None, model: int) -> Layout | None:
     devices = jax.device_count()
     if model > devices:
         raise ConfigError(f"--model-parallel: got {model}, wanted at most {devices}, the devices there are")
+    local = jax.local_device_count()
+    if jax.process_count() > 1 and local % model:
+        raise ConfigError(f"--model-parallel: got {model}, wanted a divisor of the {local} devices of each process")
     if data is None:
         data = devices // model if jax.process_count() > 1 else 1
     wanted = f"{devices // model}, so that all {devices} devices of the {jax.process_count()} processes take part"
@@ -146,9 +145,6 @@ def layout(data: int | None, model: int) -> Layout | None:
         )
     if data * model == 1:
         return None
-    local = jax.local_device_count()
-    if jax.process_count() > 1 and local % model:
-        raise ConfigError(f"--model-parallel: got {model}, wanted a divisor of the {local} devices of each process")
     used = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))[: data * model]
     return Layout(Mesh(np.reshape(used, (data, model)), (DATA, MODEL), (AxisType.Auto, AxisType.Auto)))
 

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -68,8 +69,12 @@ class ImageStream:
         Raises:
             ConfigError: as `batches`.
         """
-        for row in np.flatnonzero(self._labels < 0):
+
+        def read(row: int) -> None:
             self._labels[row] = self.records.read(int(self.indices[row]))[1]
+
+        with ThreadPoolExecutor(self.threads) as readers:
+            list(readers.map(read, np.flatnonzero(self._labels < 0)))
         return self._labels
 
     def batches(

@@ -1,5 +1,6 @@
 """How many runs a device is to take at once: as many as somebody says, or as it is measured to be faster with."""
 
+import json
 import statistics
 import time
 from collections.abc import Hashable, Sequence
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 
-from cs_jax import experiment, methods, search
+from cs_jax import experiment, methods, search, stored_config
 from cs_jax.config import Config
 from cs_jax.errors import ConfigError
 from cs_jax.executor import STEPS_PER_CALL, Executor
@@ -61,7 +62,7 @@ def how_many(settings: Sequence[Config], tickets: int | None) -> tuple[int, str]
     if jax.default_backend() == "cpu":
         return 1, "one after another, as always on a CPU"
     first = settings[0]
-    kind = (first.dataset, first.model, first.augment, first.batch_size)
+    kind = (count, json.dumps(stored_config.of_program(first), sort_keys=True, default=str))
     try:
         if kind not in _found:
             _found[kind] = measure(first, count)

@@ -242,7 +242,7 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str], monkeypatc
     for field in dataclasses.fields(Config):
         assert (config.flag(field.name) in shown) == (field.name != "preset")
     assert "digits, fashion-mnist, cifar10" in shown
-    assert shown.count("default: ") == len(dataclasses.fields(Config)) - 1
+    assert shown.count("default:") == len(dataclasses.fields(Config)) - 1
 
 
 def test_a_config_made_in_python_is_checked_too() -> None:

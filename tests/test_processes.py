@@ -22,6 +22,12 @@ QUICK = (
     "digits --epochs 3 --rounds 1 --rewind-epoch 1 --lr-schedule --lr-drops --controls --checkpoint-seconds 0".split()
 )
 
+LOST = (
+    "train.py: error: another process of this run has ended or is out of reach; start all of them again with the same "
+    "command, and the run goes on from its last checkpoint"
+)
+"""JAX may have more to say after it."""
+
 
 def free_port() -> int:
     with socket.socket() as found:
@@ -77,10 +83,7 @@ def test_a_run_whose_worker_is_killed_ends_with_a_line_and_goes_on(tmp_path: Pat
     lines = said(leader, timeout=60)
     assert time.monotonic() - killed < 60
     assert leader.returncode == 1
-    assert lines[-1] == (
-        "train.py: error: another process of this run has ended or is out of reach; start all of them again with the "
-        "same command, and the run goes on from its last checkpoint"
-    )
+    assert LOST in lines
     worker.communicate()
 
     leader, worker = start(words, tmp_path)
@@ -103,6 +106,23 @@ def test_a_run_whose_worker_is_killed_ends_with_a_line_and_goes_on(tmp_path: Pat
     assert "goes on from" in alone.stdout
     assert (tmp_path / "run" / "summary.json").exists()
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.slow
+def test_an_error_that_nobody_expects_ends_all_processes(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom cs_jax import commands, processes, run_directory\n"
+        "def fail(self, record, progress):\n    raise RuntimeError('unexpected')\n"
+        "run_directory.RunDirectory.on_epoch_end = fail\n"
+        "commands.leave(commands.answer('train.py', commands.train, sys.argv[1:]))\n"
+    )
+    (tmp_path / "failing.py").write_text(code)
+    leader, worker = start([tmp_path / "failing.py", *QUICK, "--out", "run"], tmp_path)
+    lines = said(leader, timeout=200)
+    assert leader.returncode == 1
+    assert "RuntimeError: unexpected" in lines
+    assert LOST in said(worker, timeout=60)
+    assert worker.returncode == 1
 
 
 def _wait_for_checkpoint(folder: Path, epochs: int, process: subprocess.Popen) -> None:

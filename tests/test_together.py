@@ -139,7 +139,7 @@ def test_runs_end_together_as_alone(
     def refuse(*arguments: Any) -> Any:
         raise AssertionError("a step or evaluation of one run")
 
-    for name in ("compiled_step", "compiled_steps", "forward", "_forward_all"):
+    for name in ("_programs", "forward", "_forward_all"):
         monkeypatch.setattr(executor, name, refuse)
     for end, expected in zip(live(*(life.live for life in lives)), alone, strict=True):
         check_same(end, expected)
@@ -184,14 +184,19 @@ def test_a_run_that_goes_on_inside_of_an_epoch_meets_fresh_ones(
         lives[1]._replace(observer=ends).live(Executor())
     lives[1] = lives[1]._replace(progress=ends.progress)
     calls_alone: list[str] = []
-    for name in ("compiled_step", "compiled_steps"):
-        compiled = getattr(executor, name)
-        monkeypatch.setattr(
-            executor, name, lambda *given, compiled=compiled, name=name: (calls_alone.append(name), compiled(*given))[1]
+    programs = executor._programs
+
+    def noted(*given: Any) -> tuple[Any, Any]:
+        step, steps = programs(*given)
+        return (
+            lambda *arguments: (calls_alone.append("step"), step(*arguments))[1],
+            lambda *arguments: (calls_alone.append("steps"), steps(*arguments))[1],
         )
+
+    monkeypatch.setattr(executor, "_programs", noted)
     for end, expected in zip(live(*(life.live for life in lives)), alone, strict=True):
         check_same(end, expected)
-    assert calls_alone == {"cpu": ["compiled_step"] * 3, "gpu": ["compiled_steps", "compiled_step"]}[backend]
+    assert calls_alone == {"cpu": ["step"] * 3, "gpu": ["steps", "step"]}[backend]
 
 
 def test_one_that_fails_and_one_that_is_stopped_leave_the_others_alone(doubled: None, synthetic: ImageSet) -> None:
@@ -297,7 +302,12 @@ def test_how_many_at_once_is_as_asked_or_as_measured(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(trial, "measure", lambda settings, runs, at_once=at_once: Trial(runs, at_once, 0.02))
         assert trial.how_many(several_alike, None) == (count, told)
         monkeypatch.setattr(trial, "measure", None)  # once is enough
-        assert trial.how_many(several_alike[1:], None)[0] == min(count, 4)
+        others = [dataclasses.replace(settings, lr=0.3, seed=7) for settings in several_alike]
+        assert trial.how_many(others, None)[0] == count
+        with pytest.raises(TypeError):  # another number of runs, or another method, is another question
+            trial.how_many(several_alike[1:], None)
+        with pytest.raises(TypeError):
+            trial.how_many([dataclasses.replace(settings, method="imp") for settings in several_alike], None)
 
 
 def test_a_trial_times_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:

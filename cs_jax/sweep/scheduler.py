@@ -194,6 +194,7 @@ class _Pool:
         self._directory, self._waiting, self._watcher, self._tickets = directory, waiting, watcher, tickets
         self._selector = selectors.DefaultSelector()
         self._workers: list[_Worker] = []
+        self._idle: list[_Worker] = []  # that wait for what another may give back
 
     def add(self, place: Place) -> None:
         worker = _Worker(len(self._workers), place, self._directory)
@@ -220,6 +221,7 @@ class _Pool:
         self._selector.close()
 
     def _hear(self, worker: "_Worker", event: dict[str, Any]) -> None:
+        worker.may_give_back = False
         for name in reversed(event.get("back", ())):
             run = worker.runs.pop(name)
             self._waiting.appendleft(run)
@@ -231,11 +233,20 @@ class _Pool:
             self._end(worker, run, event.get("done"), event.get("failed", ""))
         if not worker.runs:
             self._give(worker)
+        self._give_idle()
+
+    def _give_idle(self) -> None:
+        idle, self._idle = self._idle, []
+        for worker in idle:
+            self._give(worker)
 
     def _give(self, worker: "_Worker") -> None:
-        """Gives a worker the next runs, or lets it leave where there are none."""
+        """Gives a worker the next runs, or lets it leave where there are none and none can come back."""
         if not self._waiting:
-            worker.dismiss()
+            if any(other.may_give_back for other in self._workers):
+                self._idle.append(worker)
+            else:
+                worker.dismiss()
             return
         runs = self._next(worker)
         worker.runs = {run.name: run for run in runs}
@@ -266,6 +277,7 @@ class _Pool:
     def _replace(self, worker: "_Worker") -> None:
         """Takes note of a worker that has ended; one that died while it ran something gets a successor."""
         code = worker.wait()
+        worker.may_give_back = False
         if worker.runs:
             for run in worker.runs.values():
                 self._end(worker, run, None, f"its process ended with exit code {code}; see {worker.log}")
@@ -274,6 +286,7 @@ class _Pool:
                 self.add(worker.place)
         elif not worker.has_answered:
             raise OSError(f"a worker ended with exit code {code} before its first run; see {worker.log}")
+        self._give_idle()
 
 
 class _Worker:
@@ -282,6 +295,7 @@ class _Worker:
     def __init__(self, number: int, place: Place, directory: Path) -> None:
         self.number, self.place, self._directory = number, place, directory
         self.runs: dict[str, Planned] = {}  # that it is at
+        self.may_give_back = False  # it has runs of which it has not said how many it takes at once
         self.has_answered = False
         self.log = directory / LOGS_FOLDER / f"worker{number}.txt"
         words = [sys.executable, "-m", "cs_jax.sweep.worker"]
@@ -301,6 +315,7 @@ class _Worker:
         self._rest = b""
 
     def give(self, runs: Sequence[Planned], tickets: int | None) -> None:
+        self.may_give_back = len(runs) > 1
         job = {"runs": [self._described(run) for run in runs], "tickets": tickets}
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has died, which the end of its answers tells

@@ -22,7 +22,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cs_jax import budget, executor, experiment, masks, methods, records, search
+from cs_jax import budget, executor, experiment, masks, methods, programs, records, search
 from cs_jax.config import PRESETS, Config
 from cs_jax.methods.method import selection
 from cs_jax.progress import SEARCH, Observer, Ticket
@@ -99,7 +99,7 @@ def search_by_dual_ascent(config: Config, problem: Problem, target: float, rate:
             for start in range(0, len(order), config.batch_size):
                 hyper = hyper._replace(penalty_weight=jnp.asarray(weight, float))
                 indices = order[start : start + config.batch_size]
-                state, _ = executor.compiled_step(problem.recipe, state, problem.train, indices, key, hyper)
+                state, _ = programs.compiled_step(problem.recipe, state, problem.train, indices, key, hyper)
                 weight += rate * (float(_mean_mask(state.scores, hyper.temperature)) - wanted)
         if round < config.rounds - 1:
             state = methods.of(config).next_round(config, problem, state, None)

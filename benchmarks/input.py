@@ -30,9 +30,10 @@ from timing import interleave
 
 from cs_jax import data, masks, training
 from cs_jax.config import Config
-from cs_jax.executor import Executor, compiled_step
+from cs_jax.executor import Executor
 from cs_jax.images import RESIZED_CROP, ImageSet
 from cs_jax.models import MODELS
+from cs_jax.programs import compiled_step
 from cs_jax.streaming import ImageStream, default_threads
 from cs_jax.training import Hyperparams, Recipe, TrainState
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from timing import Stepper
 
-from cs_jax import executor, masks, training
+from cs_jax import masks, programs, training
 from cs_jax.images import ImageSet
 from cs_jax.precision import DTYPES
 from cs_jax.training import Hyperparams, Recipe, TrainState
@@ -54,5 +54,5 @@ def make_step(recipe: Recipe, state: TrainState, data: ImageSet) -> Stepper:
     """The compiled step on all of `data`, from a state that is donated."""
     order, key = jnp.arange(len(data)), jax.random.key(1)
     hyper = Hyperparams(*(jnp.asarray(value, float) for value in (3.0, 0.0, 0.01, 0.01, 1e-8)))
-    compiled = executor.step_for(recipe).lower(recipe, state, data, order, key, hyper).compile()
+    compiled = programs.compiled(recipe)[0].lower(recipe, state, data, order, key, hyper).compile()
     return Stepper(compiled, state, (data, order, key, hyper))

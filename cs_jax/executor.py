@@ -1,7 +1,6 @@
 """What drives the devices: epochs of steps, and evaluations, as compiled calls."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax import lax
 from jax.sharding import SingleDeviceSharding
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
-from cs_jax import masks, training
-from cs_jax.images import ImageSet, normalize
+from cs_jax import programs, training
+from cs_jax.images import ImageSet
 from cs_jax.sharding import Layout
 from cs_jax.streaming import Images, ImageStream
 from cs_jax.training import Hyperparams, Recipe, StepMetrics, TrainState
@@ -135,7 +133,7 @@ class Executor:
         hyper: Hyperparams,
     ) -> tuple[TrainState, StepMetrics]:
         """The state, which is donated, after the steps from `first` to before `stop` of an epoch, and their figures."""
-        _, steps = _programs(recipe, self.layout, state)
+        _, steps = programs.compiled(recipe, self.layout, state)
         state, metrics = steps(recipe, state, data, batches, first, stop, key, hyper)
         return state, jax.tree.map(lambda figure: figure[first:stop], metrics)
 
@@ -151,7 +149,7 @@ class Executor:
     ) -> tuple[TrainState, StepMetrics]:
         """The state, which is donated, after an epoch's step of this number, and its figures."""
         del step
-        one, _ = _programs(recipe, self.layout, state)
+        one, _ = programs.compiled(recipe, self.layout, state)
         return one(recipe, state, data, self._batch(indices), key, hyper)
 
     def predict(
@@ -177,9 +175,10 @@ class Executor:
         """
         n = len(data)
         batch_size = min(batch_size, n)
+        indices = np.minimum(np.arange(-(-n // batch_size) * batch_size), n - 1)
         if isinstance(data, ImageStream):
-            return self._predict_streamed(model, variables, data, batch_size, on_batch)
-        indices = np.minimum(np.arange(-(-n // batch_size) * batch_size), n - 1).reshape(-1, batch_size)
+            return self._predict_streamed(model, variables, data, indices, batch_size, on_batch)
+        indices = indices.reshape(-1, batch_size)
         if jax.default_backend() == "cpu":
             logits = []
             for batch in indices:
@@ -194,13 +193,13 @@ class Executor:
         self, model: nn.Module, variables: PyTree, data: ImageSet, batch: Int[np.ndarray, " batch"]
     ) -> Float[Array, "batch classes"]:
         """Logits of one batch, in evaluation mode."""
-        return forward(model, variables, data.images[self._batch(batch)], data.mean, data.std)
+        return programs.forward(model, variables, data.images[self._batch(batch)], data.mean, data.std)
 
     def classify_all(
         self, model: nn.Module, variables: PyTree, data: ImageSet, batches: Int[np.ndarray, "steps batch"]
     ) -> Float[Array, "steps batch classes"]:
         """Logits of all batches, in evaluation mode."""
-        return _forward_all(model, variables, data, self._batches(batches))
+        return programs.forward_all(model, variables, data, self._batches(batches))
 
     def estimate_statistics(
         self, model: nn.Module, params: PyTree, batch_stats: PyTree, masks: PyTree, data: Images, *, batch_size: int
@@ -229,7 +228,7 @@ class Executor:
         if isinstance(data, ImageStream):
             return self._estimate_streamed(model, params, batch_stats, masks, data, order, batch_size)
         for batch in order.reshape(-1, batch_size):
-            batch_stats = _see_batch(model, params, batch_stats, masks, data, self._batch(batch))
+            batch_stats = programs.see_batch(model, params, batch_stats, masks, data, self._batch(batch))
         return batch_stats
 
     def _batch(self, indices: np.ndarray) -> Any:
@@ -256,7 +255,7 @@ class Executor:
         While a step runs, the batch of the next one is read and put on the device.
         """
         seed = _host_seed(key, int(state.step) - first_step)
-        step, _ = _programs(recipe, self.layout, state)
+        step, _ = programs.compiled(recipe, self.layout, state)
         metrics = None
         reading = self._read(stream, order, batch_size, seed=seed, augment=recipe.augment, first_step=first_step)
         with contextlib.closing(reading) as batches:
@@ -271,18 +270,18 @@ class Executor:
         model: nn.Module,
         variables: PyTree,
         stream: ImageStream,
+        order: np.ndarray,
         batch_size: int,
         on_batch: Callable[[], None],
     ) -> Float[Array, "examples classes"]:
-        """`predict` of streamed images."""
-        n, logits = len(stream), []
-        order = np.minimum(np.arange(-(-n // batch_size) * batch_size), n - 1)
+        """`predict` of streamed images, in an order of whole batches."""
+        logits = []
         with contextlib.closing(self._read(stream, order, batch_size)) as batches:
             for data in batches:
                 on_batch()
                 jax.block_until_ready(logits[-1:])
-                logits.append(forward(model, variables, data.images, data.mean, data.std))
-        return self.place_everywhere(jnp.concatenate(logits)[:n])
+                logits.append(programs.forward(model, variables, data.images, data.mean, data.std))
+        return self.place_everywhere(jnp.concatenate(logits)[: len(stream)])
 
     def _estimate_streamed(
         self,
@@ -298,22 +297,21 @@ class Executor:
         with contextlib.closing(self._read(stream, order, batch_size)) as batches:
             for data in batches:
                 jax.block_until_ready(batch_stats)
-                batch_stats = _see_batch(model, params, batch_stats, masks, data, self._batch(np.arange(batch_size)))
+                indices = self._batch(np.arange(batch_size))
+                batch_stats = programs.see_batch(model, params, batch_stats, masks, data, indices)
         return batch_stats
 
     def _read(
         self, stream: ImageStream, order: Any, batch_size: int, *, first_step: int = 0, **options: Any
     ) -> Generator[ImageSet, None, None]:
         """Batches of a stream where steps want them; each process reads its share."""
-        if self.layout is None:
-            batches = stream.batches(order, batch_size=batch_size, first_step=first_step, **options)
-            with contextlib.closing(batches):
+        if self.layout is not None:
+            options |= {"part": jax.process_index(), "parts": jax.process_count()}
+        batches = stream.batches(order, batch_size=batch_size, first_step=first_step, **options)
+        with contextlib.closing(batches):
+            if self.layout is None:
                 yield from map(stream.on_device, batches)
-            return
-        options |= {"part": jax.process_index(), "parts": jax.process_count()}
-        with contextlib.closing(
-            stream.batches(order, batch_size=batch_size, first_step=first_step, **options)
-        ) as batches:
+                return
             for number, batch in enumerate(batches, first_step):
                 size = min(batch_size, len(order) - number * batch_size)
                 images, labels = (self.layout.join(part, size) for part in (batch.images, batch.labels))
@@ -323,7 +321,7 @@ class Executor:
 
 def share_right(logits: Float[Array, "examples classes"], data: Images) -> float:
     """Share of `data` that logits classify right, in [0, 1], counted exactly."""
-    return int(_count_right(logits, data.labels)) / len(data)
+    return int(programs.count_right(logits, data.labels)) / len(data)
 
 
 def _host_seed(key: Array, first: int) -> int:
@@ -333,98 +331,9 @@ def _host_seed(key: Array, first: int) -> int:
     return high << 32 | low
 
 
-def _steps(
-    recipe: Recipe,
-    state: TrainState,
-    data: ImageSet,
-    batches: Int[Array, "steps batch"],
-    first: Int[Array, ""],
-    stop: Int[Array, ""],
-    key: Array,
-    hyper: Hyperparams,
-) -> tuple[TrainState, StepMetrics]:
-    """The steps from `first` to before `stop` as one compiled call. Figures are 0 for all other steps.
-
-    One program serves every call of an epoch, wherever it begins.
-    """
-
-    def body(index: Array, carry: tuple[TrainState, StepMetrics]) -> tuple[TrainState, StepMetrics]:
-        state, figures = carry
-        state, metrics = training.step(recipe, state, data, batches[index], key, hyper)
-        return state, jax.tree.map(lambda figure, value: figure.at[index].set(value), figures, metrics)
-
-    _, metrics = jax.eval_shape(lambda: training.step(recipe, state, data, batches[0], key, hyper))
-    figures = jax.tree.map(lambda figure: jnp.zeros(len(batches), figure.dtype), metrics)
-    return lax.fori_loop(first, stop, body, (state, figures))
-
-
-def step_for(recipe: Recipe, layout: Layout | None = None, state: TrainState | None = None) -> Any:
-    """`training.step`, compiled: what comes out is where it came in, on one device or on those of a layout."""
-    return _programs(recipe, layout, state)[0]
-
-
-def _programs(recipe: Recipe, layout: Layout | None, state: TrainState | None) -> tuple[Any, Any]:
-    """A step and several, compiled."""
-    is_ordered = recipe.in_order and jax.default_backend() == "cpu"
-    if layout is None:
-        return _compiled(None, is_ordered)
-    leaves, structure = jax.tree.flatten(state)
-    shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
-    return _compiled((layout, structure, shapes), is_ordered)
-
-
-@functools.cache
-def _compiled(placed: tuple[Layout, Any, tuple[Any, ...]] | None, is_ordered: bool) -> tuple[Any, Any]:
-    """Programs for a state of these shapes in a layout.
-
-    Where steps have an order that saves memory, a CPU's compiler has to be told: it drops the barriers of the order
-    early on, and then computes nothing twice, for more memory.
-    """
-    options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if is_ordered else None
-    jit = functools.partial(_jit, compiler_options=options)
-    if placed is not None:
-        layout, structure, shapes = placed
-        jit = functools.partial(jit, out_shardings=(layout.state(structure.unflatten(shapes)), layout.whole))
-    return jit(training.step), jit(_steps)
-
-
-_jit = functools.partial(jax.jit, static_argnames="recipe", donate_argnames="state")
-
-compiled_step, compiled_steps = _compiled(None, False)
-
-
 def _call_ends(first_step: int, full: int, num_steps: int) -> Iterator[int]:
     """Steps done after each call: several a call up to `full`, where batches are whole, then one a call."""
     step = first_step
     while step < num_steps:
         step = min(step - step % STEPS_PER_CALL + STEPS_PER_CALL, full) if step < full else step + 1
         yield step
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def forward(model: nn.Module, variables: PyTree, images: UInt8[Array, "..."], mean: Array, std: Array) -> Array:
-    """Logits of a batch of images, in evaluation mode."""
-    logits = model.apply(variables, normalize(images, mean, std), train=False)
-    assert isinstance(logits, Array)
-    return masks.at_least_float32(logits)
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _forward_all(model: nn.Module, variables: PyTree, data: ImageSet, batches: Int[Array, "steps batch"]) -> Array:
-    return lax.map(lambda batch: forward(model, variables, data.images[batch], data.mean, data.std), batches)
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _see_batch(
-    model: nn.Module, params: PyTree, batch_stats: PyTree, masks: PyTree, data: ImageSet, batch: Int[Array, " batch"]
-) -> PyTree:
-    """Statistics after one batch in training mode."""
-    variables = {"params": params, "batch_stats": batch_stats, "masks": masks}
-    inputs = normalize(data.images[batch], data.mean, data.std)
-    _, updates = model.apply(variables, inputs, train=True, mutable=["batch_stats"])
-    return updates["batch_stats"]
-
-
-@jax.jit
-def _count_right(logits: Array, labels: Array) -> Array:
-    return jnp.sum(jnp.argmax(logits, axis=-1) == labels)

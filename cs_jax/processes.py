@@ -176,7 +176,7 @@ def from_leader(function: Callable[[], Any]) -> Any:
 
 
 def _broadcast(value: Any) -> Any:
-    content = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    content = _as_bytes(value)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(content.size)))
     padded = np.zeros(size, np.uint8)
     if is_leader():
@@ -213,10 +213,14 @@ def check_same(about: Mapping[str, Any]) -> None:
 
 def _gather(value: Any) -> list[Any]:
     """Everyone's JSON value, in the order of the processes."""
-    content = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    content = _as_bytes(value)
     padded = np.full(agree(content.size), ord(" "), np.uint8)
     padded[: content.size] = content
     return [json.loads(row.tobytes()) for row in np.asarray(multihost_utils.process_allgather(padded))]
+
+
+def _as_bytes(value: Any) -> np.ndarray:
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
 def gather_rows(share: np.ndarray, size: int) -> np.ndarray:

@@ -301,17 +301,7 @@ class RunDirectory(Observer):
 
 
 class Followed(RunDirectory):
-    """The directory of a run whose leader writes it: read as that one does, and written by it alone."""
-
-    def begin(self, fingerprint: str) -> None:
-        del fingerprint
-
-    def check_same(self, fingerprint: str) -> dict[str, tuple[str, str]]:
-        del fingerprint
-        return {}
-
-    def go_on_from(self, progress: Progress | None) -> None:
-        del progress
+    """The directory of a run as those processes have it that do not lead: they read the ticket, and write nothing."""
 
     def seconds(self, *phases: str) -> float:
         del phases

@@ -13,8 +13,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from cs_jax import training
-from cs_jax.executor import forward
 from cs_jax.images import ImageSet
+from cs_jax.programs import forward
 from cs_jax.training import Hyperparams, Recipe, StepMetrics, TrainState
 
 PyTree = Any

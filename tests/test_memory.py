@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cs_jax import accumulation, commands, executor, experiment, flags, masks, training
+from cs_jax import accumulation, commands, experiment, flags, masks, programs, training
 from cs_jax.config import Config
 from cs_jax.errors import ConfigError
 from cs_jax.executor import Executor
@@ -157,7 +157,7 @@ def test_every_model_with_blocks_takes_remat() -> None:
 def temporaries(recipe: Recipe, data: ImageSet) -> int:
     """Bytes that a compiled step needs beside what goes in and comes out."""
     state, indices = search_state(recipe, data), jnp.arange(len(data))
-    compiled = executor.step_for(recipe).lower(recipe, state, data, indices, KEY, hyperparams()).compile()
+    compiled = programs.compiled(recipe)[0].lower(recipe, state, data, indices, KEY, hyperparams()).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -173,8 +173,8 @@ def test_the_order_that_saves_memory_does_not_change_a_step_s_bits(synthetic: Im
     recipe = Recipe(ResNet(num_classes=4, stage_sizes=(1,), widths=(3,)))
     ordered = dataclasses.replace(recipe, in_order=True)
     arguments = synthetic, np.arange(16), KEY, hyperparams()
-    one, _ = executor.step_for(recipe)(recipe, search_state(recipe, synthetic), *arguments)
-    other, _ = executor.step_for(ordered)(ordered, search_state(ordered, synthetic), *arguments)
+    one, _ = programs.compiled(recipe)[0](recipe, search_state(recipe, synthetic), *arguments)
+    other, _ = programs.compiled(ordered)[0](ordered, search_state(ordered, synthetic), *arguments)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), one, other)
 
 

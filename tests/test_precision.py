@@ -12,7 +12,7 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from small import SEARCH
 
-from cs_jax import checkpoints, commands, executor, experiment, flags, masks, methods, precision, search, training
+from cs_jax import checkpoints, commands, experiment, flags, masks, methods, precision, programs, search, training
 from cs_jax.config import Config
 from cs_jax.images import ImageSet
 from cs_jax.layers import MaskedDense
@@ -76,7 +76,7 @@ def test_weights_momentum_scores_and_statistics_stay_float32(synthetic: ImageSet
     recipe = small_resnet(jnp.bfloat16)
     state = search_state(recipe, synthetic)
     for _ in range(2):
-        state, metrics = executor.compiled_step(recipe, state, synthetic, np.arange(16), KEY, HYPER)
+        state, metrics = programs.compiled_step(recipe, state, synthetic, np.arange(16), KEY, HYPER)
         assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {FLOAT32, np.dtype(np.int32)}
         assert {leaf.dtype for leaf in jax.tree.leaves(metrics)} == {FLOAT32}
     variables = {"params": state.params, "batch_stats": state.batch_stats, "masks": state.scores}
@@ -149,7 +149,7 @@ def narrow_search(config: Config, problem: Problem, steps: int, rate: float) -> 
     state = search_state(recipe, problem.train, dtype=precision.DTYPES[config.score_dtype], value=1.0)
     hyper = Hyperparams(*(jnp.float32(value) for value in (1.0, 0.1, 0.0, rate, 1e4)))
     for _ in range(steps):
-        state, _ = executor.compiled_step(recipe, state, problem.train, np.arange(16), KEY, hyper)
+        state, _ = programs.compiled_step(recipe, state, problem.train, np.arange(16), KEY, hyper)
     return state
 
 

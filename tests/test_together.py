@@ -19,7 +19,7 @@ import small
 from flax import linen as nn
 
 import train
-from cs_jax import executor, flags, run_directory, search, several, stored_config, trial
+from cs_jax import executor, flags, programs, run_directory, search, several, stored_config, trial
 from cs_jax.config import Config
 from cs_jax.controls import DENSE
 from cs_jax.executor import Executor
@@ -139,8 +139,8 @@ def test_runs_end_together_as_alone(
     def refuse(*arguments: Any) -> Any:
         raise AssertionError("a step or evaluation of one run")
 
-    for name in ("_programs", "forward", "_forward_all"):
-        monkeypatch.setattr(executor, name, refuse)
+    for name in ("compiled", "forward", "forward_all"):
+        monkeypatch.setattr(programs, name, refuse)
     for end, expected in zip(live(*(life.live for life in lives)), alone, strict=True):
         check_same(end, expected)
 
@@ -184,16 +184,16 @@ def test_a_run_that_goes_on_inside_of_an_epoch_meets_fresh_ones(
         lives[1]._replace(observer=ends).live(Executor())
     lives[1] = lives[1]._replace(progress=ends.progress)
     calls_alone: list[str] = []
-    programs = executor._programs
+    compiled = programs.compiled
 
     def noted(*given: Any) -> tuple[Any, Any]:
-        step, steps = programs(*given)
+        step, steps = compiled(*given)
         return (
             lambda *arguments: (calls_alone.append("step"), step(*arguments))[1],
             lambda *arguments: (calls_alone.append("steps"), steps(*arguments))[1],
         )
 
-    monkeypatch.setattr(executor, "_programs", noted)
+    monkeypatch.setattr(programs, "compiled", noted)
     for end, expected in zip(live(*(life.live for life in lives)), alone, strict=True):
         check_same(end, expected)
     assert calls_alone == {"cpu": ["step"] * 3, "gpu": ["steps", "step"]}[backend]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cs_jax import executor, masks, training
+from cs_jax import executor, masks, programs, training
 from cs_jax.executor import Executor
 from cs_jax.images import ImageSet
 from cs_jax.models import ResNet
@@ -64,7 +64,7 @@ def test_a_step_is_nesterov_with_decay_on_weights_and_without_on_scores(lenet: R
         score_v = jax.tree.map(lambda v, g: 0.9 * v + g, score_v, score_g)
         params = jax.tree.map(lambda p, g, v: p - 0.1 * (g + 0.9 * v), params, weight_g, weight_v)
         scores = jax.tree.map(lambda s, g, v: s - 0.5 * (g + 0.9 * v), scores, score_g, score_v)
-        state, _ = executor.compiled_step(recipe, state, synthetic, np.arange(16), KEY, hyper)
+        state, _ = programs.compiled_step(recipe, state, synthetic, np.arange(16), KEY, hyper)
     assert int(state.step) == 2
     for ours, expected in ((state.params, params), (state.scores, scores)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), ours, expected)
@@ -74,7 +74,7 @@ def test_the_loss_is_cross_entropy_plus_penalty(lenet: Recipe, synthetic: ImageS
     state = search_state(lenet, synthetic)
     entries = sum(leaf.size for leaf in jax.tree.leaves(state.scores))
     hyper = hyperparams(temperature=1.0)
-    _, metrics = executor.compiled_step(lenet, state, synthetic, np.arange(16), KEY, hyper)
+    _, metrics = programs.compiled_step(lenet, state, synthetic, np.arange(16), KEY, hyper)
     assert float(metrics.penalty) == pytest.approx(1e-3 * entries, rel=1e-5)
     assert float(metrics.loss) == pytest.approx(float(metrics.cross_entropy) + float(metrics.penalty), rel=1e-6)
 
@@ -82,7 +82,7 @@ def test_the_loss_is_cross_entropy_plus_penalty(lenet: Recipe, synthetic: ImageS
 def test_fixed_masks_stay_and_masked_weights_only_decay(lenet: Recipe, synthetic: ImageSet) -> None:
     state = ticket_state(lenet, synthetic)
     before = copy((state.params, state.masks))
-    state, _ = executor.compiled_step(lenet, state, synthetic, np.arange(16), KEY, hyperparams())
+    state, _ = programs.compiled_step(lenet, state, synthetic, np.arange(16), KEY, hyperparams())
     assert equal(state.masks, before[1])
     assert state.scores == {}
     for layer, mask in state.masks.items():
@@ -115,12 +115,12 @@ def epoch(
 
 
 def test_equal_recipes_share_compiled_code(synthetic: ImageSet) -> None:
-    before = executor.compiled_step._cache_size()
+    before = programs.compiled_step._cache_size()
     for _ in range(2):
         recipe = Recipe(ResNet(num_classes=4, stage_sizes=(1,), widths=(2,)), augment="none")
         state = search_state(recipe, synthetic)
         epoch(recipe, state, synthetic, np.arange(20), batch_size=16)
-    assert executor.compiled_step._cache_size() == before + 2  # a full batch and a smaller one
+    assert programs.compiled_step._cache_size() == before + 2  # a full batch and a smaller one
 
 
 def test_an_epoch_takes_every_example_once_and_the_last_batch_is_smaller(lenet: Recipe, synthetic: ImageSet) -> None:
@@ -128,7 +128,7 @@ def test_an_epoch_takes_every_example_once_and_the_last_batch_is_smaller(lenet: 
     assert calls == [1, 2, 3]
     again, losses = search_state(lenet, synthetic), []
     for indices in (np.arange(16), np.arange(16, 32), np.arange(32, 37)):
-        again, one = executor.compiled_step(lenet, again, synthetic, indices, KEY, hyperparams())
+        again, one = programs.compiled_step(lenet, again, synthetic, indices, KEY, hyperparams())
         losses.append(float(one.loss))
     assert metrics.loss.tolist() == losses
     assert equal(state, again)

@@ -24,13 +24,13 @@ import jax
 import jax.numpy as jnp
 import many_tickets
 import numpy as np
-import tyro
 from networks import Network, make_data, make_networks, make_step
 from rich.console import Console
 from rich.table import Table
-from timing import Timed, interleave, median_ratio
+from timing import Timed, check_positive, interleave, median_ratio, start
 
-from cs_jax import commands, flags, run_directory, search
+from cs_jax import commands, experiment, flags, run_directory, search
+from cs_jax.config import Config
 from cs_jax.executor import Executor
 from cs_jax.images import ImageSet
 from cs_jax.models import MODELS
@@ -59,6 +59,9 @@ class Settings:
 
     repeats: int = 7
     """Timed rounds, after two that are not counted."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "tickets", "repeats")
 
     @property
     def steps(self) -> int:
@@ -99,6 +102,7 @@ class Steps:
 def main(settings: Settings) -> None:
     device = jax.devices()[0].device_kind
     CONSOLE.print(f"{device}, {os.cpu_count()} cores, jax {jax.__version__}, {time.strftime('%Y-%m-%d')}")
+    experiment.prepare(whole_run(settings))  # a set that is missing is told at once
     recipe = Recipe(MODELS[settings.model](), augment="flip-crop")
     networks = make_networks(recipe, make_data(BATCH_SIZE, IMAGE_SIZE))
     seconds = print_steps(settings, networks)
@@ -158,9 +162,8 @@ def print_tickets(settings: Settings) -> None:
 
 def print_experiment(settings: Settings) -> None:
     """The whole experiment, end to end, from compilation to the ticket."""
-    words = ["digits", "--epochs", "3", "--rewind-epoch", "1", "--lr-schedule", "--lr-drops"]
     with tempfile.TemporaryDirectory() as folder:
-        config = flags.parse([*(words if settings.small else ["cifar10"]), "--out", folder, "--no-report"])
+        config = dataclasses.replace(whole_run(settings), out=Path(folder))
         started = time.perf_counter()
         summary = commands.run(config)
         seconds = time.perf_counter() - started
@@ -175,5 +178,10 @@ def print_experiment(settings: Settings) -> None:
     )
 
 
+def whole_run(settings: Settings) -> Config:
+    small = ["digits", "--epochs", "3", "--rewind-epoch", "1", "--lr-schedule", "--lr-drops"]
+    return flags.parse([*(small if settings.small else ["cifar10"]), "--no-report"])
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    start(main, Settings, __doc__)

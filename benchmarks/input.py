@@ -22,11 +22,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from timing import interleave
+from timing import check_positive, interleave, start
 
 from cs_jax import data, masks, training
 from cs_jax.config import Config
@@ -64,6 +63,9 @@ class Settings:
 
     repeats: int = 5
     """Timed rounds over all three, after two that are not counted."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "batch_size", "image_size", "threads", "images", "steps", "repeats")
 
 
 def main(settings: Settings) -> None:
@@ -196,4 +198,4 @@ def print_table(settings: Settings, threads: int, times: dict[str, list[float]])
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    start(main, Settings, __doc__)

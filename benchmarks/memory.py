@@ -12,11 +12,10 @@ import statistics
 from typing import Any
 
 import jax
-import tyro
 from networks import Network, make_data, make_networks, make_step
 from rich.console import Console
 from rich.table import Table
-from timing import Stepper, interleave, median_ratio
+from timing import Stepper, check_positive, interleave, median_ratio, start
 
 from cs_jax import experiment
 from cs_jax.config import Config
@@ -48,6 +47,11 @@ class Settings:
 
     repeats: int = 0
     """Timed rounds over the search's steps, after two that are not counted; 0 for none."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "batch_size", "image_size")
+        for fields in FLAGS.values():
+            Config(model=self.model, **fields)  # which refuses a model that has no such field
 
 
 def main(settings: Settings) -> None:
@@ -114,4 +118,4 @@ def size(tree: Any) -> int:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    start(main, Settings, __doc__)

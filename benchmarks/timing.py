@@ -1,11 +1,32 @@
 """Compiled steps timed side by side: what the step benchmarks share."""
 
 import statistics
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
+import tyro
+
+from cs_jax.errors import ConfigError
+
+
+def start(main: Callable[[Any], None], settings: type, about: str | None) -> None:
+    """Runs a benchmark with the settings of the command line; what cannot be used is told in one line."""
+    try:
+        main(tyro.cli(settings, description=about))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def check_positive(settings: Any, *names: str) -> None:
+    """Raises a ConfigError for a setting below 1."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: got {value}, wanted at least 1")
 
 
 class Timed(Protocol):

@@ -14,7 +14,7 @@ from rich.console import Console
 from cs_jax import compilation, connectivity, console, experiment, flags, processes, run_directory, stored_config
 from cs_jax import ticket as tickets
 from cs_jax.checkpoints import Checkpoints
-from cs_jax.config import Config, flag
+from cs_jax.config import PRESETS, Config, flag
 from cs_jax.console import Terminal, say
 from cs_jax.data import Data, fingerprint
 from cs_jax.errors import ConfigError, one_of
@@ -199,24 +199,25 @@ def verify(arguments: Sequence[str], *, prog: str) -> None:
     """check a ticket's file, and measure its accuracy on the test set of a data set"""
     parser = command_parser(prog, verify)
     parser.add_argument("file", type=Path, metavar="FILE", help="ticket.safetensors of a run")
-    parser.add_argument("dataset", metavar="DATASET", help="digits, or a name in TensorFlow Datasets")
+    parser.add_argument("dataset", metavar="DATASET", help="of a preset, or a name in TensorFlow Datasets")
     parser.add_argument("--data-dir", type=Path, help="folder of prepared data sets")
     parser.add_argument("--batch-size", type=int, default=128, help="images per call (128)")
     given = parser.parse_args(arguments)
     loaded = tickets.load_ticket(given.file)
     made_with = loaded.metadata.get("config") or {}
-    size = None if given.dataset == "digits" else _image_size(made_with)
+    dataset = PRESETS[given.dataset].dataset if given.dataset in PRESETS else given.dataset
+    size = None if dataset == "digits" else _image_size(made_with)
     asked = Config(
-        dataset=given.dataset,
+        dataset=dataset,
         data_dir=given.data_dir,
         batch_size=given.batch_size,
         image_size=size,
-        stream=given.dataset != "digits" and (size is not None or made_with.get("stream") is True),
+        stream=dataset != "digits" and (size is not None or made_with.get("stream") is True),
     )
     found = experiment.verify(asked, loaded, str(given.file))
     recorded = (loaded.metadata.get("accuracy") or {}).get("test_accuracy")
-    line = f"{given.file}: whole; density {loaded.density:.2%}, accuracy on the test set of {given.dataset} {found:.2%}"
-    if loaded.metadata.get("dataset") != given.dataset or recorded is None:
+    line = f"{given.file}: whole; density {loaded.density:.2%}, accuracy on the test set of {dataset} {found:.2%}"
+    if loaded.metadata.get("dataset") != dataset or recorded is None:
         return say(Console(), line)
     say(Console(), f"{line}, recorded {recorded:.2%}")
     if abs(found - recorded) > ROUNDING:

@@ -170,7 +170,7 @@ class Config:
 
     data_parallel: int | None = None
     """Devices that share the examples of each batch, which has to divide evenly over them; None is 1, or all devices
-    where several processes run together. The result is the same to rounding on any number."""
+    where several processes run together. Every step is the same to rounding on any number."""
 
     model_parallel: int = 1
     """Devices that share each large array of weights, with its scores and momentum, for networks too large for one."""

@@ -86,7 +86,7 @@ def warnings_as_lines(console: Console) -> Iterator[None]:
         yield
 
 
-def progress_bars(console: Console, *, width: int, elapsed_when_finished: bool = False) -> bars.Progress:
+def progress_bars(console: Console, *, width: int) -> bars.Progress:
     """Bars that are drawn on a terminal alone, with what has gone by and what is left, and vanish at the end."""
     return bars.Progress(
         bars.TextColumn("{task.description}"),
@@ -94,7 +94,7 @@ def progress_bars(console: Console, *, width: int, elapsed_when_finished: bool =
         bars.TaskProgressColumn(),
         bars.TimeElapsedColumn(),
         bars.TextColumn("left"),
-        bars.TimeRemainingColumn(elapsed_when_finished=elapsed_when_finished),
+        bars.TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
         refresh_per_second=1 / REFRESH_SECONDS,

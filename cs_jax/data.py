@@ -227,6 +227,8 @@ def _check_resident(config: Config, reason: str) -> None:
     """Refuses settings of streams for what is held in memory; `reason` says why it is."""
     if config.image_size is not None:
         raise ConfigError(f"--image-size: got {config.image_size}, wanted none: {reason}")
+    if config.loader_threads is not None:
+        raise ConfigError(f"--loader-threads: got {config.loader_threads}, wanted none: {reason}")
     if config.augment == RESIZED_CROP:
         others = ", ".join(name for name in AUGMENTATIONS if name != RESIZED_CROP)
         raise ConfigError(f"--augment: got {RESIZED_CROP}, wanted {others}: {reason}")

@@ -63,6 +63,7 @@ def prepare(config: Config, executor: Executor | None = None) -> tuple[Problem, 
             f"{config.batch_size} at a time: {reason}"
         ) from error
     _check_target(config, problem)
+    _check_split(config, problem)
     return problem, data
 
 
@@ -99,6 +100,19 @@ def check_all(configs: Iterable[Config]) -> None:
         if step not in problems:
             problems[step], _ = prepare(config)
         _check_target(config, problems[step])
+
+
+def _check_split(config: Config, problem: Problem) -> None:
+    """Refuses devices that would share no array of weights, and so do the same work each."""
+    layout = problem.executor.layout
+    if layout is None or config.model_parallel == 1:
+        return
+    shardings = layout.state(jax.eval_shape(lambda: problem.init_variables()["params"]))
+    if all(sharding.is_fully_replicated for sharding in jax.tree.leaves(shardings)):
+        raise ConfigError(
+            f"--model-parallel: got {config.model_parallel}, which divides no large array of --model {config.model}, "
+            "wanted a number that divides its layers' features"
+        )
 
 
 def _check_target(config: Config, problem: Problem) -> None:

@@ -74,6 +74,9 @@ def _told_in_one_line(config: Config) -> Iterator[None]:
         yield
     except ConfigError:
         raise
+    except MemoryError as error:
+        size = f"--image-size: got {config.image_size}" if config.image_size else f"--dataset: got {config.dataset}"
+        raise ConfigError(f"{size}, whose images do not fit into memory: {reason_of(error)}") from error
     except Exception as error:
         raise ConfigError(
             f"--data-dir: got {_data_dir(config)}, where {config.dataset} cannot be read ({reason_of(error)}); wanted "

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -68,13 +69,21 @@ def start(coordinator: str, count: int | None, index: int | None, *, prog: str) 
             )
         except (ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
+            if coordinator == AUTOMATIC and "should be defined" in reason:
+                raise ConfigError(
+                    f"--coordinator: got {AUTOMATIC}, but no SLURM, Open MPI, Kubernetes or TPU pod has started this "
+                    "process; wanted HOST:PORT of the first process, --processes and --process-id"
+                ) from error
             raise ConfigError(f"--coordinator: got {coordinator}, with which no run can start: {reason}") from error
 
 
 def _check(coordinator: str, count: int | None, index: int | None) -> None:
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        raise ConfigError(f"--coordinator: got {coordinator!r}, wanted HOST:PORT of the first process, or {AUTOMATIC}")
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
+        raise ConfigError(
+            f"--coordinator: got {coordinator!r}, wanted HOST:PORT of the first process, with a port of 1 to 65535, or "
+            f"{AUTOMATIC}"
+        )
     if count is None or count < 1:
         raise ConfigError(
             f"--processes: got {'none' if count is None else count}, wanted how many run together, beside --coordinator"

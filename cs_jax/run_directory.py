@@ -144,7 +144,7 @@ class RunDirectory(Observer):
         Raises:
             ConfigError: it cannot be written.
         """
-        asked = {**stored_config.to_json(self._config), "data": fingerprint, "versions": versions()}
+        asked = {**stored_config.to_json(self._config), "data": fingerprint, "versions": versions() | cores()}
         try:
             (self.path / METRICS_FILE).write_bytes(b"")
             self._write_rounds([])
@@ -163,7 +163,7 @@ class RunDirectory(Observer):
             raise ConfigError(
                 f"--data-dir: got other examples of {self._config.dataset} than {self.path} began with, wanted the same"
             )
-        now = versions()
+        now = versions() | cores()
         return {
             name: (began["versions"].get(name, "none"), now[name])
             for name in now
@@ -358,6 +358,14 @@ def read_summary(path: Path) -> dict[str, Any] | None:
         what = error if isinstance(error, TicketError) else f"{path}: its {SUMMARY_FILE} is damaged"
         raise ConfigError(f"{what}; {made_again}") from error
     return summary
+
+
+def cores() -> dict[str, str]:
+    """How many cores a run on a CPU has, which decides in which order sums are added; {} on an accelerator."""
+    if jax.default_backend() != "cpu":
+        return {}
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return {"cores": str(len(usable))}
 
 
 def versions() -> dict[str, str]:

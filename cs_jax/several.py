@@ -142,7 +142,19 @@ def train(settings: Config, tickets: int) -> None:
 
 
 def _plan(settings: Config, tickets: int) -> list[Planned]:
-    """The runs of consecutive seeds, in folders that are named as ever."""
+    """The runs of consecutive seeds, in folders that are named as ever.
+
+    Raises:
+        ConfigError: there are not as many seeds, or the folder is that of a run.
+    """
+    if settings.seed + tickets > 2**32:
+        raise ConfigError(
+            f"--tickets: got {tickets}, wanted at most {2**32 - settings.seed} from --seed {settings.seed} on"
+        )
+    if settings.out is not None and run_directory.holds_run(settings.out):
+        raise ConfigError(
+            f"--out: got {settings.out}, which holds one run, wanted a folder for all of --tickets {tickets}"
+        )
     runs = []
     for seed in range(settings.seed, settings.seed + tickets):
         config = dataclasses.replace(settings, seed=seed, out=None)

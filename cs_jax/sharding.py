@@ -61,9 +61,9 @@ class Layout:
     def state(self, tree: PyTree) -> PyTree:
         """Shardings of weights, and of all that has their shapes.
 
-        An array of at least `MIN_SIZE` entries is split over "model" along its longest axis that divides evenly (the
-        last of equal ones). One with names (`flax.linen.with_partitioning`) is split along the axis that is named
-        "model", and no other.
+        An array of at least `MIN_SIZE` entries is split over "model" along its longest axis that divides evenly, into
+        more than one entry each (the last of equal ones). One with names (`flax.linen.with_partitioning`) is split
+        along the axis that is named "model", and no other.
 
         Args:
             tree: arrays or their shapes; boxes with names where there are some.
@@ -83,7 +83,7 @@ class Layout:
 
     def _split(self, shape: tuple[int, ...]) -> PartitionSpec:
         parts = self.mesh.shape[MODEL]
-        axes = [axis for axis, size in enumerate(shape) if size % parts == 0]
+        axes = [axis for axis, size in enumerate(shape) if size % parts == 0 and size > parts]
         if parts == 1 or not axes or np.prod(shape) < MIN_SIZE:
             return PartitionSpec()
         longest = max(axes, key=lambda axis: (shape[axis], axis))

@@ -96,6 +96,14 @@ def test_verify_measures_the_accuracy_that_was_recorded(run: Path, capsys: pytes
     assert f"accuracy on the test set of digits {accuracy:.2%}, recorded {accuracy:.2%}" in line
 
 
+def test_verify_takes_the_name_of_a_preset_for_its_data(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["verify", str(run / TICKET_FILE), "fashion-mnist", "--data-dir", str(tmp_path)]
+    assert commands.main(words) == 2
+    assert "--dataset: got fashion_mnist, which is not in" in capsys.readouterr().err
+
+
 def saved_again(run: Path, path: Path, **changes: Any) -> Path:
     """The run's ticket with other metadata."""
     ticket = cs_jax.load_ticket(run / TICKET_FILE)
@@ -445,11 +453,12 @@ def test_a_run_goes_on_with_other_versions_and_says_so(
 ) -> None:
     folder = unfinished(run, tmp_path)
     stored = json.loads((folder / "config.json").read_text())
-    stored["versions"]["optax"] = "0.0.1"
+    stored["versions"] |= {"optax": "0.0.1", "cores": "1000"}
     (folder / "config.json").write_text(json.dumps(stored))
     assert commands.main(["train", "--resume", str(folder)]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("goes on with")]
-    assert len(lines) == 1 and re.fullmatch(r"goes on with optax [\d.]+, began with 0.0.1: figures may .*", lines[0])
+    assert re.fullmatch(r"goes on with optax [\d.]+, began with 0.0.1: figures may .*", lines[0])
+    assert re.fullmatch(r"goes on with cores \d+, began with 1000: figures may .*", lines[1]) and len(lines) == 2
 
 
 def test_a_run_does_not_go_on_with_other_data(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -159,7 +159,7 @@ def test_an_environment_that_names_no_coordinator_is_refused(tmp_path: Path) -> 
     words = [TRAIN, *QUICK, "--coordinator", "auto"]
     ended = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
-    message = "train.py: error: --coordinator: got auto, with which no run can start: coordinator_address"
+    message = "train.py: error: --coordinator: got auto, but no SLURM, Open MPI, Kubernetes or TPU pod has started"
     assert ended.stderr.startswith(message)
     assert not list(tmp_path.iterdir())
 
@@ -179,7 +179,8 @@ def test_words_that_lack_a_coordinator_are_refused(words: str, message: str) -> 
 @pytest.mark.parametrize(
     ("coordinator", "count", "index", "message"),
     [
-        ("host", 2, 0, "--coordinator: got 'host', wanted HOST:PORT of the first process, or auto"),
+        ("host", 2, 0, "--coordinator: got 'host', wanted HOST:PORT of the first process, with a port of 1 to 65535"),
+        ("host:65536", 2, 0, "--coordinator: got 'host:65536', wanted HOST:PORT of the first process, with a port"),
         ("host:1", None, 0, "--processes: got none, wanted how many run together"),
         ("host:1", 2, 2, "--process-id: got 2, wanted 0 to 1, another one in each process"),
     ],

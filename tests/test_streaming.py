@@ -315,7 +315,7 @@ def fixed(folder: Path) -> Config:
         return file.getvalue()
 
     settings = prepare(folder, encode=encode, shape=(6, 5, 3))
-    return dataclasses.replace(settings, image_size=None, augment="flip-crop")
+    return dataclasses.replace(settings, image_size=None, loader_threads=None, augment="flip-crop")
 
 
 def test_settings_of_streams_are_refused_for_what_is_in_memory(tmp_path: Path) -> None:
@@ -330,6 +330,11 @@ def test_settings_of_streams_are_refused_for_what_is_in_memory(tmp_path: Path) -
         ),
         (dataclasses.replace(digits, stream=True), "--stream: got digits, wanted a set of TensorFlow Datasets"),
         (dataclasses.replace(digits, image_size=4), "--image-size: got 4, wanted none: digits are kept as they are"),
+        (dataclasses.replace(digits, loader_threads=2), "--loader-threads: got 2, wanted none: digits are kept as"),
+        (
+            dataclasses.replace(settings, stream=True, image_size=10**7),
+            "--image-size: got 10000000, whose images do not fit into memory: ",
+        ),
         (dataclasses.replace(digits, augment="resized-crop"), "--augment: got resized-crop, wanted none, crop, flip-"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -53,7 +53,7 @@ class SweepDisplay(Watcher):
 
     def __init__(self, console: Console, total: int, waiting: list[Planned]) -> None:
         self._console, self._total, self._ended = console, total, total - len(waiting)
-        self._bars = progress_bars(console, width=24, elapsed_when_finished=True)
+        self._bars = progress_bars(console, width=24)
         self._epochs = sum(run.epochs for run in waiting)
         self._whole = self._bars.add_task("", total=self._epochs)
         self._tasks: dict[str, bars.TaskID] = {}

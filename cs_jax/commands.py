@@ -5,16 +5,15 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from cs_jax import compilation, connectivity, console, experiment, flags, processes, run_directory, stored_config
-from cs_jax import ticket as tickets
 from cs_jax.checkpoints import Checkpoints
-from cs_jax.config import PRESETS, Config, flag
+from cs_jax.config import Config, flag
 from cs_jax.console import Terminal, say
 from cs_jax.data import Data, fingerprint
 from cs_jax.errors import ConfigError, one_of
@@ -26,14 +25,8 @@ from cs_jax.progress import Observer, Observers
 from cs_jax.run_directory import RunDirectory
 from cs_jax.search import NonFiniteLossError, Problem
 from cs_jax.sweep.commands import pareto, sweep
+from cs_jax.ticket_commands import AccuracyError, shrink, ticket, verify
 from cs_jax.tracking import TensorBoard, Tracker, Tracking
-
-ROUNDING = 0.002
-"""Difference in accuracy that another device's rounding explains."""
-
-
-class AccuracyError(ArithmeticError):
-    """A ticket does not classify as it did when it was made."""
 
 
 def run(
@@ -186,50 +179,6 @@ def train(arguments: Sequence[str], *, prog: str) -> None:
     several.train(settings, tickets)
 
 
-def ticket(arguments: Sequence[str], *, prog: str) -> None:
-    """print what is in a ticket's file"""
-    parser = command_parser(prog, ticket)
-    parser.add_argument("file", type=Path, metavar="FILE", help="ticket.safetensors of a run")
-    path = parser.parse_args(arguments).file
-    loaded = tickets.load_ticket(path)
-    Console().print(tickets.describe(loaded, file_size=path.stat().st_size))
-
-
-def verify(arguments: Sequence[str], *, prog: str) -> None:
-    """check a ticket's file, and measure its accuracy on the test set of a data set"""
-    parser = command_parser(prog, verify)
-    parser.add_argument("file", type=Path, metavar="FILE", help="ticket.safetensors of a run")
-    parser.add_argument("dataset", metavar="DATASET", help="of a preset, or a name in TensorFlow Datasets")
-    parser.add_argument("--data-dir", type=Path, help="folder of prepared data sets")
-    parser.add_argument("--batch-size", type=int, default=128, help="images per call (128)")
-    given = parser.parse_args(arguments)
-    loaded = tickets.load_ticket(given.file)
-    made_with = loaded.metadata.get("config") or {}
-    dataset = PRESETS[given.dataset].dataset if given.dataset in PRESETS else given.dataset
-    size = None if dataset == "digits" else _image_size(made_with)
-    asked = Config(
-        dataset=dataset,
-        data_dir=given.data_dir,
-        batch_size=given.batch_size,
-        image_size=size,
-        stream=dataset != "digits" and (size is not None or made_with.get("stream") is True),
-    )
-    found = experiment.verify(asked, loaded, str(given.file))
-    recorded = (loaded.metadata.get("accuracy") or {}).get("test_accuracy")
-    line = f"{given.file}: whole; density {loaded.density:.2%}, accuracy on the test set of {dataset} {found:.2%}"
-    if loaded.metadata.get("dataset") != dataset or recorded is None:
-        return say(Console(), line)
-    say(Console(), f"{line}, recorded {recorded:.2%}")
-    if abs(found - recorded) > ROUNDING:
-        raise AccuracyError(f"{given.file}: accuracy {found:.2%} is not the recorded one, {recorded:.2%}")
-
-
-def _image_size(made_with: Mapping[str, Any]) -> int | None:
-    """Of the settings that a ticket was made with, the side that its images were cut to."""
-    size = made_with.get("image_size")
-    return size if type(size) is int and size > 0 else None
-
-
 def report(arguments: Sequence[str], *, prog: str) -> None:
     """write report.html and its plots for one run, or compare several"""
     parser = command_parser(prog, report)
@@ -285,6 +234,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "ticket": ticket,
     "verify": verify,
+    "shrink": shrink,
     "report": report,
     "connect": connect,
     "sweep": sweep,

@@ -73,9 +73,14 @@ def layer_multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> dict[st
     return {name: counts[name] for name in sorted(set(counts) - {REST})}
 
 
+def evaluation_mode(model: nn.Module) -> dict[str, Any]:
+    """Keywords that a module is called with to evaluate it: `train=False` if its `__call__` has that."""
+    return {"train": False} if "train" in inspect.signature(type(model).__call__).parameters else {}
+
+
 def _count(model: nn.Module, image_shape: Sequence[int]) -> Counter[str]:
     """Multiply-adds by the name of the masked array, 0 included, or `REST`."""
-    modes: dict[str, Any] = {"train": False} if "train" in inspect.signature(type(model).__call__).parameters else {}
+    modes = evaluation_mode(model)
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     variables = jax.eval_shape(lambda x: nn.unbox(model.init(jax.random.key(0), x, **modes)), image)
     closed = jax.make_jaxpr(lambda variables, x: model.apply(variables, x, **modes))(variables, image)

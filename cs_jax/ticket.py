@@ -1,7 +1,6 @@
 """Tickets as files: a trained sparse network in one safetensors file that can be checked, moved and served."""
 
 import functools
-import inspect
 import math
 import os
 import reprlib
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.core import FrozenDict
 from flax.errors import FlaxError
 from jax.typing import ArrayLike, DTypeLike
 from rich import box
@@ -25,6 +25,8 @@ from cs_jax import files, ticket_checks, ticket_file, trees
 from cs_jax.errors import ConfigError, one_of
 from cs_jax.images import normalize
 from cs_jax.models import MODELS, build, takes
+from cs_jax.models.features import Features
+from cs_jax.multiply_adds import evaluation_mode
 from cs_jax.ticket_checks import COLLECTIONS, REWOUND, Arrays
 
 PyTree = Any
@@ -90,7 +92,8 @@ def save_ticket(
         rewound: "params" and "batch_stats" like those above, before retraining; None if there are none.
         metadata: what else to keep, JSON values. These keys have a meaning, and may all be left out: "model" ("name" in
             `cs_jax.models.MODELS`, or None for a model of your own; "num_classes"; "image_shape"; "dtype", in which it
-            computes, float32 if that is left out, or bfloat16), "config",
+            computes, float32 if that is left out, or bfloat16; "features" of layers that have others than their
+            family's, as `shrink` leaves them), "config",
             "dataset", "classes", "normalization" ("mean", "std"), "accuracy" (shares in [0, 1]), "versions",
             and "mask_scale", which is needed where no mask keeps anything. Paths, hosts and times do not belong here.
             What this function writes itself, it writes anew: a loaded ticket's metadata can be given as they are.
@@ -166,7 +169,9 @@ def _check_model(about: Mapping[str, Any], arrays: Arrays, model: nn.Module | No
         ticket_checks.check("model", name, name in MODELS, one_of(name, MODELS))
         dtype = entry.get("dtype") or "float32"
         ticket_checks.check("model dtype", dtype, dtype == "float32" or takes(name, "dtype"), f"float32, as {name} has")
-        model, wanted = _known_model(name, entry["num_classes"], image_shape, dtype)
+        features = entry.get("features") or {}
+        _check_features(name, features, arrays)
+        model, wanted = _known_model(name, entry["num_classes"], image_shape, dtype, FrozenDict(features))
     else:
         return None
     if wanted is not None:
@@ -177,6 +182,14 @@ def _check_model(about: Mapping[str, Any], arrays: Arrays, model: nn.Module | No
     return model
 
 
+def _check_features(name: str, features: Features, arrays: Arrays) -> None:
+    """Raises unless a model has the layers whose features are told."""
+    ticket_checks.check("model features", features, not features or takes(name, "features"), f"none, as {name} has")
+    for layer in features:
+        known = any(key.startswith(f"params/{layer}/") for key in arrays)
+        ticket_checks.check("model features", layer, known, "layers that the ticket has")
+
+
 def _kind(dtype: DTypeLike) -> str:
     """ "floats", in any precision, or the dtype."""
     return "floats" if jnp.issubdtype(dtype, jnp.floating) else str(dtype)
@@ -184,18 +197,17 @@ def _kind(dtype: DTypeLike) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _known_model(
-    name: str, num_classes: int, image_shape: tuple[int, ...], dtype: str
+    name: str, num_classes: int, image_shape: tuple[int, ...], dtype: str, features: Features
 ) -> tuple[nn.Module, dict[str, tuple]]:
-    model = build(name, num_classes=num_classes, dtype=dtype)
+    model = build(name, num_classes=num_classes, dtype=dtype, features=features)
     return model, _shapes_of(model, image_shape)
 
 
 def _shapes_of(model: nn.Module, image_shape: tuple[int, ...]) -> dict[str, tuple]:
     """Shape and kind of every leaf by name; nothing is allocated."""
-    modes: dict[str, Any] = {"train": False} if "train" in inspect.signature(type(model).__call__).parameters else {}
     try:
         variables = jax.eval_shape(
-            lambda: nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), **modes))
+            lambda: nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), **evaluation_mode(model)))
         )
     except (TypeError, ValueError, ArithmeticError, LookupError, NotImplementedError, FlaxError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

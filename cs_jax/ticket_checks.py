@@ -35,6 +35,7 @@ MAX_RANK = 16
 MAX_ENTRIES = 2**40
 MAX_DEPTH = 16
 MAX_CLASSES = 2**20
+MAX_FEATURES = 2**20
 MAX_IMAGE_ENTRIES = 2**28
 
 
@@ -97,6 +98,7 @@ _MODEL: dict[str, Rule] = {
 }
 _MODEL_MAY: dict[str, Rule] = {
     "dtype": (lambda name: _is_text(name) and name in precision.DTYPES, f"one of {', '.join(precision.DTYPES)}"),
+    "features": _dictionary_of(lambda count: is_count(count) and 0 < count <= MAX_FEATURES, f"1 to {MAX_FEATURES:,}"),
 }
 _WRITTEN: dict[str, Rule] = {
     "form": (lambda form: form in (FULL, COMPACT), f"one of {FULL}, {COMPACT}"),
@@ -159,7 +161,7 @@ def _check_json(value: Any, where: str, depth: int = 0) -> None:
 def _check_model_entry(entry: Any) -> None:
     """A named model has both sizes, bounded before anything is made of them; the sizes of another may be left out."""
     usual = isinstance(entry, dict) and set(entry) <= {*_MODEL, *_MODEL_MAY}
-    check("model", entry, usual, "a dictionary of name, num_classes, image_shape and dtype")
+    check("model", entry, usual, "a dictionary of name, num_classes, image_shape, dtype and features")
     named = entry.get("name") is not None
     _check_values(entry, _MODEL, needed=named, where="model ")
     _check_values(entry, _MODEL_MAY, needed=False, where="model ")

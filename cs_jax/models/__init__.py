@@ -4,9 +4,11 @@ import inspect
 from collections.abc import Callable
 
 from flax import linen as nn
+from flax.core import FrozenDict
 
 from cs_jax.models.batch_norm import BatchNorm
 from cs_jax.models.conv import Conv2, Conv4, Conv6, ConvNet
+from cs_jax.models.features import NONE, Features
 from cs_jax.models.lenet import LeNet300100
 from cs_jax.models.resnet import (
     BottleneckBlock,
@@ -46,7 +48,9 @@ def takes(name: str, field: str) -> bool:
     return field in inspect.signature(MODELS[name]).parameters
 
 
-def build(name: str, *, num_classes: int, dtype: str = "float32", remat: bool = False) -> nn.Module:
+def build(
+    name: str, *, num_classes: int, dtype: str = "float32", remat: bool = False, features: Features = NONE
+) -> nn.Module:
     """A network by its name; fields are given to it where they are not the default, as it need not have them.
 
     Args:
@@ -54,9 +58,11 @@ def build(name: str, *, num_classes: int, dtype: str = "float32", remat: bool = 
         num_classes: width of the classifier.
         dtype: of the computation, in `precision.DTYPES`.
         remat: compute activations inside of blocks again in the backward pass.
+        features: of layers that have others than the family's, by name, as `shrink` leaves them.
     """
     wide = DTYPES[dtype] is None
     fields = {**({} if wide else {"dtype": DTYPES[dtype]}), **({"remat": True} if remat else {})}
+    fields |= {"features": FrozenDict(features)} if features else {}
     return MODELS[name](num_classes=num_classes, **fields)
 
 

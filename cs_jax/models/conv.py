@@ -7,11 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
 from cs_jax.layers import MaskedConv, MaskedDense
+from cs_jax.models.features import NONE, Features
 from cs_jax.models.lenet import xavier_normal
 from cs_jax.precision import of_logits
+from cs_jax.wiring import Signal, Wiring
 
 
 class ConvNet(nn.Module):
@@ -29,6 +32,7 @@ class ConvNet(nn.Module):
         dtype: of the computation; by default that of images and weights.
         param_dtype: of the weights.
         remat: keep the inputs of stages alone for the backward pass, and compute all else again there.
+        features: output features of layers that have others than their family's, by name; a shrunk network has some.
         conv, dense: classes of the masked layers; `flax.linen.Conv` and `flax.linen.Dense` make the plain network.
 
     Raises:
@@ -43,6 +47,7 @@ class ConvNet(nn.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     remat: bool = False
+    features: Features = NONE
     conv: type[nn.Conv] = MaskedConv
     dense: type[nn.Dense] = MaskedDense
 
@@ -54,8 +59,8 @@ class ConvNet(nn.Module):
         for stage in range(1, len(self.widths) + 1):
             x = make_stage(self, x, stage)
         x = x.reshape(x.shape[0], -1)
-        for layer in range(2):
-            x = nn.relu(self.dense(256, name=f"hidden{layer}", **fields)(x))
+        for name in ("hidden0", "hidden1"):
+            x = nn.relu(self.dense(self.features.get(name, 256), name=name, **fields)(x))
         fields["dtype"] = of_logits(self.dtype)
         return nn.Dense(self.num_classes, name="classifier", **fields)(x)
 
@@ -63,8 +68,21 @@ class ConvNet(nn.Module):
         fields = self._fields()
         for layer in (1, 2):
             name = f"stage{stage}_conv{layer}"
-            x = nn.relu(self.conv(self.widths[stage - 1], (3, 3), padding=1, name=name, **fields)(x))
+            width = self.features.get(name, self.widths[stage - 1])
+            x = nn.relu(self.conv(width, (3, 3), padding=1, name=name, **fields)(x))
         return nn.max_pool(x, (2, 2), strides=(2, 2))
+
+    def wire(self, net: Wiring, x: Signal) -> Signal:
+        for stage in range(1, len(self.widths) + 1):
+            for layer in (1, 2):
+                x = net.activation(net.conv(x, f"stage{stage}_conv{layer}", zero_padded=True), nn.relu)
+            x = net.pool(x)
+        for name in ("hidden0", "hidden1"):
+            x = net.activation(net.dense(x, name), nn.relu)
+        return net.dense(x, "classifier")
+
+    def resize(self, features: Features) -> "ConvNet":
+        return self.clone(features=FrozenDict({**self.features, **features}))
 
     def _fields(self) -> dict[str, Any]:
         return {"kernel_init": xavier_normal, "dtype": self.dtype, "param_dtype": self.param_dtype}

@@ -3,12 +3,18 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
 from cs_jax.layers import MaskedDense
+from cs_jax.models.features import NONE, Features
 from cs_jax.precision import of_logits
+from cs_jax.wiring import Signal, Wiring
 
 xavier_normal = nn.initializers.xavier_normal()
+
+HIDDEN = {"hidden0": 300, "hidden1": 100}
+"""Units of the hidden layers."""
 
 
 class LeNet300100(nn.Module):
@@ -16,6 +22,12 @@ class LeNet300100(nn.Module):
 
     Call: `model.apply(variables, images, train=...)` with float images (batch, ...) returns logits
     (batch, num_classes). `train` changes nothing: there is no BatchNorm.
+
+    Attributes:
+        num_classes: width of the classifier.
+        dtype: of the computation; by default that of images and weights.
+        param_dtype: of the weights.
+        features: output features of layers that have others than their family's, by name; a shrunk network has some.
 
     References:
         LeCun et al., "Gradient-based learning applied to document recognition", 1998; Frankle and Carbin,
@@ -25,17 +37,18 @@ class LeNet300100(nn.Module):
     num_classes: int = 10
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
+    features: Features = NONE
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         x = x.reshape(x.shape[0], -1)
-        for layer, width in enumerate((300, 100)):
+        for name, width in HIDDEN.items():
             x = MaskedDense(
-                width,
+                self.features.get(name, width),
                 kernel_init=xavier_normal,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
-                name=f"hidden{layer}",
+                name=name,
             )(x)
             x = nn.relu(x)
         return nn.Dense(
@@ -45,3 +58,11 @@ class LeNet300100(nn.Module):
             param_dtype=self.param_dtype,
             name="classifier",
         )(x)
+
+    def wire(self, net: Wiring, x: Signal) -> Signal:
+        for name in HIDDEN:
+            x = net.activation(net.dense(x, name), nn.relu)
+        return net.dense(x, "classifier")
+
+    def resize(self, features: Features) -> "LeNet300100":
+        return self.clone(features=FrozenDict({**self.features, **features}))

@@ -1,19 +1,22 @@
 """Residual networks: for small images as the authors' release builds them, and for large ones."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from cs_jax import convolution
 from cs_jax.layers import MaskedConv
 from cs_jax.models.batch_norm import BatchNorm
+from cs_jax.models.features import NONE, Features, within
 from cs_jax.precision import of_logits
+from cs_jax.wiring import Signal, Wiring
 
 # As PyTorch draws them: not truncated.
 xavier_normal = nn.initializers.variance_scaling(1.0, "fan_avg", "normal")
@@ -36,6 +39,7 @@ class ResNet(nn.Module):
         dtype: of the computation; by default that of images and weights.
         param_dtype: of the weights.
         remat: keep the inputs of blocks alone for the backward pass, and compute all else again there.
+        features: output features of layers that have others than their family's, by name; a shrunk network has some.
         conv: class of the 3x3 convolutions; `flax.linen.Conv` makes the plain dense network.
     """
 
@@ -45,26 +49,27 @@ class ResNet(nn.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     remat: bool = False
+    features: Features = NONE
     conv: type[nn.Conv] = MaskedConv
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         conv = partial(_conv, self.conv, dtype=self.dtype, param_dtype=self.param_dtype)
         norm = partial(_norm, train=train, dtype=self.dtype, param_dtype=self.param_dtype)
-        x = conv(self.widths[0], 3, name="conv0")(x)
+        x = conv(self.features.get("conv0", self.widths[0]), 3, name="conv0")(x)
         x = nn.relu(norm(name="bn0")(x))
         make_block = nn.remat(ResidualBlock, static_argnums=(2,)) if self.remat else ResidualBlock
-        for stage, (num_blocks, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True), start=1):
-            for block in range(1, num_blocks + 1):
-                stride = 2 if block == 1 and stage > 1 else 1
-                x = make_block(
-                    width,
-                    stride,
-                    dtype=self.dtype,
-                    param_dtype=self.param_dtype,
-                    conv=self.conv,
-                    name=f"stage{stage}_block{block}",
-                )(x, train)
+        for name, width, stride, projects in self._blocks():
+            x = make_block(
+                width,
+                stride,
+                projects,
+                features=within(self.features, name),
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                conv=self.conv,
+                name=name,
+            )(x, train)
         x = jnp.mean(x, axis=(1, 2))
         return nn.Dense(
             self.num_classes,
@@ -74,15 +79,53 @@ class ResNet(nn.Module):
             name="classifier",
         )(x)
 
+    def _blocks(self) -> "Iterator[_Place]":
+        return _places(self.stage_sizes, self.widths, self.widths[0], factor=1)
+
+    def wire(self, net: Wiring, x: Signal) -> Signal:
+        x = net.activation(net.batch_norm(net.conv(x, "conv0", zero_padded=True), "bn0"), nn.relu)
+        for name, _, _, projects in self._blocks():
+            y = net.batch_norm(net.conv(x, f"{name}/conv_a", zero_padded=True), f"{name}/bn_a")
+            y = net.conv(net.activation(y, nn.relu), f"{name}/conv_b", zero_padded=True)
+            y = net.batch_norm(y, f"{name}/bn_b")
+            if projects:
+                x = net.conv(x, f"{name}/downsample", zero_padded=False)
+            x = net.activation(net.add(x, y), nn.relu)
+        return net.dense(net.pool(x), "classifier")
+
+    def resize(self, features: Features) -> "ResNet":
+        return self.clone(features=FrozenDict({**self.features, **features}))
+
+
+class _Place(NamedTuple):
+    """A block's place in a network."""
+
+    name: str
+    width: int
+    stride: int
+    projects: bool  # whether its shortcut has a convolution, because the shape changes
+
+
+def _places(stage_sizes: Sequence[int], widths: Sequence[int], width_in: int, *, factor: int) -> Iterator[_Place]:
+    """The blocks of a network, each of which returns `factor` times its width."""
+    for stage, (num_blocks, width) in enumerate(zip(stage_sizes, widths, strict=True), start=1):
+        for block in range(1, num_blocks + 1):
+            stride = 2 if block == 1 and stage > 1 else 1
+            yield _Place(f"stage{stage}_block{block}", width, stride, stride != 1 or width_in != factor * width)
+            width_in = factor * width
+
 
 class ResidualBlock(nn.Module):
-    """conv-BN-ReLU-conv-BN, plus the shortcut, ReLU. Where the shape changes the shortcut is a plain 1x1 convolution.
+    """conv-BN-ReLU-conv-BN, plus the shortcut, ReLU. Where it `projects` the shortcut is a plain 1x1 convolution.
 
-    Takes and returns (batch, height, width, channels); `stride` divides height and width.
+    Takes and returns (batch, height, width, channels); `stride` divides height and width. It has to project where the
+    shape changes. `features` are those of layers that do not have `width`.
     """
 
     width: int
-    stride: int = 1
+    stride: int
+    projects: bool
+    features: Features = NONE
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     conv: type[nn.Conv] = MaskedConv
@@ -91,13 +134,14 @@ class ResidualBlock(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         conv = partial(_conv, self.conv, dtype=self.dtype, param_dtype=self.param_dtype)
         norm = partial(_norm, train=train, dtype=self.dtype, param_dtype=self.param_dtype)
-        y = conv(self.width, 3, strides=self.stride, name="conv_a")(x)
+        width_inside, width_out = (self.features.get(name, self.width) for name in ("conv_a", "conv_b"))
+        y = conv(width_inside, 3, strides=self.stride, name="conv_a")(x)
         y = nn.relu(norm(name="bn_a")(y))
-        y = conv(self.width, 3, name="conv_b")(y)
+        y = conv(width_out, 3, name="conv_b")(y)
         y = norm(name="bn_b")(y)
-        if self.stride != 1 or x.shape[-1] != self.width:
+        if self.projects:
             plain = partial(_conv, nn.Conv, dtype=self.dtype, param_dtype=self.param_dtype)
-            x = plain(self.width, 1, strides=self.stride, name="downsample")(x)
+            x = plain(width_out, 1, strides=self.stride, name="downsample")(x)
         return nn.relu(x + y)
 
 
@@ -137,6 +181,7 @@ class BottleneckResNet(nn.Module):
         dtype: of the computation; by default that of images and weights.
         param_dtype: of the weights.
         remat: keep the inputs of blocks alone for the backward pass, and compute all else again there.
+        features: output features of layers that have others than their family's, by name; a shrunk network has some.
         conv: class of the masked convolutions; `flax.linen.Conv` makes the plain dense network.
 
     References:
@@ -149,35 +194,58 @@ class BottleneckResNet(nn.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     remat: bool = False
+    features: Features = NONE
     conv: type[nn.Conv] = MaskedConv
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         dtypes: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = _conv(nn.Conv, self.widths[0], 7, strides=2, kernel_init=he_normal_fan_out, name="conv0", **dtypes)(x)
+        width = self.features.get("conv0", self.widths[0])
+        x = _conv(nn.Conv, width, 7, strides=2, kernel_init=he_normal_fan_out, name="conv0", **dtypes)(x)
         x = nn.relu(_norm(train=train, name="bn0", **dtypes)(x))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
         make_block = nn.remat(BottleneckBlock, static_argnums=(2,)) if self.remat else BottleneckBlock
-        for stage, (num_blocks, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True), start=1):
-            for block in range(1, num_blocks + 1):
-                stride = 2 if block == 1 and stage > 1 else 1
-                name = f"stage{stage}_block{block}"
-                x = make_block(width, stride, conv=self.conv, name=name, **dtypes)(x, train)
+        for name, width, stride, projects in self._blocks():
+            features = within(self.features, name)
+            x = make_block(width, stride, projects, features=features, conv=self.conv, name=name, **dtypes)(x, train)
         x = jnp.mean(x, axis=(1, 2))
         like_pytorch = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         dtypes["dtype"] = of_logits(self.dtype)
         return nn.Dense(self.num_classes, kernel_init=like_pytorch, name="classifier", **dtypes)(x)
 
+    def _blocks(self) -> Iterator[_Place]:
+        return _places(self.stage_sizes, self.widths, self.widths[0], factor=4)
+
+    def wire(self, net: Wiring, x: Signal) -> Signal:
+        x = net.pool(net.activation(net.batch_norm(net.conv(x, "conv0", zero_padded=True), "bn0"), nn.relu))
+        for name, _, _, projects in self._blocks():
+            y = x
+            for layer in "ab":
+                y = net.batch_norm(net.conv(y, f"{name}/conv_{layer}", zero_padded=layer == "b"), f"{name}/bn_{layer}")
+                y = net.activation(y, nn.relu)
+            y = net.batch_norm(net.conv(y, f"{name}/conv_c", zero_padded=False), f"{name}/bn_c")
+            if projects:
+                x = net.conv(x, f"{name}/downsample", zero_padded=False)
+                x = net.batch_norm(x, f"{name}/bn_downsample")
+            x = net.activation(net.add(x, y), nn.relu)
+        return net.dense(net.pool(x), "classifier")
+
+    def resize(self, features: Features) -> "BottleneckResNet":
+        return self.clone(features=FrozenDict({**self.features, **features}))
+
 
 class BottleneckBlock(nn.Module):
     """1x1, 3x3 and 1x1 convolution with BN each, ReLU between, plus the shortcut, ReLU.
 
-    Takes (batch, height, width, channels) and returns 4 * `width` channels; `stride` divides height and width. Where
-    the shape changes the shortcut is a 1x1 convolution and BN.
+    Takes (batch, height, width, channels) and returns 4 * `width` channels; `stride` divides height and width. Where it
+    `projects`, as it has to where the shape changes, the shortcut is a 1x1 convolution and BN. `features` are those of
+    layers that have others.
     """
 
     width: int
-    stride: int = 1
+    stride: int
+    projects: bool
+    features: Features = NONE
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     conv: type[nn.Conv] = MaskedConv
@@ -187,11 +255,12 @@ class BottleneckBlock(nn.Module):
         dtypes: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = partial(_conv, self.conv, kernel_init=he_normal_fan_out, **dtypes)
         norm = partial(_norm, train=train, **dtypes)
-        width_out = 4 * self.width
-        y = nn.relu(norm(name="bn_a")(conv(self.width, 1, name="conv_a")(x)))
-        y = nn.relu(norm(name="bn_b")(conv(self.width, 3, strides=self.stride, name="conv_b")(y)))
+        widths = {"conv_a": self.width, "conv_b": self.width, "conv_c": 4 * self.width}
+        width_a, width_b, width_out = (self.features.get(name, width) for name, width in widths.items())
+        y = nn.relu(norm(name="bn_a")(conv(width_a, 1, name="conv_a")(x)))
+        y = nn.relu(norm(name="bn_b")(conv(width_b, 3, strides=self.stride, name="conv_b")(y)))
         y = norm(name="bn_c")(conv(width_out, 1, name="conv_c")(y))
-        if self.stride != 1 or x.shape[-1] != width_out:
+        if self.projects:
             x = norm(name="bn_downsample")(conv(width_out, 1, strides=self.stride, name="downsample")(x))
         return nn.relu(x + y)
 

@@ -7,13 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
 from cs_jax.layers import MaskedConv
 from cs_jax.models.batch_norm import BatchNorm
 from cs_jax.models.conv import check_pools
+from cs_jax.models.features import NONE, Features
 from cs_jax.models.resnet import he_normal_fan_out
 from cs_jax.precision import of_logits
+from cs_jax.wiring import Signal, Wiring
 
 
 class VGG(nn.Module):
@@ -32,6 +35,7 @@ class VGG(nn.Module):
         dtype: of the computation; by default that of images and weights.
         param_dtype: of the weights.
         remat: keep the inputs of stages alone for the backward pass, and compute all else again there.
+        features: output features of layers that have others than their family's, by name; a shrunk network has some.
         conv: class of the convolutions; `flax.linen.Conv` makes the plain dense network.
 
     Raises:
@@ -47,6 +51,7 @@ class VGG(nn.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     remat: bool = False
+    features: Features = NONE
     conv: type[nn.Conv] = MaskedConv
 
     @nn.compact
@@ -71,9 +76,21 @@ class VGG(nn.Module):
         )
         norm = partial(BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, **dtypes)
         for layer in range(1, self.stage_sizes[stage - 1] + 1):
-            x = conv(self.widths[stage - 1], name=f"stage{stage}_conv{layer}")(x)
+            name = f"stage{stage}_conv{layer}"
+            x = conv(self.features.get(name, self.widths[stage - 1]), name=name)(x)
             x = nn.relu(norm(name=f"stage{stage}_bn{layer}")(x))
         return nn.max_pool(x, (2, 2), strides=(2, 2))
+
+    def wire(self, net: Wiring, x: Signal) -> Signal:
+        for stage, layers in enumerate(self.stage_sizes, start=1):
+            for layer in range(1, layers + 1):
+                x = net.conv(x, f"stage{stage}_conv{layer}", zero_padded=True)
+                x = net.activation(net.batch_norm(x, f"stage{stage}_bn{layer}"), nn.relu)
+            x = net.pool(x)
+        return net.dense(net.pool(x), "classifier")
+
+    def resize(self, features: Features) -> "VGG":
+        return self.clone(features=FrozenDict({**self.features, **features}))
 
 
 VGG16 = partial(VGG, stage_sizes=(2, 2, 3, 3, 3), widths=(64, 128, 256, 512, 512))

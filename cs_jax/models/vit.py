@@ -6,10 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
 from cs_jax.layers import MaskedDenseGeneral
+from cs_jax.models.features import NONE, Features, within
 from cs_jax.precision import of_logits
+from cs_jax.wiring import Signal, Wiring
 
 # DeiT truncates at 100 deviations, which is not at all.
 narrow_normal = nn.initializers.normal(0.02)
@@ -34,6 +37,8 @@ class VisionTransformer(nn.Module):
         dtype: of the computation; by default that of images and weights.
         param_dtype: of the weights.
         remat: keep the inputs of blocks alone for the backward pass, and compute all else again there.
+        features: output features of layers that have others than their family's, by name, and heads by that
+            of the block; a shrunk network has some.
         dense: class of the masked layers; `flax.linen.DenseGeneral` makes the plain dense network.
 
     Raises:
@@ -51,6 +56,7 @@ class VisionTransformer(nn.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     remat: bool = False
+    features: Features = NONE
     dense: type[nn.DenseGeneral] = MaskedDenseGeneral
 
     @nn.compact
@@ -58,11 +64,28 @@ class VisionTransformer(nn.Module):
         dtypes: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = self._tokens(x)
         make_block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
-        for block in range(1, self.depth + 1):
-            x = make_block(self.num_heads, dense=self.dense, name=f"block{block}", **dtypes)(x)
+        for name in self._blocks():
+            features = FrozenDict({**within(self.features, name), "heads": self.features.get(name, self.num_heads)})
+            x = make_block(self.num_heads, features, dense=self.dense, name=name, **dtypes)(x)
         x = nn.LayerNorm(epsilon=1e-6, name="norm", **dtypes)(x[:, 0])
         dtypes["dtype"] = of_logits(self.dtype)
         return nn.Dense(self.num_classes, kernel_init=narrow_normal, name="classifier", **dtypes)(x)
+
+    def _blocks(self) -> list[str]:
+        return [f"block{block}" for block in range(1, self.depth + 1)]
+
+    def wire(self, net: Wiring, x: Signal) -> Signal:
+        x = net.fixed(net.conv(x, "patch_embedding", zero_padded=False), "class_token", "position_embedding")
+        for name in self._blocks():
+            y = net.fixed(x, f"{name}/norm_attention")
+            x = net.add(x, net.attention(y, name))
+            y = net.dense(net.fixed(x, f"{name}/norm_mlp"), f"{name}/mlp_in")
+            y = net.activation(y, partial(nn.gelu, approximate=False))
+            x = net.add(x, net.dense(y, f"{name}/mlp_out"))
+        return net.dense(net.fixed(x, "norm"), "classifier")
+
+    def resize(self, features: Features) -> "VisionTransformer":
+        return self.clone(features=FrozenDict({**self.features, **features}))
 
     def _tokens(self, images: jax.Array) -> jax.Array:
         """The class token and the patches, (batch, 1 + patches, width), with their positions added."""
@@ -87,9 +110,13 @@ class VisionTransformer(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """LayerNorm and self-attention, LayerNorm and MLP with GELU, each added to its input; (batch, tokens, width)."""
+    """LayerNorm and self-attention, LayerNorm and MLP with GELU, each added to its input; (batch, tokens, width).
+
+    A head has `width / num_heads` features, also where `features` say that there are fewer "heads".
+    """
 
     num_heads: int
+    features: Features = NONE
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     dense: type[nn.DenseGeneral] = MaskedDenseGeneral
@@ -103,11 +130,13 @@ class TransformerBlock(nn.Module):
         norm = partial(nn.LayerNorm, epsilon=1e-6, **dtypes)
         dense = partial(self.dense, kernel_init=narrow_normal, **dtypes)
         y = norm(name="norm_attention")(x)
-        heads = (self.num_heads, width // self.num_heads)
+        heads = (self.features.get("heads", self.num_heads), width // self.num_heads)
         query, key, value = (dense(heads, name=name)(y) for name in ("query", "key", "value"))
-        y = jax.nn.dot_product_attention(query, key, value)
+        # JAX's own is faster on accelerators, and computes in single precision whatever it is given.
+        attend = nn.dot_product_attention if query.dtype == jnp.float64 else jax.nn.dot_product_attention
+        y = attend(query, key, value)
         x = x + dense(width, axis=(-2, -1), name="out")(y)
-        y = dense(4 * width, name="mlp_in")(norm(name="norm_mlp")(x))
+        y = dense(self.features.get("mlp_in", 4 * width), name="mlp_in")(norm(name="norm_mlp")(x))
         return x + dense(width, name="mlp_out")(nn.gelu(y, approximate=False))
 
 

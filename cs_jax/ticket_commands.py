@@ -1,0 +1,123 @@
+"""The commands `ticket`, `verify` and `shrink`: what can be done with a ticket's file."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from cs_jax import experiment, trees
+from cs_jax import shrink as shrinking
+from cs_jax import ticket as tickets
+from cs_jax.config import PRESETS, Config
+from cs_jax.console import say
+from cs_jax.errors import ConfigError
+from cs_jax.flags import command_parser
+from cs_jax.multiply_adds import multiply_adds
+from cs_jax.ticket import LoadedTicket
+
+ROUNDING = 0.002
+"""Difference in accuracy that another device's rounding explains."""
+
+
+class AccuracyError(ArithmeticError):
+    """A ticket does not classify as it did when it was made."""
+
+
+def ticket(arguments: Sequence[str], *, prog: str) -> None:
+    """print what is in a ticket's file"""
+    parser = command_parser(prog, ticket)
+    parser.add_argument("file", type=Path, metavar="FILE", help="ticket.safetensors of a run")
+    path = parser.parse_args(arguments).file
+    loaded = tickets.load_ticket(path)
+    Console().print(tickets.describe(loaded, file_size=path.stat().st_size))
+
+
+def verify(arguments: Sequence[str], *, prog: str) -> None:
+    """check a ticket's file, and measure its accuracy on the test set of a data set"""
+    parser = command_parser(prog, verify)
+    parser.add_argument("file", type=Path, metavar="FILE", help="ticket.safetensors of a run")
+    parser.add_argument("dataset", metavar="DATASET", help="of a preset, or a name in TensorFlow Datasets")
+    parser.add_argument("--data-dir", type=Path, help="folder of prepared data sets")
+    parser.add_argument("--batch-size", type=int, default=128, help="images per call (128)")
+    given = parser.parse_args(arguments)
+    loaded = tickets.load_ticket(given.file)
+    made_with = loaded.metadata.get("config") or {}
+    dataset = PRESETS[given.dataset].dataset if given.dataset in PRESETS else given.dataset
+    size = None if dataset == "digits" else _image_size(made_with)
+    asked = Config(
+        dataset=dataset,
+        data_dir=given.data_dir,
+        batch_size=given.batch_size,
+        image_size=size,
+        stream=dataset != "digits" and (size is not None or made_with.get("stream") is True),
+    )
+    found = experiment.verify(asked, loaded, str(given.file))
+    recorded = (loaded.metadata.get("accuracy") or {}).get("test_accuracy")
+    line = f"{given.file}: whole; density {loaded.density:.2%}, accuracy on the test set of {dataset} {found:.2%}"
+    if loaded.metadata.get("dataset") != dataset or recorded is None:
+        return say(Console(), line)
+    say(Console(), f"{line}, recorded {recorded:.2%}")
+    if abs(found - recorded) > ROUNDING:
+        raise AccuracyError(f"{given.file}: accuracy {found:.2%} is not the recorded one, {recorded:.2%}")
+
+
+def _image_size(made_with: Mapping[str, Any]) -> int | None:
+    """Of the settings that a ticket was made with, the side that its images were cut to."""
+    size = made_with.get("image_size")
+    return size if type(size) is int and size > 0 else None
+
+
+def shrink(arguments: Sequence[str], *, prog: str) -> None:
+    """take out of a ticket the channels, units and heads that no longer matter: a smaller network that does the same"""
+    parser = command_parser(prog, shrink)
+    parser.add_argument("file", type=Path, metavar="FILE", help="ticket.safetensors of a run")
+    parser.add_argument("--out", type=Path, help="file of the smaller ticket (FILE-shrunk.safetensors)")
+    given = parser.parse_args(arguments)
+    out = given.out or given.file.with_name(f"{given.file.stem}-shrunk.safetensors")
+    if out.is_dir() or not out.parent.is_dir():
+        raise ConfigError(f"--out: got {out}, wanted a file in a folder that exists")
+    loaded = tickets.load_ticket(given.file)
+    try:
+        smaller = shrinking.shrink_ticket(loaded)
+    except ConfigError as error:
+        raise ConfigError(f"{given.file}: {error}") from error
+    tickets.save_ticket(out, **smaller.variables, metadata=smaller.metadata)
+    terminal = Console()
+    terminal.print(_what_changed(loaded, smaller))
+    sizes = [(file, file.stat().st_size) for file in (given.file, out)]
+    say(terminal, "; ".join(f"{file}: {size:,} bytes" for file, size in sizes))
+
+
+def _what_changed(before: LoadedTicket, after: LoadedTicket) -> Table:
+    """Sizes of a ticket and of the smaller one: in all, and of every layer that has fewer features."""
+    table = Table("", "before", "after", "share", box=box.SIMPLE_HEAD)
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:]:
+        column.justify = "right"
+    old, new = map(_sizes, (before, after))
+    for name, size in new.items():
+        if size != old[name] or name in _TOTALS:
+            table.add_row(name, f"{old[name]:,}", f"{size:,}", f"{size / old[name]:.1%}")
+    return table
+
+
+_TOTALS = ("weights", "multiply-adds")
+
+
+def _sizes(ticket: LoadedTicket) -> dict[str, int]:
+    """A ticket's weights, multiply-adds, and the output features (or heads) of its layers."""
+    assert ticket.model is not None
+    weights = trees.leaves_by_path(ticket.variables["params"])
+    counts = (
+        sum(weight.size for weight in weights.values()),
+        multiply_adds(ticket.model, ticket.metadata["model"]["image_shape"]),
+    )
+    features = {}
+    for path, weight in weights.items():
+        if path[-1] == "kernel":
+            name, axis = (path[:-2], -2) if path[-2] == "query" else (path[:-1], -1)
+            features.setdefault(trees.name(name), weight.shape[axis])
+    return dict(zip(_TOTALS, counts, strict=True)) | features

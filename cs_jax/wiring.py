@@ -1,0 +1,192 @@
+"""How a network is wired: what a module says of its layers, so that channels can be taken out of it.
+
+A module tells it in a method `wire(self, net, x)`, which reads like its `__call__`: `net` is a `Wiring`, whose methods
+are the kinds of layers there are, `x` stands for the images, and what is returned for the output. In a second method,
+`resize(self, features)`, it returns the same module with other numbers of features in some of its layers.
+
+    class Small(nn.Module):
+        hidden: int = 100
+
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(MaskedConv(self.hidden, (3, 3), name="conv")(x))
+            return nn.Dense(10, name="classifier")(x.mean(axis=(1, 2)))
+
+        def wire(self, net, x):
+            x = net.activation(net.conv(x, "conv", zero_padded=True), nn.relu)
+            return net.dense(net.pool(x), "classifier")
+
+        def resize(self, features):
+            return self.clone(hidden=features["conv"])
+
+Nothing is guessed: a module without these methods is refused, and so is a wiring that leaves out a layer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NewType, Protocol, runtime_checkable
+
+import jax
+from flax import linen as nn
+
+Signal = NewType("Signal", int)
+"""What flows between two layers: the number of the node that makes it."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """The images."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A convolution or dense layer: the last two axes of its kernel are input and output features."""
+
+    source: Signal
+    name: str
+    zero_padded: bool
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    source: Signal
+    name: str
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Activation:
+    source: Signal
+    function: Callable[[jax.Array], jax.Array]
+
+
+@dataclass(frozen=True)
+class Pool:
+    source: Signal
+
+
+@dataclass(frozen=True)
+class Add:
+    left: Signal
+    right: Signal
+
+
+PROJECTIONS = ("query", "key", "value", "out")
+"""Layers of an attention module."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Heads of self-attention, whose `PROJECTIONS` are layers of the module."""
+
+    source: Signal
+    name: str
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Layers that want every feature as it is, and give back as many."""
+
+    source: Signal
+    names: tuple[str, ...]
+
+
+Node = Input | Linear | BatchNorm | Activation | Pool | Add | Attention | Fixed
+
+
+class Wiring:
+    """The layers of a network in the order in which they are applied.
+
+    Names are paths of layers among the variables, as in "stage1_block1/conv_a". Each method takes what flows into a
+    layer, and returns what flows out of it.
+
+    Attributes:
+        nodes: what the module has told, each by the number of the signal that it makes.
+    """
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = [Input()]
+
+    def conv(self, x: Signal, name: str, *, zero_padded: bool) -> Signal:
+        """A convolution with one group, whose kernel is (*window, in, out), with or without a bias.
+
+        Args:
+            x: what it is applied to.
+            name: of the layer.
+            zero_padded: whether zeros are put around the image: a constant in a channel is then none at the border.
+        """
+        return self._add(Linear(x, name, zero_padded))
+
+    def dense(self, x: Signal, name: str) -> Signal:
+        """A dense layer along the last axis, whose kernel is (in, out), with or without a bias.
+
+        It may follow on (batch, height, width, channels) reshaped to (batch, features).
+        """
+        return self._add(Linear(x, name, zero_padded=False))
+
+    def batch_norm(self, x: Signal, name: str, *, epsilon: float = 1e-5) -> Signal:
+        """A BatchNorm with scale and bias, and running averages in "batch_stats"."""
+        return self._add(BatchNorm(x, name, epsilon))
+
+    def activation(self, x: Signal, function: Callable[[jax.Array], jax.Array]) -> Signal:
+        """A function of every entry by itself."""
+        return self._add(Activation(x, function))
+
+    def pool(self, x: Signal) -> Signal:
+        """A maximum or mean of every channel by itself that leaves a constant as it is: not over zeros of a padding."""
+        return self._add(Pool(x))
+
+    def add(self, x: Signal, y: Signal) -> Signal:
+        """A sum, as in residual networks: channels of both belong together from there on."""
+        return self._add(Add(x, y))
+
+    def attention(self, x: Signal, name: str) -> Signal:
+        """Self-attention of the module called `name`, before anything is added to it.
+
+        Its layers query, key and value have kernels (in, heads, size), out has (heads, size, out), all with biases.
+        """
+        return self._add(Attention(x, name))
+
+    def fixed(self, x: Signal, *names: str) -> Signal:
+        """Anything else that wants every feature, as a LayerNorm does: neither its input nor its output gets smaller.
+
+        Args:
+            x: what it is applied to.
+            names: of its layers or parameters, if it has any.
+        """
+        return self._add(Fixed(x, names))
+
+    def _add(self, node: Node) -> Signal:
+        self.nodes.append(node)
+        return Signal(len(self.nodes) - 1)
+
+
+@runtime_checkable
+class Wired(Protocol):
+    """A Linen module that says how it is wired."""
+
+    def wire(self, net: Wiring, x: Signal) -> Signal:
+        """Tells `net` every layer that `x` goes through, and returns the output."""
+        ...
+
+    def resize(self, features: dict[str, int]) -> Any:
+        """The same module with these numbers of output features, or heads, in place of those that it has.
+
+        Args:
+            features: by the name of the layer, all that can change; heads by that of their module.
+        """
+        ...
+
+
+def wiring_of(model: nn.Module) -> tuple[Wiring, Signal]:
+    """What a module says of its layers, and its output.
+
+    Raises:
+        TypeError: it does not say.
+    """
+    if not isinstance(model, Wired):
+        raise TypeError(
+            f"model: got {type(model).__name__}, which does not say how it is wired; wanted methods `wire` and `resize`"
+        )
+    net = Wiring()
+    return net, model.wire(net, Signal(0))

@@ -5,10 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from timing import Stepper
 
-from cs_jax import masks, programs, training
+from cs_jax import fold, masks, programs, training
 from cs_jax.images import ImageSet
 from cs_jax.precision import DTYPES
 from cs_jax.training import Hyperparams, Recipe, TrainState
@@ -38,16 +37,10 @@ def make_networks(recipe: Recipe, data: ImageSet, *, score_dtype: str = "float32
     scores = masks.init_scores(variables["masks"], 0.0, dtype=DTYPES[score_dtype])
     kept = jax.tree.map(lambda mask: 2.0 * jax.random.bernoulli(jax.random.key(2), 0.2, mask.shape), scores)
     return {
-        "dense": network(dataclasses.replace(recipe, model=_plain(recipe.model)), {}, {}),
+        "dense": network(dataclasses.replace(recipe, model=fold.plain(recipe.model)), {}, {}),
         "search": network(recipe, scores, {}),
         "ticket": network(recipe, {}, kept),
     }
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    """The model with the layers that its masked ones are made from."""
-    fields = [name for name in ("conv", "dense") if hasattr(model, name)]
-    return model.clone(**{name: getattr(model, name).__bases__[-1] for name in fields})
 
 
 def make_step(recipe: Recipe, state: TrainState, data: ImageSet) -> Stepper:

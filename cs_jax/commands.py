@@ -18,6 +18,7 @@ from cs_jax.console import Terminal, say
 from cs_jax.data import Data, fingerprint
 from cs_jax.errors import ConfigError, one_of
 from cs_jax.executor import Executor
+from cs_jax.export_commands import export, import_state_dict
 from cs_jax.flags import MODULE, command_parser
 from cs_jax.health import Health
 from cs_jax.interrupts import Interrupts, Stopped
@@ -237,6 +238,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "shrink": shrink,
     "report": report,
     "connect": connect,
+    "export": export,
+    "import": import_state_dict,
     "sweep": sweep,
     "pareto": pareto,
 }

@@ -244,7 +244,7 @@ class _Network:
     def _use(self, signal: int, layer: Linear, constants: np.ndarray) -> _Use:
         weights = self._weights(layer.name)
         weights = weights.reshape(-1, len(constants), weights.shape[-1])
-        followers = [node for node in self._nodes if signal in _sources(node)]
+        followers = [node for node in self._nodes if signal in wiring.sources(node)]
         absorber, sign = None, 1
         if not layer.zero_padded and f"params/{layer.name}/bias" in self.arrays:
             absorber = f"params/{layer.name}/bias"
@@ -346,19 +346,9 @@ def _spaces(net: Wiring) -> list[int]:
     for signal, node in enumerate(net.nodes):
         if isinstance(node, Linear | Attention | Input):
             continue
-        joined = {spaces[source] for source in _sources(node)} | {spaces[signal]}
+        joined = {spaces[source] for source in wiring.sources(node)} | {spaces[signal]}
         spaces = [min(joined) if space in joined else space for space in spaces]
     return spaces
-
-
-def _sources(node: wiring.Node) -> tuple[Signal, ...]:
-    match node:
-        case Input():
-            return ()
-        case Add(left, right):
-            return left, right
-        case _:
-            return (node.source,)
 
 
 def _names(node: wiring.Node) -> tuple[str, ...]:

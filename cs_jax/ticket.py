@@ -164,7 +164,7 @@ def _check_model(about: Mapping[str, Any], arrays: Arrays, model: nn.Module | No
     entry = about.get("model") or {}
     name, image_shape = entry.get("name"), tuple(entry.get("image_shape") or ())
     if model is not None:
-        name, wanted = type(model).__name__, _shapes_of(model, image_shape) if image_shape else None
+        name, wanted = type(model).__name__, shapes_of(model, image_shape) if image_shape else None
     elif name is not None:
         ticket_checks.check("model", name, name in MODELS, one_of(name, MODELS))
         dtype = entry.get("dtype") or "float32"
@@ -200,10 +200,10 @@ def _known_model(
     name: str, num_classes: int, image_shape: tuple[int, ...], dtype: str, features: Features
 ) -> tuple[nn.Module, dict[str, tuple]]:
     model = build(name, num_classes=num_classes, dtype=dtype, features=features)
-    return model, _shapes_of(model, image_shape)
+    return model, shapes_of(model, image_shape)
 
 
-def _shapes_of(model: nn.Module, image_shape: tuple[int, ...]) -> dict[str, tuple]:
+def shapes_of(model: nn.Module, image_shape: tuple[int, ...]) -> dict[str, tuple]:
     """Shape and kind of every leaf by name; nothing is allocated."""
     try:
         variables = jax.eval_shape(

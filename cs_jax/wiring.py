@@ -94,6 +94,17 @@ class Fixed:
 Node = Input | Linear | BatchNorm | Activation | Pool | Add | Attention | Fixed
 
 
+def sources(node: Node) -> tuple[Signal, ...]:
+    """The signals that a node reads."""
+    match node:
+        case Input():
+            return ()
+        case Add(left, right):
+            return left, right
+        case _:
+            return (node.source,)
+
+
 class Wiring:
     """The layers of a network in the order in which they are applied.
 

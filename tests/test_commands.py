@@ -65,7 +65,10 @@ def test_each_command_has_a_help_of_its_own(name: str, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["tran"], "python -m cs_jax: error: got 'tran', wanted one of train, ticket, verify, report, connect, "),
+        (
+            ["tran"],
+            "python -m cs_jax: error: got 'tran', wanted one of train, ticket, verify, shrink, report, connect, ",
+        ),
         (["ticket"], "python -m cs_jax ticket: error: the following arguments are required: FILE"),
         (["ticket", "nowhere"], "python -m cs_jax ticket: error: nowhere: "),
         (["verify", "nowhere", "digits"], "python -m cs_jax verify: error: nowhere: "),

@@ -60,3 +60,29 @@ def test_on_a_cpu_every_convolution_of_a_network_is_kept_from_its_input_s_making
     variables = model.init(jax.random.key(0), images)
     compiled = jax.jit(model.apply).lower(variables, images).compile().as_text()
     assert compiled.count(" conditional(") == compiled.count(" convolution(") == 6
+
+
+def test_a_program_for_serving_has_jax_s_own_convolutions() -> None:
+    model = MODELS["resnet6"]()
+    images = jnp.ones((2, 8, 8, 1))
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+
+    def conditionals() -> int:
+        return str(jax.make_jaxpr(lambda *given: model.apply(*given))(variables, images)).count("cond[")
+
+    with convolution.for_serving():
+        assert conditionals() == 0
+    assert conditionals() == 6
+
+
+def test_a_pool_for_serving_has_the_same_result_and_pads_an_array() -> None:
+    x = jax.random.normal(jax.random.key(0), (2, 7, 8, 3))
+
+    def pool() -> Any:
+        return convolution.max_pool(x, (3, 3), strides=(2, 2), padding=(1, 1))
+
+    wanted = pool()
+    with convolution.for_serving():
+        np.testing.assert_array_equal(pool(), wanted)
+        assert "padding=((0, 0), (0, 0), (0, 0), (0, 0))" in str(jax.make_jaxpr(lambda: pool())())
+    assert wanted.shape == (2, 4, 4, 3)

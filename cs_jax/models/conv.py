@@ -70,7 +70,7 @@ class ConvNet(nn.Module):
             name = f"stage{stage}_conv{layer}"
             width = self.features.get(name, self.widths[stage - 1])
             x = nn.relu(self.conv(width, (3, 3), padding=1, name=name, **fields)(x))
-        return nn.max_pool(x, (2, 2), strides=(2, 2))
+        return nn.max_pool(x, window_shape=(2, 2), strides=(2, 2))
 
     def wire(self, net: Wiring, x: Signal) -> Signal:
         for stage in range(1, len(self.widths) + 1):

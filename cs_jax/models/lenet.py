@@ -28,6 +28,7 @@ class LeNet300100(nn.Module):
         dtype: of the computation; by default that of images and weights.
         param_dtype: of the weights.
         features: output features of layers that have others than their family's, by name; a shrunk network has some.
+        dense: class of the hidden layers; `flax.linen.Dense` makes the plain network.
 
     References:
         LeCun et al., "Gradient-based learning applied to document recognition", 1998; Frankle and Carbin,
@@ -38,12 +39,13 @@ class LeNet300100(nn.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     features: Features = NONE
+    dense: type[nn.Dense] = MaskedDense
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         x = x.reshape(x.shape[0], -1)
         for name, width in HIDDEN.items():
-            x = MaskedDense(
+            x = self.dense(
                 self.features.get(name, width),
                 kernel_init=xavier_normal,
                 dtype=self.dtype,

@@ -1,6 +1,6 @@
 """Residual networks: for small images as the authors' release builds them, and for large ones."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ class ResNet(nn.Module):
         remat: keep the inputs of blocks alone for the backward pass, and compute all else again there.
         features: output features of layers that have others than their family's, by name; a shrunk network has some.
         conv: class of the 3x3 convolutions; `flax.linen.Conv` makes the plain dense network.
+        folded: no BatchNorm, and biases in the convolutions that it followed: see `cs_jax.fold`. Not for training.
     """
 
     num_classes: int = 10
@@ -51,11 +52,12 @@ class ResNet(nn.Module):
     remat: bool = False
     features: Features = NONE
     conv: type[nn.Conv] = MaskedConv
+    folded: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        conv = partial(_conv, self.conv, dtype=self.dtype, param_dtype=self.param_dtype)
-        norm = partial(_norm, train=train, dtype=self.dtype, param_dtype=self.param_dtype)
+        conv = partial(_conv, self.conv, bias=self.folded, dtype=self.dtype, param_dtype=self.param_dtype)
+        norm = partial(_norm, train=train, folded=self.folded, dtype=self.dtype, param_dtype=self.param_dtype)
         x = conv(self.features.get("conv0", self.widths[0]), 3, name="conv0")(x)
         x = nn.relu(norm(name="bn0")(x))
         make_block = nn.remat(ResidualBlock, static_argnums=(2,)) if self.remat else ResidualBlock
@@ -68,6 +70,7 @@ class ResNet(nn.Module):
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 conv=self.conv,
+                folded=self.folded,
                 name=name,
             )(x, train)
         x = jnp.mean(x, axis=(1, 2))
@@ -83,11 +86,12 @@ class ResNet(nn.Module):
         return _places(self.stage_sizes, self.widths, self.widths[0], factor=1)
 
     def wire(self, net: Wiring, x: Signal) -> Signal:
-        x = net.activation(net.batch_norm(net.conv(x, "conv0", zero_padded=True), "bn0"), nn.relu)
+        norm = partial(_wire_norm, net, folded=self.folded)
+        x = net.activation(norm(net.conv(x, "conv0", zero_padded=True), "bn0"), nn.relu)
         for name, _, _, projects in self._blocks():
-            y = net.batch_norm(net.conv(x, f"{name}/conv_a", zero_padded=True), f"{name}/bn_a")
+            y = norm(net.conv(x, f"{name}/conv_a", zero_padded=True), f"{name}/bn_a")
             y = net.conv(net.activation(y, nn.relu), f"{name}/conv_b", zero_padded=True)
-            y = net.batch_norm(y, f"{name}/bn_b")
+            y = norm(y, f"{name}/bn_b")
             if projects:
                 x = net.conv(x, f"{name}/downsample", zero_padded=False)
             x = net.activation(net.add(x, y), nn.relu)
@@ -129,11 +133,12 @@ class ResidualBlock(nn.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     conv: type[nn.Conv] = MaskedConv
+    folded: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv = partial(_conv, self.conv, dtype=self.dtype, param_dtype=self.param_dtype)
-        norm = partial(_norm, train=train, dtype=self.dtype, param_dtype=self.param_dtype)
+        conv = partial(_conv, self.conv, bias=self.folded, dtype=self.dtype, param_dtype=self.param_dtype)
+        norm = partial(_norm, train=train, folded=self.folded, dtype=self.dtype, param_dtype=self.param_dtype)
         width_inside, width_out = (self.features.get(name, self.width) for name in ("conv_a", "conv_b"))
         y = conv(width_inside, 3, strides=self.stride, name="conv_a")(x)
         y = nn.relu(norm(name="bn_a")(y))
@@ -183,6 +188,7 @@ class BottleneckResNet(nn.Module):
         remat: keep the inputs of blocks alone for the backward pass, and compute all else again there.
         features: output features of layers that have others than their family's, by name; a shrunk network has some.
         conv: class of the masked convolutions; `flax.linen.Conv` makes the plain dense network.
+        folded: no BatchNorm, and biases in the convolutions: see `cs_jax.fold`. Not for training.
 
     References:
         He et al., 2015, arXiv:1512.03385, table 1.
@@ -196,18 +202,19 @@ class BottleneckResNet(nn.Module):
     remat: bool = False
     features: Features = NONE
     conv: type[nn.Conv] = MaskedConv
+    folded: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         dtypes: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        width = self.features.get("conv0", self.widths[0])
-        x = _conv(nn.Conv, width, 7, strides=2, kernel_init=he_normal_fan_out, name="conv0", **dtypes)(x)
-        x = nn.relu(_norm(train=train, name="bn0", **dtypes)(x))
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
+        stem = partial(_conv, nn.Conv, strides=2, bias=self.folded, kernel_init=he_normal_fan_out, **dtypes)
+        x = stem(self.features.get("conv0", self.widths[0]), 7, name="conv0")(x)
+        x = nn.relu(_norm(train=train, folded=self.folded, name="bn0", **dtypes)(x))
+        x = convolution.max_pool(x, (3, 3), strides=(2, 2), padding=(1, 1))
         make_block = nn.remat(BottleneckBlock, static_argnums=(2,)) if self.remat else BottleneckBlock
         for name, width, stride, projects in self._blocks():
-            features = within(self.features, name)
-            x = make_block(width, stride, projects, features=features, conv=self.conv, name=name, **dtypes)(x, train)
+            fields = {"features": within(self.features, name), "conv": self.conv, "folded": self.folded, **dtypes}
+            x = make_block(width, stride, projects, name=name, **fields)(x, train)
         x = jnp.mean(x, axis=(1, 2))
         like_pytorch = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         dtypes["dtype"] = of_logits(self.dtype)
@@ -217,16 +224,17 @@ class BottleneckResNet(nn.Module):
         return _places(self.stage_sizes, self.widths, self.widths[0], factor=4)
 
     def wire(self, net: Wiring, x: Signal) -> Signal:
-        x = net.pool(net.activation(net.batch_norm(net.conv(x, "conv0", zero_padded=True), "bn0"), nn.relu))
+        norm = partial(_wire_norm, net, folded=self.folded)
+        x = net.pool(net.activation(norm(net.conv(x, "conv0", zero_padded=True), "bn0"), nn.relu))
         for name, _, _, projects in self._blocks():
             y = x
             for layer in "ab":
-                y = net.batch_norm(net.conv(y, f"{name}/conv_{layer}", zero_padded=layer == "b"), f"{name}/bn_{layer}")
+                y = norm(net.conv(y, f"{name}/conv_{layer}", zero_padded=layer == "b"), f"{name}/bn_{layer}")
                 y = net.activation(y, nn.relu)
-            y = net.batch_norm(net.conv(y, f"{name}/conv_c", zero_padded=False), f"{name}/bn_c")
+            y = norm(net.conv(y, f"{name}/conv_c", zero_padded=False), f"{name}/bn_c")
             if projects:
                 x = net.conv(x, f"{name}/downsample", zero_padded=False)
-                x = net.batch_norm(x, f"{name}/bn_downsample")
+                x = norm(x, f"{name}/bn_downsample")
             x = net.activation(net.add(x, y), nn.relu)
         return net.dense(net.pool(x), "classifier")
 
@@ -249,12 +257,13 @@ class BottleneckBlock(nn.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     conv: type[nn.Conv] = MaskedConv
+    folded: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         dtypes: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv = partial(_conv, self.conv, kernel_init=he_normal_fan_out, **dtypes)
-        norm = partial(_norm, train=train, **dtypes)
+        conv = partial(_conv, self.conv, bias=self.folded, kernel_init=he_normal_fan_out, **dtypes)
+        norm = partial(_norm, train=train, folded=self.folded, **dtypes)
         widths = {"conv_a": self.width, "conv_b": self.width, "conv_c": 4 * self.width}
         width_a, width_b, width_out = (self.features.get(name, width) for name, width in widths.items())
         y = nn.relu(norm(name="bn_a")(conv(width_a, 1, name="conv_a")(x)))
@@ -275,6 +284,7 @@ def _conv(
     size: int,
     *,
     strides: int = 1,
+    bias: bool = False,
     kernel_init: Initializer = xavier_normal,
     name: str,
     dtype: DTypeLike | None,
@@ -285,7 +295,7 @@ def _conv(
         (size, size),
         strides=strides,
         padding=size // 2,
-        use_bias=False,
+        use_bias=bias,
         kernel_init=kernel_init,
         dtype=dtype,
         param_dtype=param_dtype,
@@ -294,7 +304,15 @@ def _conv(
     )
 
 
-def _norm(*, train: bool, name: str, dtype: DTypeLike | None, param_dtype: DTypeLike) -> nn.Module:
+def _norm(
+    *, train: bool, folded: bool, name: str, dtype: DTypeLike | None, param_dtype: DTypeLike
+) -> Callable[[jax.Array], jax.Array]:
+    if folded:
+        return lambda x: x
     return BatchNorm(
         use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, param_dtype=param_dtype, name=name
     )
+
+
+def _wire_norm(net: Wiring, x: Signal, name: str, *, folded: bool) -> Signal:
+    return x if folded else net.batch_norm(x, name)

@@ -37,6 +37,7 @@ class VGG(nn.Module):
         remat: keep the inputs of stages alone for the backward pass, and compute all else again there.
         features: output features of layers that have others than their family's, by name; a shrunk network has some.
         conv: class of the convolutions; `flax.linen.Conv` makes the plain dense network.
+        folded: no BatchNorm, and biases in the convolutions: see `cs_jax.fold`. Not for training.
 
     Raises:
         ValueError: the images are too small to be halved by every pool.
@@ -53,6 +54,7 @@ class VGG(nn.Module):
     remat: bool = False
     features: Features = NONE
     conv: type[nn.Conv] = MaskedConv
+    folded: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -72,20 +74,20 @@ class VGG(nn.Module):
     def _stage(self, x: jax.Array, stage: int, train: bool) -> jax.Array:
         dtypes: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = partial(
-            self.conv, kernel_size=(3, 3), padding=1, use_bias=False, kernel_init=he_normal_fan_out, **dtypes
+            self.conv, kernel_size=(3, 3), padding=1, use_bias=self.folded, kernel_init=he_normal_fan_out, **dtypes
         )
         norm = partial(BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, **dtypes)
         for layer in range(1, self.stage_sizes[stage - 1] + 1):
             name = f"stage{stage}_conv{layer}"
             x = conv(self.features.get(name, self.widths[stage - 1]), name=name)(x)
-            x = nn.relu(norm(name=f"stage{stage}_bn{layer}")(x))
-        return nn.max_pool(x, (2, 2), strides=(2, 2))
+            x = nn.relu(x if self.folded else norm(name=f"stage{stage}_bn{layer}")(x))
+        return nn.max_pool(x, window_shape=(2, 2), strides=(2, 2))
 
     def wire(self, net: Wiring, x: Signal) -> Signal:
         for stage, layers in enumerate(self.stage_sizes, start=1):
             for layer in range(1, layers + 1):
                 x = net.conv(x, f"stage{stage}_conv{layer}", zero_padded=True)
-                x = net.activation(net.batch_norm(x, f"stage{stage}_bn{layer}"), nn.relu)
+                x = net.activation(x if self.folded else net.batch_norm(x, f"stage{stage}_bn{layer}"), nn.relu)
             x = net.pool(x)
         return net.dense(net.pool(x), "classifier")
 

@@ -1,0 +1,70 @@
+"""An ONNX model, made by jax2onnx and read back by ONNX Runtime."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from cs_jax import convolution
+from cs_jax.errors import ConfigError
+from cs_jax.export.served import Served
+
+SUFFIX = ".onnx"
+
+OPSET = 21
+"""Version of the operators: ONNX Runtime reads it since 1.18, of June 2024."""
+
+
+def to_bytes(served: Served) -> bytes:
+    """A model from "images" (batch, height, width, channels) of 0 to 255, float32, to "logits" (batch, num_classes).
+
+    Raises:
+        ConfigError: jax2onnx is not installed.
+    """
+    try:
+        from jax2onnx import to_onnx  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise _missing(error) from error
+    with convolution.for_serving(), _quiet(), jax.numpy_rank_promotion("allow"):  # its layers add biases so
+        model = to_onnx(
+            served.logits,
+            [("batch", *served.image_shape)],
+            model_name=type(served.model).__name__,
+            opset=OPSET,
+            input_names=["images"],
+            output_names=["logits"],
+        )
+    # Shapes between layers, of which it gets some wrong: runtimes infer them, and warn of the difference.
+    del model.graph.value_info[:]
+    return model.SerializeToString()
+
+
+def logits(content: bytes, served: Served, images: np.ndarray) -> np.ndarray:
+    """What ONNX Runtime computes of images of 0 to 255."""
+    try:
+        import onnxruntime  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise _missing(error) from error
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    (found,) = session.run(["logits"], {"images": images})
+    return np.asarray(found)
+
+
+def _missing(error: ImportError) -> ConfigError:
+    return ConfigError(
+        f"--to onnx: needs jax2onnx and onnxruntime ({error}), wanted both installed: pip install 'cs_jax[onnx]'"
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what onnx_ir says of values whose types nobody asks for."""
+    logger = logging.getLogger("onnx_ir")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

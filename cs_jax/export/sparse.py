@@ -1,0 +1,112 @@
+"""Fully connected layers as compressed sparse rows, and all other arrays beside them, in one .npz without pickle."""
+
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.sparse import csr_array
+
+from cs_jax import trees, wiring
+from cs_jax.errors import ConfigError
+from cs_jax.export.served import Served
+from cs_jax.sharding import on_host
+from cs_jax.wiring import Attention
+
+if TYPE_CHECKING:
+    from jax.experimental.sparse import BCOO
+
+SUFFIX = ".npz"
+
+PARTS = ("data", "indices", "indptr", "shape")
+"""Arrays that a sparse matrix is stored in, by the end of their names; the shape is that of the kernel."""
+
+ABOUT = "cs_jax"
+"""Name of the JSON text that says what the arrays do not."""
+
+
+def to_bytes(served: Served) -> bytes:
+    """An .npz with the arrays of the network by collection and path, "params/conv0/kernel".
+
+    The kernel of a fully connected layer is a matrix (in, out) of compressed sparse rows, in arrays with the ends of
+    `PARTS`. Kernels of attention are such matrices, with the axes of heads and their size taken together.
+    """
+    outs = _attention_outs(served)
+    arrays: dict[str, np.ndarray] = {ABOUT: np.array(json.dumps(served.about, sort_keys=True))}
+    for path, leaf in trees.leaves_by_path(served.variables).items():
+        name, array = trees.name(path), np.asarray(on_host(leaf))
+        if path[-1] != "kernel" or array.ndim == 4:
+            arrays[name] = array
+            continue
+        rows = array.shape[: 2 if name in outs else 1]
+        matrix = csr_array(array.reshape(int(np.prod(rows)), -1))
+        parts = (matrix.data, matrix.indices.astype(np.int32), matrix.indptr.astype(np.int32), np.array(array.shape))
+        arrays |= {f"{name}.{part}": value for part, value in zip(PARTS, parts, strict=True)}
+    file = io.BytesIO()
+    np.savez_compressed(file, allow_pickle=False, **arrays)  # pyright: ignore[reportArgumentType]
+    return file.getvalue()
+
+
+def read_sparse(file: str | Path | io.BytesIO) -> tuple[dict[str, csr_array | np.ndarray], dict[str, Any]]:
+    """Matrices and arrays of a network that was exported to `sparse`, by name, and what is known of it.
+
+    Returns:
+        Kernels of fully connected layers as SciPy's `csr_array` (in, out), all else as NumPy's arrays; and a dictionary
+        of `image_shape` and `normalization`.
+
+    Raises:
+        ConfigError: it is no such file.
+    """
+    arrays, about = _read(file)
+    found: dict[str, csr_array | np.ndarray] = {}
+    for name, array in arrays.items():
+        stem, _, part = name.rpartition(".")
+        if part == "indptr":
+            data, indices = arrays[f"{stem}.data"], arrays[f"{stem}.indices"]
+            rows = len(array) - 1
+            columns = int(np.prod(arrays[f"{stem}.shape"])) // rows
+            found[stem] = csr_array((data, indices, array), shape=(rows, columns))
+        elif part not in PARTS:
+            found[name] = array
+    return found, about
+
+
+def to_bcoo(matrix: csr_array) -> "BCOO":
+    """The matrix as `jax.experimental.sparse` has it: a reference implementation, of which no speed is promised.
+
+    >>> to_bcoo(csr_array(np.eye(3, dtype=np.float32))) @ jnp.arange(3.0)
+    Array([0., 1., 2.], dtype=float32)
+    """
+    from jax.experimental.sparse import BCOO  # loads for a quarter of a second, and few want it
+
+    return BCOO.from_scipy_sparse(matrix)
+
+
+def logits(content: bytes, served: Served, images: np.ndarray) -> np.ndarray:
+    """What a network with the arrays of a file computes of images of 0 to 255."""
+    arrays, _ = _read(io.BytesIO(content))
+    leaves = {}
+    for name, array in read_sparse(io.BytesIO(content))[0].items():
+        whole = array.toarray().reshape(arrays[f"{name}.shape"]) if isinstance(array, csr_array) else array
+        leaves[tuple(name.split("/"))] = jnp.asarray(whole)
+    read = Served(served.model, trees.nest(leaves), served.image_shape, served.normalization)
+    return np.asarray(jax.jit(read.logits)(images))
+
+
+def _read(file: str | Path | io.BytesIO) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    try:
+        with np.load(file, allow_pickle=False) as loaded:
+            arrays = {name: loaded[name] for name in loaded.files}
+        return arrays, json.loads(arrays.pop(ABOUT).item())
+    except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{file}: got no network that was exported to sparse: {error}") from error
+
+
+def _attention_outs(served: Served) -> set[str]:
+    """Kernels whose first two axes are inputs."""
+    nodes = wiring.wiring_of(served.model)[0].nodes if isinstance(served.model, wiring.Wired) else []
+    return {f"params/{node.name}/out/kernel" for node in nodes if isinstance(node, Attention)}

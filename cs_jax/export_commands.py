@@ -1,0 +1,91 @@
+"""The commands `export` and `import`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cs_jax.console import say
+from cs_jax.errors import ConfigError, one_of
+from cs_jax.flags import command_parser
+from cs_jax.masks import density
+from cs_jax.models import MODELS
+from cs_jax.ticket import TicketError, load_ticket, save_ticket
+
+
+def export(arguments: Sequence[str], *, prog: str) -> None:
+    """write a ticket for PyTorch, ONNX, StableHLO or SciPy, without the channels that no longer matter"""
+    from cs_jax import export as formats  # SciPy's sparse arrays load for a while, and only these commands want them
+
+    parser = command_parser(prog, export)
+    parser.add_argument("file", type=Path, metavar="TICKET", help="ticket.safetensors of a run")
+    parser.add_argument("--to", required=True, metavar="FORMAT", help=", ".join(formats.FORMATS))
+    parser.add_argument("--out", type=Path, help="file to write (beside the ticket, named for the format)")
+    parser.add_argument("--keep-shapes", action="store_true", help="take no channels out")
+    parser.add_argument("--fold", action="store_true", help="fold BatchNorm into the convolutions before it")
+    given = parser.parse_args(arguments)
+    if given.to not in formats.FORMATS:
+        raise ConfigError(f"--to: got {given.to!r}, wanted {one_of(given.to, formats.FORMATS)}")
+    out = given.out or given.file.with_suffix(formats.FORMATS[given.to].suffix)
+    formats.check_out(out)
+    if out.exists() and given.file.exists() and out.samefile(given.file):
+        raise ConfigError(f"--out: got {out}, wanted another file than the ticket")
+    loaded = load_ticket(given.file)
+    try:
+        found = formats.export_ticket(loaded, given.to, out, keep_shapes=given.keep_shapes, fold=given.fold)
+    except ConfigError as error:
+        raise TicketError(f"{given.file}: {error}") from error
+    share = found.size / found.dense_size
+    say(
+        Console(),
+        f"{out}: {found.size:,} bytes, {share:.1%} of the dense weights' {found.dense_size:,}; read back, its logits "
+        f"differ by {found.difference:.1e} of the largest",
+    )
+    if found.served.normalization is None:
+        say(Console(), "the ticket has no normalization: the file takes images as the network does, not 0 to 255")
+
+
+def import_state_dict(arguments: Sequence[str], *, prog: str) -> None:
+    """make a ticket of a PyTorch state dict in a safetensors file"""
+    from cs_jax.export import check_out, load_state_dict
+
+    parser = command_parser(prog, import_state_dict)
+    parser.add_argument("file", type=Path, metavar="FILE", help="safetensors file of a state dict")
+    parser.add_argument("--model", required=True, help=", ".join(MODELS))
+    parser.add_argument("--out", required=True, type=Path, help="ticket to write")
+    sizes = {"type": int, "nargs": 3, "metavar": ("HEIGHT", "WIDTH", "CHANNELS")}
+    parser.add_argument("--image-shape", help="of an image (as the file says, if export has written it)", **sizes)
+    for name, what in (("mean", "mean of the pixels"), ("std", "their deviation")):
+        about = f"{what} by channel, 0 to 255 (as the file says)"
+        parser.add_argument(f"--{name}", type=float, nargs="+", metavar="NUMBER", help=about)
+    given = parser.parse_args(arguments)
+    if (given.mean is None) != (given.std is None):
+        raise ConfigError("--mean and --std: got one of them, wanted both or none")
+    check_out(given.out)
+    if given.out.exists() and given.file.exists() and given.out.samefile(given.file):
+        raise ConfigError(f"--out: got {given.out}, wanted another file than the state dict")
+    try:
+        model, variables = load_state_dict(given.file, given.model, image_shape=given.image_shape)
+        metadata = _metadata(given, model)
+        save_ticket(given.out, **variables, metadata=metadata)
+    except ConfigError as error:
+        raise ConfigError(f"{given.file}: {error}") from error
+    say(Console(), f"{given.out}: {given.model}, density {density(variables['masks']):.2%}")
+
+
+def _metadata(given: Any, model: Any) -> dict[str, Any]:
+    """What a ticket says of the network of a state dict."""
+    from cs_jax.export.state_dict import read
+
+    _, about = read(given.file)
+    entry = {
+        "name": given.model,
+        "num_classes": model.num_classes,
+        "image_shape": given.image_shape or about["image_shape"],
+    }
+    if model.features:
+        entry["features"] = dict(model.features)
+    normalization = about.get("normalization") if given.mean is None else {"mean": given.mean, "std": given.std}
+    known = {} if normalization is None else {"normalization": normalization}
+    return {"model": entry, "mask_scale": 1.0, **known}

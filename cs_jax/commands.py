@@ -26,7 +26,7 @@ from cs_jax.progress import Observer, Observers
 from cs_jax.run_directory import RunDirectory
 from cs_jax.search import NonFiniteLossError, Problem
 from cs_jax.sweep.commands import pareto, sweep
-from cs_jax.ticket_commands import AccuracyError, shrink, ticket, verify
+from cs_jax.ticket_commands import AccuracyError, shrink, speed, ticket, verify
 from cs_jax.tracking import TensorBoard, Tracker, Tracking
 
 
@@ -236,6 +236,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "ticket": ticket,
     "verify": verify,
     "shrink": shrink,
+    "speed": speed,
     "report": report,
     "connect": connect,
     "export": export,

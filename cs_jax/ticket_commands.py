@@ -1,21 +1,25 @@
-"""The commands `ticket`, `verify` and `shrink`: what can be done with a ticket's file."""
+"""The commands `ticket`, `verify`, `shrink` and `speed`: what can be done with a ticket's file."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from cs_jax import experiment, trees
 from cs_jax import shrink as shrinking
+from cs_jax import speed as speeds
 from cs_jax import ticket as tickets
 from cs_jax.config import PRESETS, Config
 from cs_jax.console import say
 from cs_jax.errors import ConfigError
 from cs_jax.flags import command_parser
 from cs_jax.multiply_adds import multiply_adds
+from cs_jax.speed import Measured
 from cs_jax.ticket import LoadedTicket
 
 ROUNDING = 0.002
@@ -89,6 +93,44 @@ def shrink(arguments: Sequence[str], *, prog: str) -> None:
     terminal.print(_what_changed(loaded, smaller))
     sizes = [(file, file.stat().st_size) for file in (given.file, out)]
     say(terminal, "; ".join(f"{file}: {size:,} bytes" for file, size in sizes))
+
+
+def speed(arguments: Sequence[str], *, prog: str) -> None:
+    """measure a ticket's forms on this device, dense, masked, shrunk and sparse, and say which one to serve"""
+    parser = command_parser(prog, speed)
+    parser.add_argument("file", type=Path, metavar="FILE", help="ticket.safetensors of a run")
+    parser.add_argument(
+        "--batch-sizes", type=int, nargs="+", default=[1, 128], metavar="N", help="images of a call (1 128)"
+    )
+    parser.add_argument("--repeats", type=int, default=15, help="turns, over which figures are medians (15)")
+    given = parser.parse_args(arguments)
+    for name, values in (("--batch-sizes", given.batch_sizes), ("--repeats", [given.repeats])):
+        for value in values:
+            if value < 1:
+                raise ConfigError(f"{name}: got {value}, wanted at least 1")
+    loaded = tickets.load_ticket(given.file)
+    try:
+        forms = speeds.forms(loaded)
+    except ConfigError as error:
+        raise ConfigError(f"{given.file}: {error}") from error
+    shape, terminal = loaded.metadata["model"]["image_shape"], Console()
+    device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}"
+    for size in given.batch_sizes:
+        rows = speeds.measure(forms, shape, batch_size=size, repeats=given.repeats)
+        Console(width=max(terminal.width, 110)).print(_speeds(rows, f"batch {size}, {given.repeats} turns; {device}"))
+        say(terminal, speeds.recommend(rows))
+
+
+def _speeds(rows: Sequence[Measured], title: str) -> Table:
+    """Figures of every form."""
+    table = Table("form", title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for name in ("ms", "of dense's time", "memory, MB", "file, kB", "multiply-adds", "differs by"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        ratio = f"{row.ratio:.2f} ({row.lowest:.2f} to {row.highest:.2f})"
+        sizes = (f"{row.peak_bytes / 1e6:,.1f}", f"{row.num_bytes / 1e3:,.0f}", f"{row.multiply_adds:,}")
+        table.add_row(row.form, f"{1e3 * row.seconds:.3f}", ratio, *sizes, f"{row.difference:.0e}")
+    return table
 
 
 def _what_changed(before: LoadedTicket, after: LoadedTicket) -> Table:

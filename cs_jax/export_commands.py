@@ -68,10 +68,21 @@ def import_state_dict(arguments: Sequence[str], *, prog: str) -> None:
     try:
         model, variables = load_state_dict(given.file, given.model, image_shape=given.image_shape)
         metadata = _metadata(given, model)
+        _check_normalization(metadata)
         save_ticket(given.out, **variables, metadata=metadata)
     except ConfigError as error:
         raise ConfigError(f"{given.file}: {error}") from error
     say(Console(), f"{given.out}: {given.model}, density {density(variables['masks']):.2%}")
+
+
+def _check_normalization(metadata: dict[str, Any]) -> None:
+    """Raises unless there is a mean and a deviation above 0 for every channel."""
+    channels = metadata["model"]["image_shape"][-1]
+    for name, values in metadata.get("normalization", {}).items():
+        if len(values) not in (1, channels):
+            raise ConfigError(f"--{name}: got {len(values)} numbers, wanted one for each of the {channels} channels")
+        if name == "std" and min(values) <= 0:
+            raise ConfigError(f"--std: got {min(values):g}, wanted numbers above 0")
 
 
 def _metadata(given: Any, model: Any) -> dict[str, Any]:

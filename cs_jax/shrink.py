@@ -7,7 +7,7 @@ fewer weights that are not 0, so other channels may not matter any more, and it 
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,10 @@ Arrays = dict[str, np.ndarray]
 """Arrays of a network by collection and path, "params/conv0/kernel"."""
 
 AGREEMENT = 1e-4
-"""Difference of outputs, relative to the largest, beyond which a smaller network is refused: it is rounding below."""
+"""Difference of outputs, relative to the largest, beyond which a smaller network is refused: it is rounding below.
+
+For weights in fewer bits than float32 it is four times their precision.
+"""
 
 
 def shrink(
@@ -49,7 +52,7 @@ def shrink(
 
     Raises:
         TypeError: the module does not say how it is wired.
-        ConfigError: a mask keeps nothing of its layer.
+        ConfigError: a mask keeps nothing of its layer, or an entry is not finite.
         ValueError: the wiring does not fit the variables, or is wrong.
     """
     arrays = {
@@ -57,10 +60,7 @@ def shrink(
         for collection, tree in variables.items()
         for path, leaf in trees.leaves_by_path(tree).items()
     }
-    for name, mask in arrays.items():
-        if name.startswith("masks/") and not mask.any():
-            layer = name.removeprefix("masks/").rpartition("/")[0]
-            raise ConfigError(f"layer {layer!r}: its mask keeps no weight, wanted one at least: the network is broken")
+    _check_arrays(arrays)
     net, output = wiring.wiring_of(model)
     network = _Network(net, output, arrays, image_shape[-1])
     while network.shrink_once():
@@ -74,15 +74,26 @@ def shrink(
     return smaller, found
 
 
+def _check_arrays(arrays: Arrays) -> None:
+    """Raises unless all entries are finite, and every mask keeps a weight."""
+    for name, array in arrays.items():
+        path = name.partition("/")[2]
+        if not np.isfinite(array.astype(np.float64)).all():
+            raise ConfigError(f"{path!r}: got entries that are not finite, wanted numbers")
+        if name.startswith("masks/") and not array.any():
+            layer = path.rpartition("/")[0]
+            raise ConfigError(f"layer {layer!r}: its mask keeps no weight, wanted one at least: the network is broken")
+
+
 def shrink_ticket(ticket: LoadedTicket) -> LoadedTicket:
     """`shrink` of a ticket whose model is one of `cs_jax.models`; without the network that it was rewound to.
 
     Raises:
         ConfigError: it names no such model, or a mask keeps nothing of its layer.
     """
-    if ticket.model is None or ticket.metadata["model"].get("name") is None:
+    about = ticket.metadata.get("model") or {}
+    if ticket.model is None or about.get("name") is None:
         raise ConfigError("is of a model of its maker's own, wanted one of cs_jax.models: shrink that in Python")
-    about = ticket.metadata["model"]
     model, variables = shrink(ticket.model, ticket.variables, about["image_shape"])
     features = dict(model.features)  # pyright: ignore[reportAttributeAccessIssue]
     metadata = {**ticket.metadata, "model": {**about, "features": features}}
@@ -101,24 +112,23 @@ def _check_same(
         reason = str(error).splitlines()[0]
         raise ValueError(f"`resize` of {type(model).__name__} does not fit its wiring: {reason}") from error
     difference = np.abs(got - wanted).max() / max(np.abs(wanted).max(), 1e-30)
-    if not difference <= AGREEMENT:
+    precisions = [float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(found["params"])]
+    limit = max(AGREEMENT, 4 * max(precisions))  # what is folded is rounded to what holds it
+    if not difference <= limit:
         raise ValueError(
             f"the wiring of {type(model).__name__} is wrong: without the channels that do not matter by it, outputs "
-            f"differ by {difference:.1e} of the largest; wanted at most {AGREEMENT:g}"
+            f"differ by {difference:.1e} of the largest; wanted at most {limit:g}"
         )
 
 
 def outputs(model: nn.Module, variables: PyTree, images: jax.Array) -> np.ndarray:
-    """What a network makes of images in evaluation mode, in the precision of its weights."""
+    """What a network makes of images in evaluation mode, in the precision of its weights on any device."""
     wide = model.clone(dtype=None) if hasattr(model, "dtype") else model
-    return np.asarray(_compiled(wide)(variables, images), np.float64)
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(model: nn.Module) -> Callable[..., jax.Array]:
-    """A network's function in evaluation mode, for a CPU compiled fast rather than well: it runs once or twice."""
+    # For a CPU compiled fast rather than well: it runs once.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(functools.partial(model.apply, **evaluation_mode(model)), compiler_options=options)
+    apply = jax.jit(functools.partial(wide.apply, **evaluation_mode(model)), compiler_options=options)
+    with jax.default_matmul_precision("highest"):  # accelerators multiply float32 with fewer bits otherwise
+        return np.asarray(apply(variables, images), np.float64)
 
 
 class _Use(NamedTuple):
@@ -188,7 +198,7 @@ class _Network:
 
     def _check_names(self) -> None:
         """Raises unless the wiring names every layer, and no others."""
-        names = [name for node in self._nodes for name in _names(node)]
+        names = [name for node in self._nodes for name in wiring.names(node)]
         for name in names:
             if not any(key.startswith((f"params/{name}/",)) or key == f"params/{name}" for key in self.arrays):
                 raise ValueError(f"wiring: names {name!r}, but there is no such layer among the params")
@@ -291,7 +301,7 @@ class _Network:
                 continue
             if isinstance(node, Linear):
                 self.features[node.name] = int(kept.sum())
-            for name in _names(node):
+            for name in wiring.names(node):
                 for key in (key for key in self.arrays if key.partition("/")[2].startswith(f"{name}/")):
                     self.arrays[key] = self.arrays[key][..., kept]
 
@@ -349,19 +359,6 @@ def _spaces(net: Wiring) -> list[int]:
         joined = {spaces[source] for source in wiring.sources(node)} | {spaces[signal]}
         spaces = [min(joined) if space in joined else space for space in spaces]
     return spaces
-
-
-def _names(node: wiring.Node) -> tuple[str, ...]:
-    """Layers that a node consists of."""
-    match node:
-        case Fixed(names=names):
-            return names
-        case Linear(name=name) | BatchNorm(name=name):
-            return (name,)
-        case Attention(name=name):
-            return tuple(f"{name}/{layer}" for layer in wiring.PROJECTIONS)
-        case _:
-            return ()
 
 
 def _slice_inputs(kernel: np.ndarray, kept: np.ndarray) -> np.ndarray:

@@ -83,6 +83,8 @@ def shrink(arguments: Sequence[str], *, prog: str) -> None:
     out = given.out or given.file.with_name(f"{given.file.stem}-shrunk.safetensors")
     if out.is_dir() or not out.parent.is_dir():
         raise ConfigError(f"--out: got {out}, wanted a file in a folder that exists")
+    if out.exists() and given.file.exists() and out.samefile(given.file):
+        raise ConfigError(f"--out: got {out}, wanted another file than the ticket")
     loaded = tickets.load_ticket(given.file)
     try:
         smaller = shrinking.shrink_ticket(loaded)

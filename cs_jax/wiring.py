@@ -105,11 +105,24 @@ def sources(node: Node) -> tuple[Signal, ...]:
             return (node.source,)
 
 
+def names(node: Node) -> tuple[str, ...]:
+    """Layers that a node consists of."""
+    match node:
+        case Fixed(names=found):
+            return found
+        case Linear(name=name) | BatchNorm(name=name):
+            return (name,)
+        case Attention(name=name):
+            return tuple(f"{name}/{layer}" for layer in PROJECTIONS)
+        case _:
+            return ()
+
+
 class Wiring:
     """The layers of a network in the order in which they are applied.
 
-    Names are paths of layers among the variables, as in "stage1_block1/conv_a". Each method takes what flows into a
-    layer, and returns what flows out of it.
+    Names are paths of layers among the variables, as in "stage1_block1/conv_a", each of which is told once. Each method
+    takes what flows into a layer, and returns what flows out of it.
 
     Attributes:
         nodes: what the module has told, each by the number of the signal that it makes.
@@ -117,9 +130,10 @@ class Wiring:
 
     def __init__(self) -> None:
         self.nodes: list[Node] = [Input()]
+        self._told: set[str] = set()
 
     def conv(self, x: Signal, name: str, *, zero_padded: bool) -> Signal:
-        """A convolution with one group, whose kernel is (*window, in, out), with or without a bias.
+        """A convolution with one group, whose kernel is `(*window, in, out)`, with or without a bias.
 
         Args:
             x: what it is applied to.
@@ -168,6 +182,10 @@ class Wiring:
         return self._add(Fixed(x, names))
 
     def _add(self, node: Node) -> Signal:
+        for name in names(node):
+            if name in self._told:
+                raise ValueError(f"wiring: names {name!r} twice, wanted every layer once: it would be changed twice")
+            self._told.add(name)
         self.nodes.append(node)
         return Signal(len(self.nodes) - 1)
 

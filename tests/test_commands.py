@@ -67,7 +67,7 @@ def test_each_command_has_a_help_of_its_own(name: str, capsys: pytest.CaptureFix
     [
         (
             ["tran"],
-            "python -m cs_jax: error: got 'tran', wanted one of train, ticket, verify, shrink, speed, report, connect, ",
+            "python -m cs_jax: error: got 'tran', wanted one of train, ticket, verify, shrink, speed, report, ",
         ),
         (["ticket"], "python -m cs_jax ticket: error: the following arguments are required: FILE"),
         (["ticket", "nowhere"], "python -m cs_jax ticket: error: nowhere: "),

@@ -1,5 +1,6 @@
 """Smaller networks that compute the same as masked ones."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cs_jax import commands, programs, training, trees
+from cs_jax import shrink as shrinking
 from cs_jax.errors import ConfigError
 from cs_jax.images import ImageSet
 from cs_jax.layers import MaskedConv, MaskedDense
 from cs_jax.models import VGG, BottleneckResNet, ConvNet, LeNet300100, ResNet, VisionTransformer
-from cs_jax.multiply_adds import multiply_adds
+from cs_jax.multiply_adds import evaluation_mode, multiply_adds
 from cs_jax.shrink import outputs, shrink
 from cs_jax.ticket import load_ticket, save_ticket
 from cs_jax.training import Hyperparams, Recipe
@@ -73,14 +75,28 @@ def narrow(variables: Any) -> Any:
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), variables)
 
 
+@functools.cache
+def compiled(model: nn.Module) -> Any:
+    """An original network, which many cases share."""
+    options = {"xla_backend_optimization_level": 0}
+    return jax.jit(functools.partial(model.apply, **evaluation_mode(model)), compiler_options=options)
+
+
 def check_same(model: nn.Module, variables: Any, smaller: nn.Module, found: Any, shape: tuple[int, ...]) -> None:
     """Outputs of two networks agree for 32 images, in both precisions, and so does what they predict."""
     images = np.random.default_rng(1).standard_normal((32, *shape))
     for cast, tolerance in ((lambda tree: tree, 1e-10), (narrow, 1e-5)):
-        one, other = (outputs(*network, cast(images)) for network in ((model, cast(variables)), (smaller, cast(found))))
+        one = np.asarray(compiled(model)(cast(variables), cast(images)), np.float64)
+        other = outputs(smaller, cast(found), cast(images))
         assert np.abs(one - other).max() <= tolerance * np.abs(one).max()
         margin = np.diff(np.sort(one, axis=1)[:, -2:]).ravel()
         assert (one.argmax(axis=1) == other.argmax(axis=1))[margin > tolerance * np.abs(one).max()].all()
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks are not compared before they are returned: the test does that better."""
+    monkeypatch.setattr(shrinking, "_check_same", lambda *networks: None)
 
 
 @pytest.mark.slow
@@ -95,7 +111,7 @@ def check_same(model: nn.Module, variables: Any, smaller: nn.Module, found: Any,
     seed=st.integers(0, 2**31),
 )
 def test_smaller_networks_compute_the_same_whatever_the_masks(
-    x64: None, family: str, density: float, channels: float, inputs: float, seed: int
+    x64: None, unchecked: None, family: str, density: float, channels: float, inputs: float, seed: int
 ) -> None:
     model, shape = FAMILIES[family]
     variables = masked(family, density, channels, inputs, seed)
@@ -214,6 +230,8 @@ class Mine(nn.Module):
 
     def wire(self, net: Wiring, x: Signal) -> Signal:
         x = net.activation(net.conv(x, "convs" if self.told == "unknown" else "conv", zero_padded=True), nn.relu)
+        if self.told == "twice":
+            x = net.conv(x, "conv", zero_padded=True)
         x = net.conv(x, "last_conv", zero_padded=self.told != "unpadded")
         return x if self.told == "partly" else net.dense(net.pool(x), "classifier")
 
@@ -241,6 +259,7 @@ def test_a_network_of_ones_own_tells_how_it_is_wired() -> None:
         ("unpadded", "wiring of Mine is wrong: .* outputs differ by"),
         ("partly", "wiring: says nothing of 'classifier/bias', wanted every layer"),
         ("unknown", "wiring: names 'convs', but there is no such layer among the params"),
+        ("twice", "wiring: names 'conv' twice, wanted every layer once"),
         ("other sizes", "`resize` of Mine does not fit its wiring: "),
     ],
 )
@@ -261,6 +280,26 @@ def test_a_layer_without_weights_is_refused_by_name() -> None:
     variables = edited(narrow(fresh("conv")), masks__hidden0__kernel=zero(...))
     with pytest.raises(ConfigError, match="layer 'hidden0': its mask keeps no weight, wanted one at least"):
         shrink(model, variables, shape)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name() -> None:
+    model, shape = FAMILIES["conv"]
+
+    def broken(array: np.ndarray) -> None:
+        array[0, 0] = np.nan
+
+    variables = edited(narrow(fresh("conv")), params__hidden0__kernel=broken)
+    with pytest.raises(ConfigError, match="'hidden0/kernel': got entries that are not finite, wanted numbers"):
+        shrink(model, variables, shape)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_weights_in_few_bits_are_folded_to_these(dtype: Any) -> None:
+    model, shape = FAMILIES["lenet"]
+    variables = edited(fresh("lenet"), masks__hidden0__kernel=zero(slice(None), slice(0, 7)))
+    variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables)
+    smaller, found = shrink(model, variables, shape)
+    assert dict(smaller.features) == {"hidden0": 293} and found["params"]["hidden1"]["bias"].dtype == dtype
 
 
 # The command.
@@ -309,6 +348,13 @@ def test_the_command_refuses_what_it_cannot_shrink(
     assert commands.main(["shrink", str(path)]) == 2
     shown = capsys.readouterr().err
     assert message in shown and shown.count("\n") == 1 and sorted(tmp_path.iterdir()) == before
+
+
+def test_the_command_does_not_replace_the_ticket(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = ticket_of(tmp_path / "ticket.safetensors")
+    before = path.read_bytes()
+    assert commands.main(["shrink", str(path), "--out", str(path)]) == 2
+    assert "wanted another file than the ticket" in capsys.readouterr().err and path.read_bytes() == before
 
 
 @pytest.mark.parametrize(

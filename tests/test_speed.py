@@ -62,19 +62,23 @@ def test_every_form_computes_what_the_masked_network_does(path: Path) -> None:
     assert rows[0].ratio == rows[0].lowest == rows[0].highest == 1
 
 
-def row(form: str, ratio: float) -> Measured:
-    return Measured(form, 8, 0.1, ratio, ratio, ratio, 1, 1, 1, 0.0)
+def row(form: str, ratio: float, upper: float, size: int) -> Measured:
+    return Measured(form, 8, 0.1, ratio, ratio, upper, upper, 1, size, 1, 0.0)
 
 
 @pytest.mark.parametrize(
     "ratios, words",
     [
-        ({"dense": 1.0, "shrunk": 0.96, "sparse": 3.0}, "batch 8: stay dense, no form is clearly faster"),
-        ({"dense": 1.0, "shrunk": 0.5, "sparse": 0.8}, "batch 8: shrunk, 2.00 times as fast as dense"),
+        ({"dense": (1.0, 1.0, 9), "shrunk": (0.96, 0.97, 5)}, "batch 8: stay dense, no form is clearly faster"),
+        ({"dense": (1.0, 1.0, 9), "shrunk": (0.5, 1.1, 5)}, "batch 8: stay dense, no form is clearly faster"),
+        ({"dense": (1.0, 1.0, 9), "a": (0.5, 0.6, 5), "b": (0.8, 0.9, 1)}, "batch 8: a, 2.00 times as fast as dense"),
+        ({"dense": (1.0, 1.0, 9), "a": (0.5, 0.6, 5), "b": (0.52, 0.6, 1)}, "batch 8: b, 1.92 times as fast as dense"),
     ],
 )
-def test_another_form_is_recommended_only_where_it_is_clearly_faster(ratios: dict[str, float], words: str) -> None:
-    assert speed.recommend([row(form, ratio) for form, ratio in ratios.items()]) == words
+def test_another_form_is_recommended_only_where_it_is_clearly_faster(
+    ratios: dict[str, tuple[float, float, int]], words: str
+) -> None:
+    assert speed.recommend([row(form, *figures) for form, figures in ratios.items()]) == words
 
 
 def test_the_command_prints_every_form_and_what_to_serve(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

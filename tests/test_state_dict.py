@@ -286,6 +286,14 @@ def test_what_export_wrote_says_itself_what_its_images_are(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "words, complaint",
     [
+        (
+            "--model lenet300100 --image-shape 4 4 1 --mean 1 2 --std 1 2 --out {out}",
+            "--mean: got 2 numbers, wanted one for each of the 1 channels",
+        ),
+        (
+            "--model lenet300100 --image-shape 4 4 1 --mean 1 --std 0 --out {out}",
+            "--std: got 0, wanted numbers above 0",
+        ),
         ("--model lenet300100 --image-shape 4 4 1 --mean 120 --out {out}", "--mean and --std: got one of them"),
         ("--model resnet6 --image-shape 4 4 1 --out {out}", "'bn0.bias': got no such tensor, wanted one of shape [32]"),
         ("--model lenet300100 --image-shape 4 4 1 --out {file}", "wanted another file than the state dict"),

@@ -316,7 +316,10 @@ def with_model(**model: Any) -> dict[str, Any]:
         (with_model(name="lenet"), r"model: got 'lenet', wanted one of .*did you mean resnet8\?"),
         (with_model(image_shape=None), "model image_shape: got None, wanted"),
         (with_model(num_classes=10**9), "model num_classes: got 1000000000, wanted 1 to 1,048,576"),
-        (with_model(depth=3), "model: got .*depth.*, wanted a dictionary of name, num_classes, image_shape and dtype"),
+        (
+            with_model(depth=3),
+            "model: got .*depth.*, wanted a dictionary of name, num_classes, image_shape, dtype and features",
+        ),
         (with_model(dtype="float16"), "model dtype: got 'float16', wanted one of float32, bfloat16"),
         (with_model(), "ticket's 'batch_stats/norm/mean': got .* floats, wanted nothing, as in the model lenet300100"),
         (network() | {"metadata": None}, "metadata: got NoneType, wanted a dictionary"),

@@ -76,9 +76,10 @@ def export_ticket(
         raise ConfigError(f"--to: got {to!r}, wanted {one_of(to, FORMATS)}")
     check_out(Path(path))
     served = serve(ticket, keep_shapes=keep_shapes, fold_batch_norm=fold)
-    content = FORMATS[to].to_bytes(served)
     images = np.random.default_rng(0).integers(0, 256, (4, *served.image_shape)).astype(np.float32)
-    wanted, got = masked_logits(ticket, images), FORMATS[to].logits(content, served, images)
+    with jax.default_matmul_precision("highest"):  # accelerators multiply float32 with fewer bits otherwise
+        content = FORMATS[to].to_bytes(served)
+        wanted, got = masked_logits(ticket, images), FORMATS[to].logits(content, served, images)
     difference = float(np.abs(got - wanted).max() / max(np.abs(wanted).max(), 1e-30))
     if not difference <= AGREEMENT:
         raise ConfigError(f"--to {to}: got logits that differ by {difference:.1e} of the largest, wanted {AGREEMENT:g}")

@@ -63,10 +63,12 @@ def serve(ticket: LoadedTicket, *, keep_shapes: bool = False, fold_batch_norm: b
     try:
         if not keep_shapes:
             model, variables = shrink(model, variables, image_shape)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{error}; with --keep-shapes nothing is taken out") from error
+    try:
         model, variables = fold(model, variables, batch_norm=fold_batch_norm)
     except (TypeError, ValueError) as error:
-        hint = "" if keep_shapes else "; with --keep-shapes nothing is taken out"
-        raise ConfigError(f"{error}{hint}") from error
+        raise ConfigError(str(error)) from error
     return Served(model, variables, image_shape, ticket.metadata.get("normalization"))
 
 

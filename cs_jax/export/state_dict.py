@@ -27,7 +27,6 @@ PyTree = Any
 Tensors = dict[str, np.ndarray]
 
 SUFFIX = ".pytorch.safetensors"
-MAX_HEADER_BYTES = 2**21
 
 
 def to_bytes(served: Served) -> bytes:
@@ -92,7 +91,8 @@ def load_state_dict(
 
     Names and layouts are those that the export writes. Widths are taken from the tensors, so a shrunk network is read
     as one. Of layers that can be masked, entries that are 0 are masked out, and all others are kept, with masks of 1: a
-    network that was never pruned has masks of ones. Weights keep their bits and their dtypes.
+    network that was never pruned has masks of ones. Weights keep their bits and their dtypes; float64 is float32
+    unless JAX's 64-bit mode is on.
 
     Args:
         path: the file.

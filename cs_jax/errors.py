@@ -1,11 +1,23 @@
 """What a user gave and cannot be used, told in one line."""
 
+import contextlib
 import difflib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 
 class ConfigError(ValueError):
     """A flag or file cannot be used as it was given; says which, what came and what was wanted, in one line."""
+
+
+@contextlib.contextmanager
+def told_of(file: Path) -> Iterator[None]:
+    """Puts the name of a file before what is said of its content."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
 
 
 def one_of(value: str, choices: Any) -> str:

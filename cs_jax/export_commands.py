@@ -6,12 +6,13 @@ from typing import Any
 
 from rich.console import Console
 
+from cs_jax import files
 from cs_jax.console import say
-from cs_jax.errors import ConfigError, one_of
+from cs_jax.errors import ConfigError, one_of, told_of
 from cs_jax.flags import command_parser
 from cs_jax.masks import density
 from cs_jax.models import MODELS
-from cs_jax.ticket import TicketError, load_ticket, save_ticket
+from cs_jax.ticket import load_ticket, save_ticket
 
 
 def export(arguments: Sequence[str], *, prog: str) -> None:
@@ -28,14 +29,10 @@ def export(arguments: Sequence[str], *, prog: str) -> None:
     if given.to not in formats.FORMATS:
         raise ConfigError(f"--to: got {given.to!r}, wanted {one_of(given.to, formats.FORMATS)}")
     out = given.out or given.file.with_suffix(formats.FORMATS[given.to].suffix)
-    formats.check_out(out)
-    if out.exists() and given.file.exists() and out.samefile(given.file):
-        raise ConfigError(f"--out: got {out}, wanted another file than the ticket")
+    files.check_out(out, source=given.file)
     loaded = load_ticket(given.file)
-    try:
+    with told_of(given.file):
         found = formats.export_ticket(loaded, given.to, out, keep_shapes=given.keep_shapes, fold=given.fold)
-    except ConfigError as error:
-        raise TicketError(f"{given.file}: {error}") from error
     share = found.size / found.dense_size
     say(
         Console(),
@@ -48,7 +45,7 @@ def export(arguments: Sequence[str], *, prog: str) -> None:
 
 def import_state_dict(arguments: Sequence[str], *, prog: str) -> None:
     """make a ticket of a PyTorch state dict in a safetensors file"""
-    from cs_jax.export import check_out, load_state_dict
+    from cs_jax.export import load_state_dict
 
     parser = command_parser(prog, import_state_dict)
     parser.add_argument("file", type=Path, metavar="FILE", help="safetensors file of a state dict")
@@ -62,16 +59,12 @@ def import_state_dict(arguments: Sequence[str], *, prog: str) -> None:
     given = parser.parse_args(arguments)
     if (given.mean is None) != (given.std is None):
         raise ConfigError("--mean and --std: got one of them, wanted both or none")
-    check_out(given.out)
-    if given.out.exists() and given.file.exists() and given.out.samefile(given.file):
-        raise ConfigError(f"--out: got {given.out}, wanted another file than the state dict")
-    try:
+    files.check_out(given.out, source=given.file, kind="state dict")
+    with told_of(given.file):
         model, variables = load_state_dict(given.file, given.model, image_shape=given.image_shape)
         metadata = _metadata(given, model)
         _check_normalization(metadata)
         save_ticket(given.out, **variables, metadata=metadata)
-    except ConfigError as error:
-        raise ConfigError(f"{given.file}: {error}") from error
     say(Console(), f"{given.out}: {given.model}, density {density(variables['masks']):.2%}")
 
 

@@ -5,6 +5,8 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
+from cs_jax.errors import ConfigError
+
 _TEMPORARY = ".tmp"
 
 
@@ -26,6 +28,25 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_out(path: Path, *, source: Path | None = None, kind: str = "ticket") -> None:
+    """Refuses a path, given as `--out`, that no file can be at, or where the source of its content is.
+
+    Args:
+        path: to write to.
+        source: a file that is to stay.
+        kind: what the source is.
+
+    Raises:
+        ConfigError: says what is there.
+    """
+    if path.is_dir():
+        raise ConfigError(f"--out: got the folder {path}, wanted a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--out: got {path}, wanted a file in a folder that exists")
+    if source is not None and path.exists() and source.exists() and path.samefile(source):
+        raise ConfigError(f"--out: got {path}, wanted another file than the {kind}")
 
 
 def write_whole(path: Path, content: bytes) -> None:

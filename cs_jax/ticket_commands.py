@@ -10,13 +10,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cs_jax import experiment, trees
+from cs_jax import experiment, files, trees
 from cs_jax import shrink as shrinking
 from cs_jax import speed as speeds
 from cs_jax import ticket as tickets
 from cs_jax.config import PRESETS, Config
 from cs_jax.console import say
-from cs_jax.errors import ConfigError
+from cs_jax.errors import ConfigError, told_of
 from cs_jax.flags import command_parser
 from cs_jax.multiply_adds import multiply_adds
 from cs_jax.speed import Measured
@@ -81,15 +81,10 @@ def shrink(arguments: Sequence[str], *, prog: str) -> None:
     parser.add_argument("--out", type=Path, help="file of the smaller ticket (FILE-shrunk.safetensors)")
     given = parser.parse_args(arguments)
     out = given.out or given.file.with_name(f"{given.file.stem}-shrunk.safetensors")
-    if out.is_dir() or not out.parent.is_dir():
-        raise ConfigError(f"--out: got {out}, wanted a file in a folder that exists")
-    if out.exists() and given.file.exists() and out.samefile(given.file):
-        raise ConfigError(f"--out: got {out}, wanted another file than the ticket")
+    files.check_out(out, source=given.file)
     loaded = tickets.load_ticket(given.file)
-    try:
+    with told_of(given.file):
         smaller = shrinking.shrink_ticket(loaded)
-    except ConfigError as error:
-        raise ConfigError(f"{given.file}: {error}") from error
     tickets.save_ticket(out, **smaller.variables, metadata=smaller.metadata)
     terminal = Console()
     terminal.print(_what_changed(loaded, smaller))
@@ -111,10 +106,8 @@ def speed(arguments: Sequence[str], *, prog: str) -> None:
             if value < 1:
                 raise ConfigError(f"{name}: got {value}, wanted at least 1")
     loaded = tickets.load_ticket(given.file)
-    try:
+    with told_of(given.file):
         forms = speeds.forms(loaded)
-    except ConfigError as error:
-        raise ConfigError(f"{given.file}: {error}") from error
     shape, terminal = loaded.metadata["model"]["image_shape"], Console()
     device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}"
     for size in given.batch_sizes:

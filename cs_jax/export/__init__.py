@@ -74,7 +74,7 @@ def export_ticket(
     """
     if to not in FORMATS:
         raise ConfigError(f"--to: got {to!r}, wanted {one_of(to, FORMATS)}")
-    check_out(Path(path))
+    files.check_out(Path(path))
     served = serve(ticket, keep_shapes=keep_shapes, fold_batch_norm=fold)
     images = np.random.default_rng(0).integers(0, 256, (4, *served.image_shape)).astype(np.float32)
     with jax.default_matmul_precision("highest"):  # accelerators multiply float32 with fewer bits otherwise
@@ -86,14 +86,6 @@ def export_ticket(
     files.write_whole(Path(path), content)
     dense = {kind: ticket.variables.get(kind, {}) for kind in ("params", "batch_stats")}
     return Exported(len(content), 4 * sum(leaf.size for leaf in jax.tree.leaves(dense)), difference, served)
-
-
-def check_out(path: Path) -> None:
-    """Raises a ConfigError unless a file can be at this path."""
-    if path.is_dir():
-        raise ConfigError(f"--out: got the folder {path}, wanted a file")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--out: got {path}, wanted a file in a folder that exists")
 
 
 __all__ = ["FORMATS", "Exported", "Format", "Served", "export_ticket", "load_state_dict", "read_sparse", "to_bcoo"]

@@ -186,7 +186,7 @@ def warn_if_empty(ticket: PyTree) -> None:
     """Warns of each array of a ticket's masks that keeps no weight."""
     for path, mask in trees.leaves_by_path(ticket).items():
         if not np.any(on_host(mask)):
-            _warn_collapsed(trees.name(path), "keeps no weight")
+            warn_collapsed(trees.name(path), "keeps no weight")
 
 
 def _keep_highest(selection: Selection, budget: Budget, leaves: list[Any]) -> None:
@@ -202,7 +202,7 @@ def _keep_highest(selection: Selection, budget: Budget, leaves: list[Any]) -> No
     for number, index in enumerate(budget.members):
         part = slice(starts[number], starts[number + 1])
         if kept[part].any() and not freely[part].any():
-            _warn_collapsed(selection.masked[index].name, "has only its highest score kept, by reservation")
+            warn_collapsed(selection.masked[index].name, "has only its highest score kept, by reservation")
         signs = np.where(kept[part], 1.0, -1.0).reshape(leaves[index].shape)
         leaves[index] = jnp.asarray(signs, leaves[index].dtype)
     count = int(sizes[kept].sum())
@@ -244,5 +244,6 @@ def _choose(order: np.ndarray, sizes: np.ndarray, budget: int, reserved: Sequenc
     return over if excess < left else under
 
 
-def _warn_collapsed(name: str, what: str) -> None:
+def warn_collapsed(name: str, what: str) -> None:
+    """Warns that a masked array has collapsed, and says what it keeps."""
     warnings.warn(CollapsedLayerWarning(f"layer {name!r} has collapsed: it {what}", (name,)), stacklevel=4)

@@ -18,7 +18,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from cs_jax import trees
 
 Origin: TypeAlias = frozenset[str] | None
-"""Names of the masks that a value is made of, if it is made of variables alone; None if the image is in it."""
+"""Names of the masks, or weights, that a value is made of, if it is made of variables alone; None if the image is in
+it."""
 
 VARIABLES: Origin = frozenset()
 
@@ -73,19 +74,35 @@ def layer_multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> dict[st
     return {name: counts[name] for name in sorted(set(counts) - {REST})}
 
 
+def weight_multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> dict[str, int]:
+    """Multiply-adds of each array of weights, masked or not, and of products without one under `REST`.
+
+    Args:
+        model: as for `multiply_adds`.
+        image_shape: of one image.
+
+    Returns:
+        A number for every array of the collection "params", by its name; in all those of `multiply_adds`.
+
+    Raises:
+        ValueError: as `multiply_adds`.
+    """
+    return {REST: 0, **_count(model, image_shape, "params")}
+
+
 def evaluation_mode(model: nn.Module) -> dict[str, Any]:
     """Keywords that a module is called with to evaluate it: `train=False` if its `__call__` has that."""
     return {"train": False} if "train" in inspect.signature(type(model).__call__).parameters else {}
 
 
-def _count(model: nn.Module, image_shape: Sequence[int]) -> Counter[str]:
-    """Multiply-adds by the name of the masked array, 0 included, or `REST`."""
+def _count(model: nn.Module, image_shape: Sequence[int], collection: str = "masks") -> Counter[str]:
+    """Multiply-adds by the name of the collection's array, 0 included, or `REST`."""
     modes = evaluation_mode(model)
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     variables = jax.eval_shape(lambda x: nn.unbox(model.init(jax.random.key(0), x, **modes)), image)
     closed = jax.make_jaxpr(lambda variables, x: model.apply(variables, x, **modes))(variables, image)
     origins = [
-        frozenset([trees.name(path[1:])]) if path[0] == "masks" else VARIABLES
+        frozenset([trees.name(path[1:])]) if path[0] == collection else VARIABLES
         for path in trees.leaves_by_path(variables)
     ]
     counts: Counter[str] = Counter({name: 0 for origin in origins for name in origin or ()})

@@ -135,17 +135,28 @@ def _grouping(path: Path, leaves: Mapping[Path, Any], rule: Rule) -> Grouping:
     return grouping(path, leaves[path], rule.group, rule.layout, stacked=rule.stacked, in_attention=in_attention)
 
 
-def select_all(
-    weights: PyTree,
+def by_entry(weights: PyTree) -> Selection:
+    """Every array of `weights`, scored by entry, without budgets: for the masks or scores of a network.
+
+    Args:
+        weights: arrays, tracers or `jax.ShapeDtypeStruct`, each of the shape of masked weights.
+    """
+    return Selection(
+        tuple(grouping(path, leaf, "entry", "auto") for path, leaf in trees.leaves_by_path(weights).items())
+    )
+
+
+def with_budgets(
+    selection: Selection,
     *,
     target_density: float | None = None,
     per_layer: bool = False,
     allow_empty_layers: bool = False,
 ) -> Selection:
-    """Every array of `weights`, scored by entry: for the masks or scores of a network of masked layers.
+    """A selection of the same arrays and groups, of which a density may be kept.
 
     Args:
-        weights: arrays, tracers or `jax.ShapeDtypeStruct`, each of the shape of masked weights.
+        selection: without budgets.
         target_density: as for `select`.
         per_layer: whether each array has the target density, instead of all together.
         allow_empty_layers: as for `select`.
@@ -153,7 +164,7 @@ def select_all(
     Raises:
         TypeError, ValueError: as `select`.
     """
-    masked = tuple(grouping(path, leaf, "entry", "auto") for path, leaf in trees.leaves_by_path(weights).items())
+    masked = selection.masked
     if per_layer:
         rules = [Rule(target_density=target_density) for _ in masked]
         budgets = _budgets(masked, range(len(masked)), rules, None, allow_empty_layers)

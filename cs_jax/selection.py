@@ -133,6 +133,14 @@ class Selection:
 
         return self._map(reset, scores)
 
+    def spread(self, values: PyTree) -> PyTree:
+        """A value for each group, repeated over the weights of the group.
+
+        Args:
+            values: of the scores' shapes.
+        """
+        return self._map(_repeat, values)
+
     def check_masks(self, found: PyTree) -> None:
         """Raises a ValueError that names the array, unless `found` are masks of the masked weights' shapes."""
         shapes = {path: jnp.shape(mask) for path, mask in trees.leaves_by_path(found).items()}

@@ -162,8 +162,7 @@ class _Plan(NamedTuple):
 class _Network:
     """Arrays and wiring of a network, from which channels are taken out.
 
-    Signals whose channels go together, because nothing but entry by entry functions and sums are between them, are one
-    space. Spaces are called by their first signal.
+    It is taken apart by spaces: see `wiring.spaces`.
     """
 
     def __init__(self, net: Wiring, output: Signal, arrays: Arrays, image_channels: int) -> None:
@@ -171,13 +170,8 @@ class _Network:
         self.features: dict[str, int] = {}  # those that have changed, as `resize` wants them
         self._nodes, self._output, self._image_channels = net.nodes, output, image_channels
         self._check_names()
-        self._space = _spaces(net)
-        self._fixed = {self._space[output]}
-        for signal, node in enumerate(net.nodes):
-            if isinstance(node, Input | Attention | Fixed):
-                self._fixed.add(self._space[signal])
-            if isinstance(node, Attention | Fixed):
-                self._fixed.add(self._space[node.source])
+        self._space = wiring.spaces(net)
+        self._fixed = wiring.fixed_spaces(net, output)
 
     def shrink_once(self) -> bool:
         """Takes out what does not matter now; whether there was anything."""
@@ -348,17 +342,6 @@ def _plan(uses: Sequence[_Use]) -> _Plan:
         merged = constant & np.logical_and.reduce(stands)
         merged[into] = False
     return _Plan(~(removed | merged), merged, into)
-
-
-def _spaces(net: Wiring) -> list[int]:
-    """The space of every signal."""
-    spaces = list(range(len(net.nodes)))
-    for signal, node in enumerate(net.nodes):
-        if isinstance(node, Linear | Attention | Input):
-            continue
-        joined = {spaces[source] for source in wiring.sources(node)} | {spaces[signal]}
-        spaces = [min(joined) if space in joined else space for space in spaces]
-    return spaces
 
 
 def _slice_inputs(kernel: np.ndarray, kept: np.ndarray) -> np.ndarray:

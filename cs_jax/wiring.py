@@ -219,3 +219,30 @@ def wiring_of(model: nn.Module) -> tuple[Wiring, Signal]:
         )
     net = Wiring()
     return net, model.wire(net, Signal(0))
+
+
+def spaces(net: Wiring) -> list[int]:
+    """The space of every signal, called by the first signal in it.
+
+    Signals whose channels go together, because nothing but entry by entry functions and sums are between them, are one
+    space.
+    """
+    found = list(range(len(net.nodes)))
+    for signal, node in enumerate(net.nodes):
+        if isinstance(node, Linear | Attention | Input):
+            continue
+        joined = {found[source] for source in sources(node)} | {found[signal]}
+        found = [min(joined) if space in joined else space for space in found]
+    return found
+
+
+def fixed_spaces(net: Wiring, output: Signal) -> set[int]:
+    """Spaces whose channels all have to stay: of the images, of the output, and around what wants every feature."""
+    space = spaces(net)
+    fixed = {space[output]}
+    for signal, node in enumerate(net.nodes):
+        if isinstance(node, Input | Attention | Fixed):
+            fixed.add(space[signal])
+        if isinstance(node, Attention | Fixed):
+            fixed.add(space[node.source])
+    return fixed

@@ -128,8 +128,8 @@ def selection(config: "Config", masks: PyTree, density: float | None) -> Selecti
     Raises:
         ValueError: the density cannot be met by these arrays.
     """
-    return rules.select_all(
-        masks,
+    return rules.with_budgets(
+        rules.by_entry(masks),
         target_density=density,
         per_layer=config.scope == "layer",
         allow_empty_layers=config.allow_empty_layers,

@@ -12,6 +12,7 @@ was written.
 """
 
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -319,7 +320,8 @@ class Checkpoints(Observer):
         if about["step"]:
             tree["figures"] = jax.eval_shape(lambda: StepMetrics(*[jnp.zeros(about["step"])] * 2))
         if about["kept"]:
-            tree["kept"] = jax.tree.map(_packed_like, state.scores or state.masks)
+            spread = functools.partial(training.spread, state.channels)
+            tree["kept"] = jax.tree.map(_packed_like, state.masks or jax.eval_shape(spread, state.scores))
         arrays = self._read_arrays(path, tree)
         snapshot = None
         if about["snapshot"] is not None:
@@ -370,7 +372,7 @@ def abstract_state(config: Config, problem: Problem, phase: str) -> TrainState:
         state = search.fixed_state(problem, problem.init_ticket())
         if phase != SEARCH or not methods.of(config).learns_masks:
             return state
-        scores = first_scores(config, state.masks)
+        scores = first_scores(config, state.masks, state.channels)
         return training.init_state(problem.recipe, state.params, state.batch_stats, scores=scores, masks={})
 
     return jax.eval_shape(make)

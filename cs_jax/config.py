@@ -142,6 +142,14 @@ class Config:
     target_density: float | None = None
     """Share of maskable weights that the ticket keeps, exactly, above 0 and at most 1; None leaves it to the dial."""
 
+    granularity: Literal["weight", "channel"] = "weight"
+    """What a score stands for: weight, each maskable one, or channel, all weights of a layer's output channel or of an
+    attention head, so that the ticket can be made a smaller dense network."""
+
+    target_multiply_adds: float | None = None
+    """Share of the dense network's multiply-adds that the ticket takes at most, above 0 and at most 1, once it is made
+    smaller; with --granularity channel, in place of --target-density."""
+
     scope: Literal["global", "layer"] = "global"
     """Where weights compete for the density: over all layers (global), or in each, which then all have it (layer)."""
 
@@ -202,8 +210,9 @@ class Config:
             _is_finite(self.mask_initial_value) and self.mask_initial_value >= MIN_INIT_VALUE,
             f"a finite number of at least {MIN_INIT_VALUE:g}",
         )
-        target = self.target_density
-        self._check("target_density", target is None or 0 < target <= 1, "a share above 0 and at most 1")
+        for name in ("target_density", "target_multiply_adds"):
+            target = getattr(self, name)
+            self._check(name, target is None or 0 < target <= 1, "a share above 0 and at most 1")
         inside = f"0 to {self.epochs - 1}, inside a round of {self.epochs} epochs"
         searches = self.method not in METHODS or METHODS[self.method].searches
         self._check("rewind_epoch", 0 <= self.rewind_epoch < self.epochs or not searches, inside)
@@ -217,16 +226,18 @@ class Config:
         self._check_choice("augment", AUGMENTATIONS)
         self._check_choice("reset", ("paper", "released"))
         self._check_choice("scope", ("global", "layer"))
+        self._check_choice("method", METHODS)
+        self._check_choice("granularity", ("weight", "channel"))
+        self._check_granularity()
         self._check_method()
 
     def _check_method(self) -> None:
-        self._check_choice("method", METHODS)
         found_by = METHODS[self.method]
         if self.after is not None:
             self._check_choice("after", AFTERS)
             wanted = f"{' or '.join(found_by.afters)} with --method {self.method}, {found_by.why_these}"
             self._check("after", self.after in found_by.afters, wanted)
-        wants, target = found_by.wants_target, self.target_density
+        wants, target = found_by.wants_target, self.target
         named = f"--method {self.method}"
         self._check("target_density", target is not None or not wants, f"a share above 0 and at most 1, for {named}")
         prunes = wants is not False
@@ -235,7 +246,8 @@ class Config:
         self._check("prune_rate", rate is None or 0 < rate < 1, "a share above 0 and below 1")
         takers = " or ".join(other for other, method in METHODS.items() if method.takes_rate)
         self._check("prune_rate", rate is None or found_by.takes_rate, f"none, or --method {takers}")
-        self._check("prune_rate", rate is None or target is None, f"none beside --target-density {target}")
+        beside = "--target-density" if self.target_multiply_adds is None else "--target-multiply-adds"
+        self._check("prune_rate", rate is None or target is None, f"none beside {beside} {target}")
         for control in self.controls:
             if control not in CONTROLS:
                 raise ConfigError(f"--controls: got {control!r}, wanted {one_of(control, CONTROLS)}")
@@ -246,6 +258,24 @@ class Config:
             raise ConfigError(
                 f"--controls: got {' '.join(others)}, wanted dense alone where no retraining follows the search, which "
                 "they would be trained as"
+            )
+
+    def _check_granularity(self) -> None:
+        by_channel, share = self.granularity == "channel", self.target_multiply_adds
+        self._check("target_multiply_adds", share is None or by_channel, "none, or --granularity channel beside it")
+        both = share is not None and self.target_density is not None
+        self._check("target_multiply_adds", not both, f"none beside --target-density {self.target_density}")
+        if not by_channel:
+            return
+        takers = [name for name, method in METHODS.items() if method.takes_channels]
+        if self.method not in takers:
+            raise ConfigError(f"--granularity: got channel beside --method {self.method}, wanted {' or '.join(takers)}")
+        self._check("allow_empty_layers", not self.allow_empty_layers, "none beside --granularity channel")
+        only = share is None or self.scope == "global"
+        self._check("scope", only, "global beside --target-multiply-adds, which layers have together")
+        if "random" in self.controls:
+            raise ConfigError(
+                "--controls: got random beside --granularity channel, wanted shuffled, which draws channels in layers"
             )
 
     def _check_schedule(self) -> None:
@@ -270,6 +300,11 @@ class Config:
     def retraining(self) -> str:
         """What follows the search, of `methods.AFTERS`."""
         return self.after or METHODS[self.method].afters[0]
+
+    @property
+    def target(self) -> float | None:
+        """Share that the search is held to, of weights or of multiply-adds; None without a target."""
+        return self.target_density if self.target_multiply_adds is None else self.target_multiply_adds
 
     @property
     def search_rounds(self) -> int:

@@ -183,7 +183,7 @@ def read_run(path: Path) -> tuple[Config, Ticket]:
     if saved.rewound is None:
         raise ConfigError(f"run: got {path}, whose ticket is compact, wanted one with the rewound network")
     start = Snapshot(saved.rewound["params"], saved.rewound["batch_stats"])
-    return config, Ticket(start, saved.variables["masks"])
+    return config, Ticket(start, saved.found_masks)
 
 
 def check(*, points: int, seed: int) -> None:

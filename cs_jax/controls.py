@@ -13,6 +13,7 @@ import numpy as np
 from cs_jax import trees
 from cs_jax.methods.random import random_ranks
 from cs_jax.progress import Ticket
+from cs_jax.training import spread
 
 if TYPE_CHECKING:
     from cs_jax.config import Config
@@ -47,11 +48,14 @@ def shuffled(config: "Config", problem: "Problem", ticket: Ticket) -> Ticket:
         ICLR 2021, arXiv:2009.08576, section 5.
     """
     del config
+    channels = problem.recipe.channels
 
     def shuffle(key: jax.Array, mask: jax.Array) -> jax.Array:
         return jax.random.permutation(key, mask.ravel()).reshape(mask.shape)
 
-    return ticket._replace(masks=trees.map_with_keys(shuffle, problem.key_for("shuffled"), ticket.masks))
+    masks = ticket.masks if channels is None else channels.firsts(ticket.masks)
+    drawn = trees.map_with_keys(shuffle, problem.key_for("shuffled"), masks)
+    return ticket._replace(masks=spread(channels, drawn))
 
 
 def random(config: "Config", problem: "Problem", ticket: Ticket) -> Ticket:

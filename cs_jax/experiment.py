@@ -1,5 +1,6 @@
 """The whole experiment: data and network from a config, search, retraining, comparison, and the summary of it all."""
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,8 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from cs_jax import (
+    channel_budget,
+    channels,
+    masks,
+    methods,
+    processes,
+    records,
+    run_directory,
+    search,
+    sharding,
+    stored_config,
+    training,
+    trees,
+)
 from cs_jax import data as data_module
-from cs_jax import masks, methods, processes, records, run_directory, search, sharding, stored_config, training
 from cs_jax.accumulation import num_parts
 from cs_jax.config import Config
 from cs_jax.controls import CONTROLS, DENSE
@@ -23,6 +37,7 @@ from cs_jax.multiply_adds import multiply_adds
 from cs_jax.progress import SEARCH, TICKET, EpochRecord, Observer, Progress, Snapshot, Ticket
 from cs_jax.run_directory import RunDirectory
 from cs_jax.search import Problem
+from cs_jax.shrink import shrink
 from cs_jax.stored_config import FREE
 from cs_jax.streaming import Images
 from cs_jax.ticket import LoadedTicket, load_ticket
@@ -62,9 +77,20 @@ def prepare(config: Config, executor: Executor | None = None) -> tuple[Problem, 
             f"--model: got {config.model}, which cannot be trained on images of shape {shape}, "
             f"{config.batch_size} at a time: {reason}"
         ) from error
+    if config.granularity == "channel":
+        problem = dataclasses.replace(problem, recipe=_by_channel(config, problem))
     _check_target(config, problem)
     _check_split(config, problem)
     return problem, data
+
+
+def _by_channel(config: Config, problem: Problem) -> Recipe:
+    """The problem's recipe with scores that stand for channels."""
+    try:
+        found = channels.of_model(problem.recipe.model, problem.train.image_shape)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"--granularity: got channel beside --model {config.model}: {error}") from error
+    return dataclasses.replace(problem.recipe, channels=found)
 
 
 def make_recipe(config: Config, num_classes: int) -> Recipe:
@@ -91,6 +117,7 @@ def check_all(configs: Iterable[Config]) -> None:
         step = (
             *data,
             config.model,
+            config.granularity,
             config.batch_size,
             config.accumulate,
             config.dtype,
@@ -117,13 +144,20 @@ def _check_split(config: Config, problem: Problem) -> None:
 
 def _check_target(config: Config, problem: Problem) -> None:
     """Refuses a density that the network cannot have: the least, which is that of the last round."""
-    density = methods.of(config).density(config, config.rounds - 1)
+    density, found = methods.of(config).density(config, config.rounds - 1), problem.recipe.channels
+    if found is not None and config.target_multiply_adds is not None:
+        try:
+            channel_budget.check_share(found, config.target_multiply_adds)
+        except ValueError as error:
+            raise ConfigError(f"--target-multiply-adds: got {config.target_multiply_adds:g}, {error}") from error
+        return
     try:
-        chosen = selection(config, jax.eval_shape(lambda: problem.init_variables()["masks"]), density)
+        chosen = selection(config, jax.eval_shape(lambda: problem.init_variables()["masks"]), density, found)
         if any(budget.keep == 0 for budget in chosen.budgets):
             raise ValueError(f"keeps none of {chosen.size} weights, wanted one at least")
     except ValueError as error:
         reason = str(error).removeprefix("target_density: ").replace("allow_empty_layers=True", "--allow-empty-layers")
+        reason = reason if found is None else reason.removesuffix(", or --allow-empty-layers")
         target, rounds = config.target_density, config.rounds
         got = f"--rounds: got {rounds}" if target is None else f"--target-density: got {target:g}"
         raise ConfigError(f"{got}: {reason}") from error
@@ -184,7 +218,7 @@ def run(
     processes.wait()  # the leader has written it
     saved = load_ticket(directory.path / run_directory.TICKET_FILE)  # here too where this process has made it
     start = saved.rewound or saved.variables
-    ticket = Ticket(Snapshot(start["params"], start["batch_stats"]), saved.variables["masks"])
+    ticket = Ticket(Snapshot(start["params"], start["batch_stats"]), saved.found_masks)
     progress = progress._replace(round_ends=round_ends)
     controls = _train_controls(config, problem, data, directory, ticket, observer, progress)
     return {
@@ -199,6 +233,7 @@ def run(
             **count_weights(ticket),
             **saved.metadata["accuracy"],
             **_cost(config, problem, directory, SEARCH, TICKET),
+            **_smaller(config, problem, saved),
         },
         "dense": controls.pop(DENSE, None),
         "controls": controls,
@@ -250,6 +285,19 @@ def _cost(config: Config, problem: Problem, directory: RunDirectory, *phases: st
     }
 
 
+def _smaller(config: Config, problem: Problem, ticket: LoadedTicket) -> dict[str, int]:
+    """Multiply-adds of the ticket without the channels that do not matter, and of the dense network."""
+    if config.granularity != "channel":
+        return {}
+    model, image_shape = problem.recipe.model, problem.train.image_shape
+    with jax.default_matmul_precision("highest"):  # it is compared with the whole one to rounding
+        smaller, _ = shrink(model, ticket.variables, image_shape)
+    return {
+        "multiply_adds": multiply_adds(smaller, image_shape),
+        "dense_multiply_adds": multiply_adds(model, image_shape),
+    }
+
+
 def _write_ticket(
     config: Config,
     problem: Problem,
@@ -277,6 +325,8 @@ def _write_ticket(
         "config": {name: value for name, value in fields.items() if name not in (*FREE, "controls")},  # what made it
         "versions": run_directory.versions(),
     }
+    if state.channels is not None:
+        metadata["unmasked"] = [trees.name(path) for path in state.channels.whole]
     directory.write_predictions(_predictions(np.asarray(logits), data.test))
     directory.write_ticket(
         params=state.params,

@@ -55,7 +55,7 @@ class Health(Observer):
         if progress.phase != SEARCH or self._told_before or not is_continuous:
             return
         is_last = len(progress.round_ends) == self._config.rounds
-        if is_last and self._config.target_density is not None:
+        if is_last and self._config.target is not None:
             return
         self._tell_stuck_density(progress.round_ends)
         self._tell_gap(progress.round_ends)
@@ -63,7 +63,7 @@ class Health(Observer):
             self._tell_empty_layers(progress.round_ends)
 
     def _tell_stuck_density(self, ends: Sequence[EpochRecord]) -> None:
-        held = self._config.target_density is not None
+        held = self._config.target is not None
         pairs = zip((None, *ends), ends, strict=False)
         *before, sign = (_stuck_density(previous, end, held=held) for previous, end in pairs)
         if sign is not None and sign not in before:
@@ -95,7 +95,7 @@ class Health(Observer):
             warnings.warn(CollapsedLayerWarning(message, tuple(new)), stacklevel=3)
 
     def _fuller_layers(self) -> str:
-        if self._config.target_density is None:
+        if self._config.target is None:
             return "a higher --mask-initial-value, a lower --lmbda, or a --target-density, which empties no layer"
         if self._config.allow_empty_layers:
             return "a higher --target-density, or no --allow-empty-layers"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from cs_jax import methods, trees
+from cs_jax import methods, training, trees
 from cs_jax.config import Config
 from cs_jax.executor import share_right
 from cs_jax.methods import Method
@@ -100,7 +100,7 @@ def logits(
     config: Config, problem: "Problem", state: TrainState, some_masks: PyTree, images: Images, observer: Observer
 ) -> jax.Array:
     """What the state's weights make of `images` under `some_masks`: (examples, classes)."""
-    variables = {"params": state.params, "batch_stats": state.batch_stats, "masks": some_masks}
+    variables = training.network(state.channels, state.params, state.batch_stats, some_masks)
     return problem.executor.predict(
         problem.recipe.model, variables, images, batch_size=config.batch_size, on_batch=observer.on_batch
     )

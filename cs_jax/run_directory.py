@@ -230,12 +230,16 @@ class RunDirectory(Observer):
             self._add_scores(progress, "end")
 
     def _add_scores(self, progress: Progress, when: str) -> None:
-        """Adds the histograms of a round's start or end, in place of what a process that ended has left of it."""
+        """Adds the histograms of a round's start or end, in place of what a process that ended has left of it.
+
+        They count weights: a score that stands for several counts as often.
+        """
         rounds = self._rounds()
         number = progress.number(self._config)
+        weights = trees.leaves_by_path(progress.state.params)
         entry: dict[str, Any] = {"round": number} if when == "start" else rounds[number]
         entry[when] = {
-            trees.name(path): score_counts(scores).tolist()
+            trees.name(path): (score_counts(scores) * (weights[path].size // scores.size)).tolist()
             for path, scores in trees.leaves_by_path(progress.state.scores).items()
         }
         self._write_rounds([*rounds[:number], entry])

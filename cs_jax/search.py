@@ -121,7 +121,8 @@ def search_ticket(
         start = progress.snapshot
     if config.retraining == NONE:  # the last masks may be others than those of the running averages
         model, batch_size = problem.recipe.model, config.batch_size
-        statistics = problem.executor.estimate_statistics(model, *start, found, problem.train, batch_size=batch_size)
+        masks = training.network(problem.recipe.channels, *start, found)["masks"]
+        statistics = problem.executor.estimate_statistics(model, *start, masks, problem.train, batch_size=batch_size)
         start = start._replace(batch_stats=statistics)
     return Ticket(start, found), progress.round_ends
 

@@ -38,6 +38,7 @@ TRACED = (
     "final_temp",
     "mask_initial_value",
     "target_density",
+    "target_multiply_adds",
     "prune_rate",
 )
 """Fields that no compiled step is built from: they are its arguments, or have their say between steps."""
@@ -55,6 +56,7 @@ KINDS: dict[Any, str] = {
     tuple[float, ...]: "numbers",
     Path | None: "a path",
     Literal["paper", "released"]: "paper or released",
+    Literal["weight", "channel"]: "weight or channel",
     Literal["global", "layer"]: "global or layer",
 }
 """What a field of a type wants, in words."""

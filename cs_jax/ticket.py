@@ -53,6 +53,12 @@ class LoadedTicket:
         """Share of masked weights that are kept, in [0, 1]."""
         return self.metadata["density"]
 
+    @property
+    def found_masks(self) -> PyTree:
+        """The masks without those of ones of weights that could not have been masked."""
+        leaves = trees.leaves_by_path(self.variables["masks"])
+        return trees.nest({path: mask for path, mask in leaves.items() if trees.name(path) in self.metadata["layers"]})
+
     def normalize(self, images: ArrayLike) -> jax.Array:
         """Images as the model takes them: less the mean and divided by the deviation that it was trained with.
 
@@ -95,8 +101,10 @@ def save_ticket(
             computes, float32 if that is left out, or bfloat16; "features" of layers that have others than their
             family's, as `shrink` leaves them), "config",
             "dataset", "classes", "normalization" ("mean", "std"), "accuracy" (shares in [0, 1]), "versions",
-            and "mask_scale", which is needed where no mask keeps anything. Paths, hosts and times do not belong here.
-            What this function writes itself, it writes anew: a loaded ticket's metadata can be given as they are.
+            "unmasked" (names of weights that the model masks, but the ticket does not: their masks are ones, and are
+            not stored) and "mask_scale", which is needed where no mask keeps anything. Paths, hosts and times do not
+            belong here. What this function writes itself, it writes anew: a loaded ticket's metadata can be given as
+            they are.
         compact: for serving: store kept weights alone, without the rewound network.
 
     Raises:
@@ -110,12 +118,21 @@ def save_ticket(
         for collection, tree in rewound.items():
             leaves |= ticket_file.leaves(tree, REWOUND + collection)
     given = ticket_checks.given_metadata(metadata)
-    scaled = ticket_file.leaves(masks, "masks")
+    scaled = _without_unmasked(ticket_file.leaves(masks, "masks"), given)
     arrays, written = ticket_file.pack(leaves, scaled, given.get("mask_scale"), compact=compact)
     about = given | written
     ticket_checks.check_layout(arrays, about)
     _check_model(about, arrays, None)
     files.write_whole(Path(path), ticket_file.to_bytes(arrays, about))
+
+
+def _without_unmasked(masks: Arrays, given: Mapping[str, Any]) -> Arrays:
+    """Masks without those of ones that the metadata name."""
+    names = {f"masks/{name}" for name in given.get("unmasked") or ()}
+    for name in names & masks.keys():
+        if (masks[name] != 1).any():
+            raise ConfigError(f"{name}: got other entries than 1, wanted ones, as metadata say that it is unmasked")
+    return {name: mask for name, mask in masks.items() if name not in names}
 
 
 def load_ticket(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> LoadedTicket:
@@ -139,7 +156,9 @@ def load_ticket(path: str | os.PathLike[str], *, model: nn.Module | None = None)
         arrays, about = ticket_file.read(Path(path))
         ticket_checks.check_layout(arrays, about)
         model = _check_model(about, arrays, model)
-        arrays = {name: _to_jax(array) for name, array in ticket_file.unpack(arrays, about).items()}
+        whole = ticket_file.unpack(arrays, about)
+        whole |= {f"masks/{name}": np.ones_like(whole[f"params/{name}"]) for name in about.get("unmasked") or ()}
+        arrays = {name: _to_jax(array) for name, array in whole.items()}
     except ConfigError as error:
         raise TicketError(f"{path}: {error}") from error
     except MemoryError as error:
@@ -178,6 +197,7 @@ def _check_model(about: Mapping[str, Any], arrays: Arrays, model: nn.Module | No
         got = {key: (array.shape, _kind(array.dtype)) for key, array in arrays.items() if not key.startswith(REWOUND)}
         for layer, masked in about["layers"].items():  # packed, or only the kept weights
             got["params/" + layer] = got["masks/" + layer] = (tuple(masked["shape"]), "floats")
+        got |= {"masks/" + name: got["params/" + name] for name in about.get("unmasked") or ()}
         ticket_checks.check_same("ticket's", got, wanted, f"model {name}")
     return model
 

@@ -86,6 +86,7 @@ _GIVEN: dict[str, Rule] = {
     "classes": (lambda names: are(names, _is_text), "a list of texts"),
     "versions": _dictionary_of(_is_text, "texts"),
     "accuracy": _dictionary_of(lambda share: share is None or _is_share(share), "shares in [0, 1]"),
+    "unmasked": (lambda names: are(names, _is_text), "a list of names of weights"),
     "normalization": _dictionary_of(lambda numbers: are(numbers, _is_number), "lists of numbers"),
 }
 _MODEL: dict[str, Rule] = {
@@ -189,6 +190,9 @@ def check_layout(arrays: Arrays, about: Mapping[str, Any]) -> None:
     size = sum(math.prod(layer["shape"]) for layer in layers.values())
     if size == 0 or about["density"] != kept / size:
         raise ConfigError(f"density: got {about['density']} in the metadata, wanted {kept} of {size} entries")
+    for name in about.get("unmasked") or ():
+        usual = name not in layers and "params/" + name in arrays
+        check("unmasked", name, usual, "names of weights of the file that have no mask there")
     kinds = {name: (array.shape, str(array.dtype)) for name, array in arrays.items() if not name.startswith("masks/")}
     rewound = {name.removeprefix(REWOUND): kind for name, kind in kinds.items() if name.startswith(REWOUND)}
     if rewound and about["form"] == COMPACT:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from cs_jax import masks, precision
 from cs_jax.accumulation import mean_over_parts
+from cs_jax.channels import Channels
 from cs_jax.images import AUGMENTATIONS, ImageSet, normalize
 
 PyTree = Any
@@ -56,13 +57,14 @@ class Recipe:
         augment: name in `images.AUGMENTATIONS`.
         momentum: of both optimizers (Nesterov), dimensionless.
         decay: L2 factor added to the gradient of every weight, BatchNorm and biases included, before momentum.
-        step_masks: a step's masks from scores, hyperparameters and a PRNG key of its own.
+        step_masks: a step's masks, in the scores' shapes, from scores, hyperparameters and a PRNG key of its own.
         moves_weights: whether a step updates the weights, or the scores alone.
         part_size: examples whose gradient is computed at once; a larger batch is computed in parts, one after another,
             for one update. BatchNorm normalises every part by itself, and its running averages take them in turn.
             None is the whole batch.
         in_order: whether compilers are kept to the order in which a step saves memory: with a part size, with
             `nn.remat` in the model, or with scores in bfloat16. It costs nothing, and does not change a bit.
+        channels: what scores stand for; None is a weight each.
     """
 
     model: nn.Module
@@ -73,6 +75,7 @@ class Recipe:
     moves_weights: bool = True
     part_size: int | None = None
     in_order: bool = False
+    channels: Channels | None = None
 
 
 class TrainState(struct.PyTreeNode):
@@ -85,6 +88,9 @@ class TrainState(struct.PyTreeNode):
     masks: PyTree  # the fixed masks; {} where they are learned from scores
     weight_momentum: optax.OptState
     score_momentum: optax.OptState
+    channels: Channels | None = struct.field(
+        pytree_node=False
+    )  # of the recipe; it has no default, as rows of stacks want
 
     @property
     def wide_scores(self) -> PyTree:
@@ -118,13 +124,15 @@ def init_variables(
 ) -> dict[str, PyTree]:
     """Fresh "params", "batch_stats" ({} where there are none) and "masks" (ones) of the recipe's model.
 
+    With channels, masks are those of the arrays alone that are scored.
+
     Args:
         recipe: its model is initialised.
         key: PRNG key.
         image_shape: (height, width, channels).
         place: shardings of the arrays, from their shapes; None is the default device.
     """
-    init = functools.partial(_init, recipe.model, image_shape)
+    init = functools.partial(_init, recipe, image_shape)
     if isinstance(key, Tracer):
         return init(key)
     # For a CPU compiled fast rather than well: it runs once, and drawing numbers compiles slowly there.
@@ -133,9 +141,10 @@ def init_variables(
     return jax.jit(init, out_shardings=shardings, compiler_options=options)(key)
 
 
-def _init(model: nn.Module, image_shape: tuple[int, ...], key: Array) -> dict[str, PyTree]:
-    variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
-    return {collection: variables.get(collection, {}) for collection in ("params", "batch_stats", "masks")}
+def _init(recipe: Recipe, image_shape: tuple[int, ...], key: Array) -> dict[str, PyTree]:
+    variables = recipe.model.init(key, jnp.zeros((1, *image_shape)), train=False)
+    found = {collection: variables.get(collection, {}) for collection in ("params", "batch_stats", "masks")}
+    return found if recipe.channels is None else {**found, "masks": recipe.channels.only_scored(found["masks"])}
 
 
 def init_state(recipe: Recipe, params: PyTree, batch_stats: PyTree, *, scores: PyTree, masks: PyTree) -> TrainState:
@@ -148,7 +157,26 @@ def init_state(recipe: Recipe, params: PyTree, batch_stats: PyTree, *, scores: P
         masks=masks,
         weight_momentum=weight_direction(recipe).init(params),
         score_momentum=score_direction(recipe).init(scores),
+        channels=recipe.channels,
     )
+
+
+def spread(channels: Channels | None, values: PyTree) -> PyTree:
+    """Masks of the weights' shapes, from values of what scores stand for; themselves where that is a weight each."""
+    return values if channels is None else channels.selection.spread(values)
+
+
+def network(channels: Channels | None, params: PyTree, batch_stats: PyTree, masks: PyTree) -> dict[str, PyTree]:
+    """The variables that a model is applied with: masks of ones too, for arrays of it that have no scores.
+
+    Args:
+        channels: what scores stand for; None is a weight each.
+        params: weights.
+        batch_stats: {} for a model without BatchNorm.
+        masks: of what is scored, of the weights' shapes.
+    """
+    whole = masks if channels is None else channels.complete(masks, params)
+    return {"params": params, "batch_stats": batch_stats, "masks": whole}
 
 
 def cross_entropy(
@@ -179,8 +207,8 @@ def loss_fn(
     Returns:
         The loss, and with it the step's figures and the new "batch_stats".
     """
-    step_masks = recipe.step_masks(scores, hyper, key) if scores else state.masks
-    variables = {"params": params, "batch_stats": state.batch_stats, "masks": step_masks}
+    step_masks = spread(recipe.channels, recipe.step_masks(scores, hyper, key)) if scores else state.masks
+    variables = network(recipe.channels, params, state.batch_stats, step_masks)
     mean, batch_stats = cross_entropy(recipe, variables, inputs, labels)
     metrics = StepMetrics(mean, penalty=hyper.penalty_weight * masks.mask_penalty(step_masks))
     return metrics.loss, (metrics, batch_stats)

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 
 from cs_jax import budget, masks, schedules
-from cs_jax.methods.method import Method, first_scores, round_density, selection
+from cs_jax.methods.method import Method, first_scores, hold, round_density, selection, ticket_of
 from cs_jax.progress import Snapshot
-from cs_jax.training import Hyperparams, TrainState
+from cs_jax.training import Hyperparams, TrainState, spread
 
 if TYPE_CHECKING:
     from cs_jax.config import Config
@@ -20,7 +20,8 @@ class ContinuousSparsification(Method):
     """Masks are sigmoids of scores times a temperature that rises in each round; weights and scores learn together.
 
     Between rounds scores are reset, and weights and momentum carry over. With a target density, scores are held at it
-    from epoch to epoch, and the ticket has it exactly; otherwise it keeps the scores above 0.
+    from epoch to epoch, and the ticket has it exactly; otherwise it keeps the scores above 0. So it is with a target of
+    multiply-adds, where scores stand for channels.
 
     References:
         Savarese, Silva and Maire, "Winning the Lottery with Continuous Sparsification", NeurIPS 2020,
@@ -29,18 +30,16 @@ class ContinuousSparsification(Method):
 
     learns_masks = True
     anneals = True
+    takes_channels = True
 
     def density(self, config: "Config", round: int) -> float | None:
         return round_density(config, round)
 
     def begin(self, config: "Config", problem: "Problem", variables: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
-        return first_scores(config, variables["masks"]), {}
+        return first_scores(config, variables["masks"], problem.recipe.channels), {}
 
     def end_epoch(self, config: "Config", state: TrainState, round: int, epoch: int) -> TrainState:
-        if config.target_density is None:
-            return state
-        chosen = selection(config, state.scores, config.target_density)
-        return state.replace(scores=budget.hold_density(chosen, state.scores, round, config.rounds))
+        return state.replace(scores=hold(config, state, round))
 
     def next_round(
         self, config: "Config", problem: "Problem", state: TrainState, snapshot: Snapshot | None
@@ -55,10 +54,11 @@ class ContinuousSparsification(Method):
         return state.replace(scores=masks.prune_scores(state.scores, temperature, init_value=config.mask_initial_value))
 
     def soft_masks(self, state: TrainState, hyper: Hyperparams) -> PyTree | None:
-        return masks.soft_mask(state.wide_scores, hyper.temperature, init_value=hyper.init_value)
+        soft = masks.soft_mask(state.wide_scores, hyper.temperature, init_value=hyper.init_value)
+        return spread(state.channels, soft)
 
     def hard_masks(self, state: TrainState, hyper: Hyperparams) -> PyTree:
-        return masks.hard_mask(state.wide_scores, init_value=hyper.init_value)
+        return spread(state.channels, masks.hard_mask(state.wide_scores, init_value=hyper.init_value))
 
     def ticket_masks(self, config: "Config", state: TrainState) -> PyTree:
         """Hard masks of the target density, or of the scores above 0.
@@ -67,10 +67,10 @@ class ContinuousSparsification(Method):
             CollapsedLayerWarning: the ticket leaves a layer without weights.
             UnfinishedSearchWarning: a target density cuts through masks that are still soft.
         """
-        chosen = selection(config, state.scores, config.target_density)
-        if chosen.budgets:
-            budget.warn_if_soft(chosen, state.scores, config.final_temp)
-        return budget.ticket_masks(chosen, state.wide_scores, init_value=config.mask_initial_value)
+        if config.target is not None:
+            budget.warn_if_soft(selection(config, state.scores, None, state.channels), state.scores, config.final_temp)
+        scores, init_value = state.wide_scores, config.mask_initial_value
+        return ticket_of(config, scores, config.target, state.channels, init_value=init_value)
 
     def mask_scale(self, config: "Config") -> float:
         return float(masks.hard_mask(jnp.ones(()), init_value=config.mask_initial_value))

@@ -25,18 +25,19 @@ class GradualMagnitudePruning(Method):
     """
 
     wants_target = True
+    takes_channels = True
 
     def density(self, config: "Config", round: int) -> float | None:
         return self._density(config, (round + 1) * config.epochs)
 
     def end_epoch(self, config: "Config", state: TrainState, round: int, epoch: int) -> TrainState:
         density = self._density(config, round * config.epochs + epoch + 1)
-        return state.replace(masks=keep_highest(config, magnitudes(state), density))
+        return state.replace(masks=keep_highest(config, magnitudes(state), density, state.channels))
 
     def _density(self, config: "Config", epochs_done: int) -> float:
-        assert config.target_density is not None
+        assert config.target is not None
         pruning_epochs = math.ceil(PRUNING_SHARE * config.rounds * config.epochs)
-        return cubic_density(config.target_density, min(1.0, epochs_done / pruning_epochs))
+        return cubic_density(config.target, min(1.0, epochs_done / pruning_epochs))
 
 
 def cubic_density(target: float, share: float) -> float:

@@ -32,9 +32,10 @@ class IterativeMagnitudePruning(Method):
     """
 
     takes_rate = True
+    takes_channels = True
 
     def density(self, config: "Config", round: int) -> float | None:
-        if config.target_density is not None:
+        if config.target is not None:
             return round_density(config, round)
         rate = DEFAULT_RATE if config.prune_rate is None else config.prune_rate
         return (1 - rate) ** (round + 1)
@@ -44,7 +45,7 @@ class IterativeMagnitudePruning(Method):
             return state
         density = self.density(config, round)
         assert density is not None
-        return state.replace(masks=keep_highest(config, magnitudes(state), density))
+        return state.replace(masks=keep_highest(config, magnitudes(state), density, state.channels))
 
     def next_round(
         self, config: "Config", problem: "Problem", state: TrainState, snapshot: Snapshot | None

@@ -24,19 +24,24 @@ class OneShotMagnitudePruning(Method):
     """
 
     wants_target = True
+    takes_channels = True
 
     def end_epoch(self, config: "Config", state: TrainState, round: int, epoch: int) -> TrainState:
         if (round, epoch) != (config.rounds - 1, config.epochs - 1):
             return state
-        assert config.target_density is not None
-        return state.replace(masks=keep_highest(config, magnitudes(state), config.target_density))
+        assert config.target is not None
+        return state.replace(masks=keep_highest(config, magnitudes(state), config.target, state.channels))
 
 
 def magnitudes(state: TrainState) -> PyTree:
-    """Absolute values of the masked weights that are left, by the structure of the masks; -1 for those pruned."""
+    """Absolute values of the masked weights that are left, by the structure of the masks; -1 for those pruned.
+
+    Where scores stand for channels, the mean over each channel.
+    """
     weights = trees.leaves_by_path(state.params)
 
     def rank(path: trees.Path, mask: jax.Array) -> jax.Array:
         return jnp.where(mask != 0, jnp.abs(weights[path]), -1)
 
-    return trees.nest({path: rank(path, mask) for path, mask in trees.leaves_by_path(state.masks).items()})
+    ranks = trees.nest({path: rank(path, mask) for path, mask in trees.leaves_by_path(state.masks).items()})
+    return ranks if state.channels is None else state.channels.means(ranks)

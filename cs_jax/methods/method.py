@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cs_jax import budget, masks, rules
+from cs_jax import budget, channel_budget, masks, rules
+from cs_jax.channels import Channels
 from cs_jax.precision import DTYPES
 from cs_jax.progress import Snapshot
 from cs_jax.selection import Selection
@@ -36,6 +37,7 @@ class Method:
         afters: of `AFTERS`, which make sense; the first is the default.
         why_these: alone, where not all do, as a clause about the method.
         wants_target: whether a target density is needed (True), taken (None) or has no meaning (False).
+        takes_channels: whether a score can stand for a channel.
         takes_rate: whether a prune rate can stand in for the target density.
         searches: whether there are rounds; otherwise masks are found before any training.
         learns_masks: whether a step trains scores; otherwise masks are fixed in it, and there is no penalty.
@@ -45,15 +47,19 @@ class Method:
     afters: ClassVar[tuple[str, ...]] = AFTERS
     why_these: ClassVar[str] = "which the others make no sense with"
     wants_target: ClassVar[bool | None] = None
+    takes_channels: ClassVar[bool] = False
     takes_rate: ClassVar[bool] = False
     searches: ClassVar[bool] = True
     learns_masks: ClassVar[bool] = False
     anneals: ClassVar[bool] = False
 
     def density(self, config: "Config", round: int) -> float | None:
-        """Density that a round ends with; None where that is left to the search."""
+        """Density that a round ends with; None where that is left to the search.
+
+        With a target of multiply-adds, their share: what the config's target is a share of.
+        """
         del round
-        return config.target_density
+        return config.target
 
     def recipe(self, recipe: Recipe) -> Recipe:
         """What a step of the search is built from: which masks it computes with, and whether it moves the weights."""
@@ -112,47 +118,82 @@ class AtInitialization(Method):
 
 
 def round_density(config: "Config", round: int) -> float | None:
-    """Density that a round ends with where each keeps the same share of what is left; None without a target."""
-    target = config.target_density
+    """`Method.density` where each round keeps the same share of what is left; None without a target."""
+    target = config.target
     return None if target is None else budget.round_density(target, round, config.rounds)
 
 
-def selection(config: "Config", masks: PyTree, density: float | None) -> Selection:
+def selection(config: "Config", masks: PyTree, density: float | None, channels: Channels | None = None) -> Selection:
     """Every masked array, and how many weights may be kept at a density.
 
     Args:
         config: its scope, over all arrays or in each, and whether one may become empty.
         masks: arrays of the masked weights' shapes.
         density: in (0, 1]; None for no budget.
+        channels: what scores stand for; None is a weight each.
 
     Raises:
         ValueError: the density cannot be met by these arrays.
     """
     return rules.with_budgets(
-        rules.by_entry(masks),
+        rules.by_entry(masks) if channels is None else channels.selection,
         target_density=density,
         per_layer=config.scope == "layer",
         allow_empty_layers=config.allow_empty_layers,
     )
 
 
-def first_scores(config: "Config", some_masks: PyTree) -> PyTree:
+def first_scores(config: "Config", some_masks: PyTree, channels: Channels | None) -> PyTree:
     """Scores before the first step, for masks of these shapes, in the config's dtype."""
-    return masks.init_scores(some_masks, config.mask_initial_value, dtype=DTYPES[config.score_dtype])
+    like = some_masks if channels is None else channels.firsts(some_masks)
+    return masks.init_scores(like, config.mask_initial_value, dtype=DTYPES[config.score_dtype])
 
 
-def keep_highest(config: "Config", ranks: PyTree, density: float) -> PyTree:
+def hold(config: "Config", state: TrainState, round: int) -> PyTree:
+    """Scores of a state, shifted to what the config's target wants in a round; as they are without one."""
+    if config.target_multiply_adds is not None:
+        assert state.channels is not None
+        share = budget.round_density(config.target_multiply_adds, round, config.rounds)
+        return channel_budget.hold(state.channels, state.scores, share)
+    if config.target_density is None:
+        return state.scores
+    chosen = selection(config, state.scores, config.target_density, state.channels)
+    return budget.hold_density(chosen, state.scores, round, config.rounds)
+
+
+def ticket_of(
+    config: "Config", scores: PyTree, target: float | None, channels: Channels | None, *, init_value: float
+) -> PyTree:
+    """Masks of the highest scores, just as many as a target has, or of those above 0; see `budget.ticket_masks`.
+
+    Args:
+        config: scope and empty layers, and what the target is a share of.
+        scores: of weights or channels, not traced.
+        target: in (0, 1]; None for those above 0.
+        channels: what scores stand for; None is a weight each. Each layer keeps one at least.
+        init_value: the scores' initial value, which fixes the masks' scale.
+
+    Warns:
+        CollapsedLayerWarning: an array keeps nothing, or its highest score alone, by reservation.
+    """
+    if channels is not None and (target is None or config.target_multiply_adds is not None):
+        scores, target = channel_budget.keep_highest(channels, scores, target), None
+    return budget.ticket_masks(selection(config, scores, target, channels), scores, init_value=init_value)
+
+
+def keep_highest(config: "Config", ranks: PyTree, density: float, channels: Channels | None = None) -> PyTree:
     """Masks of 1 for the highest ranks, just as many as a density has, and of 0 for the others.
 
     Of equal ranks the first ones are kept, in the order of the arrays' names and of entries. Each array keeps one at
     least, unless the config allows empty ones.
 
     Args:
-        config: scope and empty layers.
-        ranks: finite numbers of the masked weights' shapes.
+        config: scope and empty layers, and whether the density is a share of multiply-adds.
+        ranks: finite numbers of the masked weights' shapes, or one for each channel.
         density: in (0, 1].
+        channels: those that are ranked; None where weights are.
 
     Warns:
         CollapsedLayerWarning: an array keeps nothing, or its one reserved weight alone.
     """
-    return budget.ticket_masks(selection(config, ranks, density), ranks, init_value=_UNSCALED)
+    return ticket_of(config, ranks, density, channels, init_value=_UNSCALED)

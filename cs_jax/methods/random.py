@@ -22,11 +22,13 @@ class RandomPruning(AtInitialization):
     """
 
     wants_target = True
+    takes_channels = True
 
     def begin(self, config: "Config", problem: "Problem", variables: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
-        assert config.target_density is not None
-        ranks = random_ranks(problem.key_for("masks"), variables["masks"])
-        return {}, keep_highest(config, ranks, config.target_density)
+        assert config.target is not None
+        found, channels = variables["masks"], problem.recipe.channels
+        ranks = random_ranks(problem.key_for("masks"), found if channels is None else channels.firsts(found))
+        return {}, keep_highest(config, ranks, config.target, channels)
 
 
 def random_ranks(key: jax.Array, masks: PyTree) -> PyTree:

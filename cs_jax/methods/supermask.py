@@ -20,6 +20,7 @@ class Supermask(ContinuousSparsification):
 
     afters = (NONE,)
     why_these = "whose weights are frozen"
+    takes_channels = False
 
     def recipe(self, recipe: Recipe) -> Recipe:
         return dataclasses.replace(super().recipe(recipe), moves_weights=False)

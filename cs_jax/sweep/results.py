@@ -68,7 +68,7 @@ def read_tickets(spec: Spec, directory: Path) -> Iterator[SweptTicket]:
         folder = scheduler.folder_of(directory, run)
         if run.config.method == DENSE or not (folder / SUMMARY_FILE).exists():
             continue
-        leaves = trees.leaves_by_path(load_ticket(folder / TICKET_FILE).variables["masks"])
+        leaves = trees.leaves_by_path(load_ticket(folder / TICKET_FILE).found_masks)
         masks = {trees.name(path): np.asarray(mask) != 0 for path, mask in leaves.items()}
         yield SweptTicket(run.variant, run.config.target_density, run.dial, run.config.seed, masks)
 

@@ -98,7 +98,8 @@ def _flat(leaves: list[Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fits(channels: Channels, counts: np.ndarray, share: float) -> bool:
-    return channels.multiply_adds(counts.tolist()) <= share * _dense(channels)
+    limit = share * _dense(channels) * (1 + 1e-12)  # a share that was computed from a count is rounded
+    return channels.multiply_adds(counts.tolist()) <= limit
 
 
 def _dense(channels: Channels) -> int:

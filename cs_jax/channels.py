@@ -130,11 +130,11 @@ def of_model(model: nn.Module, image_shape: Sequence[int]) -> Channels:
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     masks = jax.eval_shape(lambda x: nn.unbox(model.init(jax.random.key(0), x, **modes)), image).get("masks", {})
     masked = trees.leaves_by_path(masks)
-    owners = _owners(net, output)
+    owners = {path: (space, axis) for space, (path, axis) in _owners(net, output).items()}
     scored = {
-        space: grouping(path, masked[path], Axes((axis,)), "auto")
-        for space, (path, axis) in owners.items()
-        if path in masked
+        owners[path][0]: grouping(path, weights, Axes((owners[path][1],)), "auto")
+        for path, weights in masked.items()
+        if path in owners
     }
     if not scored:
         raise ValueError(f"{type(model).__name__} has no masked layer with channels that can be taken out")

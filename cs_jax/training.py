@@ -88,9 +88,7 @@ class TrainState(struct.PyTreeNode):
     masks: PyTree  # the fixed masks; {} where they are learned from scores
     weight_momentum: optax.OptState
     score_momentum: optax.OptState
-    channels: Channels | None = struct.field(
-        pytree_node=False
-    )  # of the recipe; it has no default, as rows of stacks want
+    channels: Channels | None = struct.field(pytree_node=False)  # the recipe's; no default, for rows of stacks
 
     @property
     def wide_scores(self) -> PyTree:

@@ -1,0 +1,317 @@
+"""Scores that stand for channels: what is masked, what it costs, and tickets that are smaller networks."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from flax import linen as nn
+
+import train
+from cs_jax import channel_budget, channels, flags, load_ticket, save_ticket, search, shrink
+from cs_jax.checkpoints import Checkpoints
+from cs_jax.config import Config
+from cs_jax.controls import CONTROLS
+from cs_jax.errors import ConfigError
+from cs_jax.images import ImageSet
+from cs_jax.layers import MaskedDense
+from cs_jax.models import MODELS, ConvNet, LeNet300100, ResNet, VisionTransformer
+from cs_jax.multiply_adds import multiply_adds
+from cs_jax.progress import Observer, Observers
+from cs_jax.report import write_report
+from cs_jax.search import Problem
+from cs_jax.training import Recipe
+
+TinyResNet = functools.partial(ResNet, stage_sizes=(1, 1), widths=(8, 16))
+TinyConvNet = functools.partial(ConvNet, widths=(4,))
+QUICK = "digits --epochs 2 --rounds 2 --rewind-epoch 1 --lr-schedule --lr-drops --controls --no-report".split()
+COMMAND = [*QUICK, *"--model tiny_resnet --granularity channel --target-multiply-adds 0.5".split()]
+CHANNEL = dataclasses.replace(small.SEARCH, granularity="channel")
+A, B = ("stage1_block1", "conv_a", "kernel"), ("stage2_block1", "conv_a", "kernel")
+
+pytestmark = pytest.mark.filterwarnings("ignore::cs_jax.UnfinishedSearchWarning", "ignore::cs_jax.DensityWarning")
+
+
+@pytest.fixture
+def by_channel(synthetic: ImageSet) -> Problem:
+    """A search of channels in a network of residual blocks, 8 and 16 channels wide."""
+    model = TinyResNet(num_classes=4)
+    recipe = Recipe(model, decay=1e-3, channels=channels.of_model(model, (6, 6, 1)))
+    return Problem(recipe, synthetic, validation=synthetic, key=jax.random.key(3))
+
+
+def found(config: Config, problem: Problem, observer: Observer | None = None) -> Any:
+    state = search.init_state(config, problem)
+    ticket, ends = search.search_ticket(config, problem, search.begin_search(state), observer or Observer())
+    return jax.device_get(ticket), ends
+
+
+def kept_channels(mask: Any) -> np.ndarray:
+    """Which output channels a mask keeps, all weights of each or none."""
+    flat = np.asarray(mask).reshape(-1, np.shape(mask)[-1]) != 0
+    assert (flat.all(axis=0) | ~flat.any(axis=0)).all()
+    return flat[0]
+
+
+def test_channels_are_those_that_no_sum_and_no_output_wants() -> None:
+    of_resnet = channels.of_model(TinyResNet(), (6, 6, 1))
+    assert [leaf.path for leaf in of_resnet.scored] == [A, B]
+    assert [leaf.score_shape for leaf in of_resnet.scored] == [(1, 1, 1, 8), (1, 1, 1, 16)]
+    assert [path[-2] for path in of_resnet.whole] == ["conv0", "conv_b", "conv_b"]
+    of_transformer = channels.of_model(VisionTransformer(depth=1, width=6, num_heads=3), (8, 8, 1))
+    shapes = {leaf.name: leaf.score_shape for leaf in of_transformer.scored}
+    assert shapes == {"block1/out/kernel": (3, 1, 1), "block1/mlp_in/kernel": (1, 24)}
+
+
+@pytest.mark.parametrize(
+    "model, image_shape, kept",
+    [
+        (LeNet300100(), (6, 6, 1), [7, 3]),
+        (TinyResNet(), (6, 6, 1), [2, 5]),
+        (TinyConvNet(), (6, 6, 1), [9, 11, 1, 3]),
+        (VisionTransformer(depth=2, width=6, num_heads=3), (8, 8, 1), [5, 2, 7, 1]),
+    ],
+)
+def test_multiply_adds_of_fewer_channels_are_those_of_the_network_that_has_them(
+    model: Any, image_shape: tuple[int, ...], kept: list[int]
+) -> None:
+    known = channels.of_model(model, image_shape)
+    assert known.multiply_adds(known.sizes) == multiply_adds(model, image_shape)
+    sizes = [count + stays for count, stays in zip(kept, known.stays, strict=True)]
+    names = [leaf.name.removesuffix("/kernel").removesuffix("/out") for leaf in known.scored]
+    smaller = model.resize(dict(zip(names, sizes, strict=True)))
+    assert known.multiply_adds(kept) == multiply_adds(smaller, image_shape)
+
+
+def test_held_scores_above_0_have_no_more_than_the_share_and_one_more_would() -> None:
+    known = channels.of_model(LeNet300100(), (6, 6, 1))
+    keys = jax.random.split(jax.random.key(0), 2)
+    scores = known.selection.nest(map(jax.random.normal, keys, [leaf.score_shape for leaf in known.scored]))
+    held = channel_budget.hold(known, scores, 0.3)
+    leaves, before = map(known.selection.score_leaves, (held, scores))
+    counts = [int((leaf > 0).sum()) for leaf in leaves]
+    limit = 0.3 * multiply_adds(LeNet300100(), (6, 6, 1))
+    assert known.multiply_adds(counts) <= limit
+    below = [float(jnp.where(leaf > 0, -jnp.inf, leaf).max()) for leaf in leaves]
+    counts[int(np.argmax(below))] += 1
+    assert known.multiply_adds(counts) > limit
+    shifts = [np.unique(np.round(old - new, 5)) for old, new in zip(before, leaves, strict=True)]
+    assert len(shifts[0]) == len(shifts[1]) == 1 and shifts[0] == shifts[1]
+
+
+def test_a_ticket_keeps_the_highest_of_each_layer_then_what_fits() -> None:
+    known = channels.of_model(TinyResNet(), (6, 6, 1))
+    scores = known.selection.nest([jnp.arange(8.0).reshape(1, 1, 1, 8) - 10, jnp.arange(16.0).reshape(1, 1, 1, 16)])
+    dense = known.multiply_adds(known.sizes)
+    with pytest.warns(match="stage1_block1/conv_a/kernel' has collapsed: it has only its highest score"):
+        kept = channel_budget.keep_highest(known, scores, known.multiply_adds([1, 12]) / dense)
+    first, second = (np.ravel(leaf) for leaf in known.selection.score_leaves(kept))
+    assert first.tolist() == [-1] * 7 + [1]
+    assert second.tolist() == [-1] * 4 + [1] * 12
+    lower = jax.tree.map(lambda score: score - 12, scores)
+    with pytest.warns(match="stage1_block1/conv_a/kernel' has collapsed"):
+        above = channel_budget.keep_highest(known, lower, None)
+    assert [int((leaf > 0).sum()) for leaf in known.selection.score_leaves(above)] == [1, 3]
+
+
+@pytest.mark.parametrize("method", ["cs", "imp", "gmp", "magnitude", "random"])
+def test_every_method_keeps_whole_channels_of_conv_a_alone(method: str, by_channel: Problem) -> None:
+    config = dataclasses.replace(CHANNEL, method=method, target_density=0.5)
+    ticket, _ = found(config, by_channel)
+    kept = [kept_channels(ticket.masks[path[0]]["conv_a"]["kernel"]) for path in (A, B)]
+    assert set(ticket.masks["stage1_block1"]) == {"conv_a"} and "conv0" not in ticket.masks
+    # conv_a of the first block has 8 channels of 72 weights, that of the second 16 of 72.
+    assert sum(map(np.count_nonzero, kept)) == 12 and all(part.any() for part in kept)
+
+
+@pytest.mark.parametrize("method", ["cs", "imp-c", "gmp", "magnitude", "random"])
+def test_the_shrunk_ticket_has_no_more_than_the_target(method: str, by_channel: Problem) -> None:
+    config = dataclasses.replace(CHANNEL, method=method, target_multiply_adds=0.5)
+    ticket, _ = found(config, by_channel)
+    model, known = by_channel.recipe.model, by_channel.recipe.channels
+    assert known is not None
+    masks = known.complete(ticket.masks, ticket.start.params)
+    np.testing.assert_array_equal(masks["conv0"]["kernel"], 1)
+    variables = {"params": ticket.start.params, "batch_stats": ticket.start.batch_stats, "masks": masks}
+    smaller, _ = shrink.shrink(model, variables, (6, 6, 1))
+    assert multiply_adds(smaller, (6, 6, 1)) <= 0.5 * multiply_adds(model, (6, 6, 1))
+    counts = [int(kept_channels(ticket.masks[path[0]]["conv_a"]["kernel"]).sum()) for path in (A, B)]
+    for place in range(2):
+        more = [count + (number == place) for number, count in enumerate(counts)]
+        assert known.multiply_adds(more) > 0.5 * multiply_adds(model, (6, 6, 1))
+
+
+def test_penalty_and_density_count_weights(by_channel: Problem) -> None:
+    history: list[Any] = []
+
+    class Records(Observer):
+        def on_epoch_end(self, record: Any, progress: Any) -> None:
+            history.append((record, jax.device_get(progress.state.scores)))
+
+    config = dataclasses.replace(CHANNEL, rounds=1, lmbda=1e-3, score_lr=1e-20)
+    found(config, by_channel, Records())
+    record, scores = history[0]
+    assert record.penalty == pytest.approx(1e-3 * (8 + 16) * 72, rel=1e-3)  # masks are 1 at first
+    assert [leaf.shape for leaf in jax.tree.leaves(scores)] == [(1, 1, 1, 8), (1, 1, 1, 16)]
+    assert record.density == 1.0 and set(record.layer_density) == {"/".join(A), "/".join(B)}
+
+
+def test_the_dense_network_is_the_same_at_both_granularities(by_channel: Problem) -> None:
+    alone = dataclasses.replace(by_channel, recipe=dataclasses.replace(by_channel.recipe, channels=None))
+    whole, scored = alone.init_variables(), by_channel.init_variables()
+    jax.tree.map(np.testing.assert_array_equal, whole["params"], scored["params"])
+    assert len(jax.tree.leaves(whole["masks"])) == 5 and len(jax.tree.leaves(scored["masks"])) == 2
+
+
+@pytest.mark.parametrize("target", ["target_density", "target_multiply_adds"])
+def test_a_search_that_goes_on_ends_with_the_same_bits(target: str, by_channel: Problem, tmp_path: Path) -> None:
+    config = dataclasses.replace(CHANNEL, **{target: 0.5}, score_dtype="bfloat16")
+    whole = found(config, by_channel)
+
+    class Stop(Exception):
+        pass
+
+    class StopAt(Observer):
+        def on_steps(self, progress: Any, total: int) -> None:
+            if (progress.round, progress.epoch, progress.step) == (1, 1, 1):
+                raise Stop
+
+    with Checkpoints(config, by_channel, tmp_path) as saved:
+        with pytest.raises(Stop):
+            found(config, by_channel, Observers(saved, StopAt()))
+        saved.save_latest()
+    with Checkpoints(config, by_channel, tmp_path) as saved:
+        progress = saved.restore()
+        assert progress is not None and (progress.round, progress.epoch, progress.step) == (1, 1, 1)
+        ticket, ends = search.search_ticket(config, by_channel, progress, saved)
+    jax.tree.map(np.testing.assert_array_equal, tuple(ticket), tuple(whole[0]))
+    assert [end.density for end in ends] == [end.density for end in whole[1]]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on the digits, of a network of residual blocks."""
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "tiny_resnet", TinyResNet)
+        assert train.main([*COMMAND, "--out", str(folder)]) == 0
+    return folder
+
+
+def test_the_summary_has_the_multiply_adds_of_the_shrunk_and_the_dense_network(run_folder: Path) -> None:
+    ticket = json.loads((run_folder / "summary.json").read_text())["ticket"]
+    assert ticket["dense_multiply_adds"] == multiply_adds(TinyResNet(), (8, 8, 1))
+    assert 0.35 * ticket["dense_multiply_adds"] < ticket["multiply_adds"] <= 0.5 * ticket["dense_multiply_adds"]
+    assert ticket["num_masked_weights"] == (8 + 16) * 72
+
+
+def test_the_same_seed_gives_the_same_bytes(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "tiny_resnet", TinyResNet)
+    assert train.main([*COMMAND, "--out", str(tmp_path / "again")]) == 0
+    for name in ("ticket.safetensors", "masks.safetensors", "scores.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (run_folder / name).read_bytes()
+
+
+def test_the_ticket_has_masks_of_ones_where_nothing_could_be_masked(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODELS, "tiny_resnet", TinyResNet)
+    ticket = load_ticket(run_folder / "ticket.safetensors")
+    assert set(ticket.metadata["layers"]) == {"/".join(A), "/".join(B)}
+    assert len(jax.tree.leaves(ticket.variables["masks"])) == 5 and len(jax.tree.leaves(ticket.found_masks)) == 2
+    np.testing.assert_array_equal(ticket.variables["masks"]["stage1_block1"]["conv_b"]["kernel"], 1)
+    assert ticket.model is not None
+    ticket.model.apply(ticket.variables, jnp.zeros((1, 8, 8, 1)))
+    again = tmp_path / "again.safetensors"
+    save_ticket(again, **ticket.variables, rewound=ticket.rewound, metadata=ticket.metadata)
+    assert again.read_bytes() == (run_folder / "ticket.safetensors").read_bytes()
+    ticket.variables["masks"]["conv0"]["kernel"] = jnp.zeros_like(ticket.variables["masks"]["conv0"]["kernel"])
+    with pytest.raises(ConfigError, match="masks/conv0/kernel: got other entries than 1"):
+        save_ticket(again, **ticket.variables, metadata=ticket.metadata)
+
+
+def test_score_histograms_count_the_weights_that_share_a_score(run_folder: Path) -> None:
+    rounds = json.loads((run_folder / "scores.json").read_text())["rounds"]
+    counts = rounds[-1]["end"]
+    assert {name: sum(bins) for name, bins in counts.items()} == {"/".join(A): 8 * 72, "/".join(B): 16 * 72}
+
+
+def test_the_report_shows_a_run_by_channel(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "tiny_resnet", TinyResNet)
+    write_report(run_folder)
+    assert (run_folder / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        ("--granularity channel --method snip", "--granularity: got channel beside --method snip, wanted cs or imp"),
+        ("--granularity channel --method supermask", "--granularity: got channel beside --method supermask"),
+        ("--granularity channel --method dense", "--granularity: got channel beside --method dense"),
+        ("--target-multiply-adds 0.5", "--target-multiply-adds: got 0.5, wanted none, or --granularity channel"),
+        ("--granularity channel --target-multiply-adds 0", "--target-multiply-adds: got 0.0, wanted a share above 0"),
+        (
+            "--granularity channel --target-multiply-adds 0.5 --target-density 0.5",
+            "--target-multiply-adds: got 0.5, wanted none beside --target-density 0.5",
+        ),
+        ("--granularity channel --target-multiply-adds 0.5 --scope layer", "--scope: got layer, wanted global beside"),
+        ("--granularity channel --allow-empty-layers", "--allow-empty-layers: got True, wanted none beside"),
+        ("--granularity channel --controls random", "--controls: got random beside --granularity channel"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(words: str, complaint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        flags.parse(["digits", *words.split()])
+    assert str(caught.value).startswith(complaint) and "\n" not in str(caught.value)
+
+
+class Unwired(nn.Module):
+    """A network that does not say how it is wired."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        return nn.Dense(self.num_classes)(MaskedDense(3)(x.reshape(x.shape[0], -1)))
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        (
+            "--model unwired",
+            "--granularity: got channel beside --model unwired: model: got Unwired, which does not",
+        ),
+        (
+            "--target-multiply-adds 0.01",
+            "--target-multiply-adds: got 0.01, wanted at least 0.237, what the network has",
+        ),
+        ("--target-density 0.001", "--target-density: got 0.001: 2 of 1728 weights would empty a layer"),
+    ],
+)
+def test_what_the_network_cannot_do_is_refused_before_anything_is_written(
+    words: str, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(MODELS, "tiny_resnet", TinyResNet)
+    monkeypatch.setitem(MODELS, "unwired", Unwired)
+    config = ["digits", "--model", "tiny_resnet", "--granularity", "channel", *words.split()]
+    assert train.main([*config, "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.splitlines()[-1].removeprefix("train.py: error: ").startswith(complaint)
+    assert "allow-empty-layers" not in said and not (tmp_path / "run").exists()
+
+
+def test_shuffled_masks_keep_as_many_channels_of_each_layer(by_channel: Problem) -> None:
+    config = dataclasses.replace(CHANNEL, target_density=0.5)
+    state = search.init_state(config, by_channel)
+    ticket, _ = search.search_ticket(config, by_channel, search.begin_search(state), Observer())
+    shuffled = CONTROLS["shuffled"](config, by_channel, ticket)
+    for block, layer, kind in (A, B):
+        before, after = (kept_channels(network.masks[block][layer][kind]) for network in (ticket, shuffled))
+        assert before.sum() == after.sum()

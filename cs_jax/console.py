@@ -164,6 +164,10 @@ def print_result(console: Console, summary: dict[str, Any]) -> None:
         networks.add_row(name, *_network_row(network))
     for table in (rounds, networks) if summary["search"] else (networks,):
         console.print(table, width=max(60, console.width), crop=False)
+    if "multiply_adds" in ticket:
+        few, all_of_them = ticket["multiply_adds"], ticket["dense_multiply_adds"]
+        line = f"Made smaller, the ticket computes {few:,} of {all_of_them:,} multiply-adds ({few / all_of_them:.2%})."
+        console.print(line, highlight=False, soft_wrap=True)
     if ticket["density"] == 0:
         dials = "--target-density or, without it, --mask-initial-value or --score-lr"
         console.print(f"The ticket is empty: no maskable weight is left. Raise {dials}.", soft_wrap=True)

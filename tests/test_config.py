@@ -49,21 +49,28 @@ def test_every_flag_overrides_its_field() -> None:
         "cifar10 --batch-size 7 --epochs 9 --rounds 3 --lr 0.2 --lr-schedule 1 3 5 --lr-drops 0.5 0.4 0.3 --decay 0 "
         "--rewind-epoch 4 --lmbda 1e-3 --final-temp 1 --mask-initial-value -0.3 --val-set-size 0 --seed 5 "
         "--reset released --model resnet8 --dataset fashion_mnist --data-dir d --max-train-examples 11 "
-        "--controls shuffled dense --method imp --after finetune --scope layer "
-        "--score-lr 2 --augment none --out o --allow-empty-layers --keep 4 --checkpoint-steps 5 "
+        "--controls shuffled dense --method imp --after finetune "
+        "--score-lr 2 --augment none --out o --keep 4 --checkpoint-steps 5 "
         "--checkpoint-seconds 0 --no-report --image-size 24 --stream --loader-threads 3 "
         "--data-parallel 1 --model-parallel 2 --accumulate 7 --remat --dtype bfloat16 "
         "--score-dtype bfloat16"
     ).split()
-    for field, flag in (("prune_rate", ["--prune-rate", "0.3"]), ("target_density", ["--target-density", "0.3"])):
-        parsed = parse([*words, *flag])  # one excludes the other
+    by_weight = {"scope": "--scope layer", "allow_empty_layers": "--allow-empty-layers"}
+    by_channel = {"granularity": "--granularity channel"}
+    exclusive = (
+        {"prune_rate": "--prune-rate 0.3", **by_weight},
+        {"target_density": "--target-density 0.3", **by_weight},
+        {"target_multiply_adds": "--target-multiply-adds 0.3", **by_channel},
+    )
+    for given in exclusive:
+        parsed = parse([*words, *" ".join(given.values()).split()])
         changed = [f.name for f in dataclasses.fields(Config) if getattr(parsed, f.name) != getattr(Config(), f.name)]
-        excluded = {"prune_rate", "target_density"} - {field}
+        excluded = {name for others in exclusive for name in others} - given.keys()
         assert changed == [f.name for f in dataclasses.fields(Config) if f.name not in {"preset", *excluded}]
-        assert getattr(parsed, field) == 0.3
+        assert {getattr(parsed, name) for name in given} <= {0.3, "layer", "channel", True}
         assert parsed.lr_schedule == (1, 3, 5)
         assert parsed.mask_initial_value == -0.3
-        assert (parsed.method, parsed.after, parsed.scope) == ("imp", "finetune", "layer")
+        assert (parsed.method, parsed.after) == ("imp", "finetune")
         assert parsed.controls == ("shuffled", "dense")
 
 

@@ -4,6 +4,7 @@ As `cs_jax.budget` does for the density, with what the smaller network computes 
 It is not a sum over channels: what one costs depends on how many there are before and behind it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,11 +18,13 @@ from cs_jax.sharding import on_host
 PyTree = Any
 
 
-def check_share(channels: Channels, share: float) -> None:
-    """Raises a ValueError unless the network can have this share of its multiply-adds."""
-    least = channels.multiply_adds([1] * len(channels.scored)) / _dense(channels)
+def check_share(channels: Channels, share: float, multiple: int = 1) -> None:
+    """Raises a ValueError unless the network can have this share of its multiply-adds; see `keep_highest`."""
+    fewest = [int(counts[0]) for counts in _possible_counts(channels, multiple)]
+    least = channels.multiply_adds(fewest) / _dense(channels)
     if share < least:
-        raise ValueError(f"wanted at least {least:.3g}, what the network has with one channel left in each layer")
+        left = "one channel" if multiple == 1 else f"the fewest channels that are a multiple of {multiple}"
+        raise ValueError(f"wanted at least {least:.3g}, what the network has with {left} left in each layer")
 
 
 def hold(channels: Channels, scores: PyTree, share: float) -> PyTree:
@@ -44,7 +47,7 @@ def hold(channels: Channels, scores: PyTree, share: float) -> PyTree:
     while low < high:
         middle = (low + high + 1) // 2
         counts = np.bincount(owners[order[:middle]], minlength=len(leaves))
-        low, high = (middle, high) if _fits(channels, counts, share) else (low, middle - 1)
+        low, high = (middle, high) if _fits(channels, counts.tolist(), share) else (low, middle - 1)
     if low < len(order):
         threshold = values[order[low]]
     else:
@@ -54,41 +57,74 @@ def hold(channels: Channels, scores: PyTree, share: float) -> PyTree:
     return channels.selection.nest(new.astype(old.dtype) for new, old in zip(shifted, leaves, strict=True))
 
 
-def keep_highest(channels: Channels, scores: PyTree, share: float | None) -> PyTree:
+def keep_highest(channels: Channels, scores: PyTree, share: float | None, multiple: int = 1) -> PyTree:
     """1 for the channels that a ticket keeps and -1 for the others, in place of their scores.
 
-    The highest of each layer, then in the order of the scores whichever still fits. Of equal scores the first ones are
-    kept, in the order of the arrays and of their entries.
+    With a share, layers are filled with their highest channels, so many at once that what is computed stays a multiple:
+    first the fewest of each layer, then those with the highest mean, over all layers, which still fit. Without one,
+    what is above 0 is kept, and the highest of each layer. Of equal scores the first ones are kept, in the order of the
+    arrays and of their entries.
 
     Args:
         channels: of the network.
         scores: as `channels.selection.init_scores` makes them, not traced.
-        share: of the whole network's multiply-adds, in (0, 1]; None keeps what is above 0, and the highest of each
-            layer.
+        share: of the whole network's multiply-adds, in (0, 1]; None leaves it to the scores.
+        multiple: what the channels are a multiple of that a layer computes with, where the whole layer's are.
 
     Warns:
-        CollapsedLayerWarning: a layer has only its highest score, by reservation.
+        CollapsedLayerWarning: a layer has only the fewest channels it can have, by reservation.
     """
     leaves = channels.selection.score_leaves(scores)
-    values, owners = _flat(leaves)
-    order = np.argsort(-values, kind="stable")
-    best = [order[owners[order] == owner][0] for owner in range(len(leaves))]
-    kept, counts = np.zeros(len(values), bool), np.ones(len(leaves), int)
-    kept[best] = True
-    freely = values > 0
-    for index in order[~kept[order]]:
-        counts[owners[index]] += 1
-        kept[index] = freely[index] if share is None else _fits(channels, counts, share)
-        counts[owners[index]] -= not kept[index]
-    last = values[order[kept[order]][-1]] if share is not None else 0.0
-    starts = np.cumsum([0, *channels.sizes])
-    for number, leaf in enumerate(channels.scored):
-        if counts[number] == 1 < channels.sizes[number] and values[best[number]] <= last:
-            warn_collapsed(leaf.name, "has only its highest score kept, by reservation")
-    signs = np.where(kept, 1.0, -1.0)
-    parts = (signs[start:end] for start, end in zip(starts, starts[1:], strict=False))
-    shaped = zip(parts, leaves, strict=True)
-    return channels.selection.nest(jnp.asarray(part.reshape(leaf.shape), leaf.dtype) for part, leaf in shaped)
+    flat = [on_host(leaf).astype(np.float64).ravel() for leaf in leaves]
+    if share is None:
+        counts = [max(int((values > 0).sum()), 1) for values in flat]
+        reserved = [values.max() <= 0 for values in flat]
+    else:
+        counts, reserved = _fill(channels, flat, share, _possible_counts(channels, multiple))
+    for leaf, size, count, only in zip(channels.scored, channels.sizes, counts, reserved, strict=True):
+        if only and count < size:
+            some = "its highest score" if count == 1 else f"its {count} highest scores"
+            warn_collapsed(leaf.name, f"has only {some} kept, by reservation")
+    signs = []
+    for values, count, leaf in zip(flat, counts, leaves, strict=True):
+        kept = np.full(len(values), -1.0)
+        kept[np.argsort(-values, kind="stable")[:count]] = 1.0
+        signs.append(jnp.asarray(kept.reshape(leaf.shape), leaf.dtype))
+    return channels.selection.nest(signs)
+
+
+def _fill(
+    channels: Channels, scores: list[np.ndarray], share: float, possible: list[np.ndarray]
+) -> tuple[list[int], list[bool]]:
+    """How many of the highest scores each layer keeps, and whether these are all below what others could not keep."""
+    means, owners = [], []
+    for owner, (values, counts) in enumerate(zip(scores, possible, strict=True)):
+        parts = np.split(-np.sort(-values), counts[:-1])
+        means += [part.mean() for part in parts]
+        owners += [owner] * len(parts)
+    first = [owners.index(owner) for owner in range(len(scores))]
+    kept = [int(counts[0]) for counts in possible]
+    places, last = [0] * len(scores), -np.inf
+    for part in np.argsort(-np.asarray(means), kind="stable"):
+        owner = owners[part]
+        if part in first:
+            continue
+        more = [*kept]
+        more[owner] = int(possible[owner][places[owner] + 1])
+        if _fits(channels, more, share):
+            kept, last = more, means[part]
+            places[owner] += 1
+    return kept, [place == 0 and means[part] <= last for place, part in zip(places, first, strict=True)]
+
+
+def _possible_counts(channels: Channels, multiple: int) -> list[np.ndarray]:
+    """The numbers of channels that each layer may keep, increasing."""
+    found = []
+    for size, stays in zip(channels.sizes, channels.stays, strict=True):
+        step = multiple if size % multiple == 0 else 1
+        counts = np.append(np.arange(step - stays, size, step), size)
+        found.append(counts[counts > 0])
+    return found
 
 
 def _flat(leaves: list[Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -97,9 +133,9 @@ def _flat(leaves: list[Any]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(flat), np.repeat(np.arange(len(flat)), [len(part) for part in flat])
 
 
-def _fits(channels: Channels, counts: np.ndarray, share: float) -> bool:
+def _fits(channels: Channels, counts: Sequence[int], share: float) -> bool:
     limit = share * _dense(channels) * (1 + 1e-12)  # a share that was computed from a count is rounded
-    return channels.multiply_adds(counts.tolist()) <= limit
+    return channels.multiply_adds(counts) <= limit
 
 
 def _dense(channels: Channels) -> int:

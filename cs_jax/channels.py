@@ -1,12 +1,16 @@
 """Channels that can be taken out of a network: what scores stand for them, and what is computed with fewer of them.
 
-Which there are is read off the network's wiring: the output channels of a masked layer if no other layer's are added to
-them and nothing wants them all, and the heads of attention. `cs_jax.shrink` takes them out once a mask removes them.
+Which there are is read off the network's wiring: channels that one layer makes, if no other layer's are added to them
+and nothing wants them all, and the heads of attention. `cs_jax.shrink` takes them out once a mask removes them.
+
+A channel is masked in the layer that makes it, or, where BatchNorm follows on that one, in the layer that reads it:
+BatchNorm undoes the scale of what it is given, so a mask before it would change nothing while it is soft.
 """
 
+import collections
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +23,7 @@ from cs_jax.groups import Axes, Grouping, grouping
 from cs_jax.multiply_adds import REST, evaluation_mode, weight_multiply_adds
 from cs_jax.selection import Selection
 from cs_jax.trees import Path
-from cs_jax.wiring import Attention, Linear, Signal, Wiring
+from cs_jax.wiring import Attention, BatchNorm, Linear, Signal, Wiring
 
 PyTree = Any
 
@@ -46,7 +50,8 @@ class Channels:
         whole: paths of arrays that the network masks, but that have no such channels: their masks are ones, and are
             left out of all trees of masks but those that the network is applied with.
         stays: of each scored array, whether one channel more than those that are kept is computed as long as any is
-            missing: channels without weights are constants, which a convolution that pads with zeros needs.
+            missing: channels that are masked where they are made are constants, which a convolution that pads with
+            zeros needs.
         products: all products of the network.
     """
 
@@ -128,47 +133,76 @@ def of_model(model: nn.Module, image_shape: Sequence[int]) -> Channels:
     net, output = wiring.wiring_of(model)
     modes = evaluation_mode(model)
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    masks = jax.eval_shape(lambda x: nn.unbox(model.init(jax.random.key(0), x, **modes)), image).get("masks", {})
-    masked = trees.leaves_by_path(masks)
-    owners = {path: (space, axis) for space, (path, axis) in _owners(net, output).items()}
-    scored = {
-        owners[path][0]: grouping(path, weights, Axes((owners[path][1],)), "auto")
-        for path, weights in masked.items()
-        if path in owners
-    }
-    if not scored:
+    variables = jax.eval_shape(lambda x: nn.unbox(model.init(jax.random.key(0), x, **modes)), image)
+    masked = trees.leaves_by_path(variables.get("masks", {}))
+    shapes = {path: array.shape for path, array in trees.leaves_by_path(variables["params"]).items()}
+    owners = _owners(net, output, shapes, masked.keys())
+    if not owners:
         raise ValueError(f"{type(model).__name__} has no masked layer with channels that can be taken out")
-    groups = tuple(scored.values())
+    in_order = sorted(owners, key=lambda owner: [*masked].index(owner.path))
+    groups = tuple(grouping(owner.path, masked[owner.path], Axes((owner.axis,)), "auto") for owner in in_order)
     return Channels(
         scored=groups,
         whole=tuple(path for path in masked if path not in {leaf.path for leaf in groups}),
-        stays=tuple(_stays(net, space) for space in scored),
-        products=tuple(_products(net, [*scored], weight_multiply_adds(model, image_shape))),
+        stays=tuple(owner.makes and _read_padded(net, owner.space) for owner in in_order),
+        products=tuple(
+            _products(net, [owner.space for owner in in_order], weight_multiply_adds(model, image_shape)),
+        ),
     )
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """Where the channels of a space are masked.
+
+    Attributes:
+        space: of the wiring; heads have one below 0.
+        path: of the array.
+        axis: of the array.
+        makes: whether the array makes the channels; otherwise it reads them.
+    """
+
+    space: int
+    path: Path
+    axis: int
+    makes: bool
 
 
 def _kernel(name: str) -> Path:
     return (*name.split("/"), "kernel")
 
 
-def _owners(net: Wiring, output: Signal) -> dict[int, tuple[Path, int]]:
-    """The array, and its axis, that channels of each space are taken out by; heads have spaces below 0."""
-    space, fixed = wiring.spaces(net), wiring.fixed_spaces(net, output)
-    makers: dict[int, list[str]] = {}
-    found = {}
+def _owners(net: Wiring, output: Signal, shapes: Mapping[Path, tuple[int, ...]], masked: Set[Path]) -> list[_Owner]:
+    """Where the channels of each space are masked that one layer makes, if anywhere; every array once."""
+    spaces, fixed = wiring.spaces(net), wiring.fixed_spaces(net, output)
+    makers, readers = collections.defaultdict(list), collections.defaultdict(list)
+    normalized = {spaces[signal] for signal, node in enumerate(net.nodes) if isinstance(node, BatchNorm)}
+    found = []
     for signal, node in enumerate(net.nodes):
-        if isinstance(node, Linear) and space[signal] not in fixed:
-            makers.setdefault(space[signal], []).append(node.name)
+        if isinstance(node, Linear):
+            makers[spaces[signal]].append(_kernel(node.name))
+            readers[spaces[node.source]].append(_kernel(node.name))
         if isinstance(node, Attention):
-            found[_heads(signal)] = _kernel(f"{node.name}/out"), 0
-    return found | {space: (_kernel(names[0]), -1) for space, names in makers.items() if len(names) == 1}
+            found.append(_Owner(_heads(signal), _kernel(f"{node.name}/out"), 0, makes=False))
+    taken = set()
+    for space, (maker, *others) in makers.items():
+        if others or space in fixed:
+            continue
+        made, read = _Owner(space, maker, -1, makes=True), readers[space]
+        # What is flattened in between is read in other numbers.
+        alone = len(read) == 1 and shapes[read[0]][-2] == shapes[maker][-1]
+        wanted = [_Owner(space, read[0], -2, makes=False), made] if alone and space in normalized else [made]
+        possible = [owner for owner in wanted if owner.path in masked and owner.path not in taken]
+        found += possible[:1]
+        taken |= {owner.path for owner in possible[:1]}
+    return found
 
 
 def _heads(signal: int) -> int:
     return -1 - signal
 
 
-def _stays(net: Wiring, space: int) -> bool:
+def _read_padded(net: Wiring, space: int) -> bool:
     """Whether constants of a space's channels may have to stay, because a layer that reads them cannot take them in.
 
     A layer that does not pad can, into its bias or into the averages of the BatchNorm that follows, as all of

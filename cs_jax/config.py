@@ -150,6 +150,10 @@ class Config:
     """Share of the dense network's multiply-adds that the ticket takes at most, above 0 and at most 1, once it is made
     smaller; with --granularity channel, in place of --target-density."""
 
+    channel_multiple: int = 8
+    """With --target-multiply-adds: a layer computes with a multiple of this many channels, where the whole layer does;
+    hardware is faster with them. 1 is any number."""
+
     scope: Literal["global", "layer"] = "global"
     """Where weights compete for the density: over all layers (global), or in each, which then all have it (layer)."""
 
@@ -190,7 +194,16 @@ class Config:
     """Least seconds between two checkpoints; the end of a round or of a training always has one."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "rounds", "batch_size", "accumulate", "keep", "checkpoint_steps", "model_parallel"):
+        for name in (
+            "epochs",
+            "rounds",
+            "batch_size",
+            "accumulate",
+            "keep",
+            "checkpoint_steps",
+            "model_parallel",
+            "channel_multiple",
+        ):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("max_train_examples", "image_size", "loader_threads", "data_parallel"):
             value = getattr(self, name)

@@ -147,7 +147,7 @@ def _check_target(config: Config, problem: Problem) -> None:
     density, found = methods.of(config).density(config, config.rounds - 1), problem.recipe.channels
     if found is not None and config.target_multiply_adds is not None:
         try:
-            channel_budget.check_share(found, config.target_multiply_adds)
+            channel_budget.check_share(found, config.target_multiply_adds, config.channel_multiple)
         except ValueError as error:
             raise ConfigError(f"--target-multiply-adds: got {config.target_multiply_adds:g}, {error}") from error
         return

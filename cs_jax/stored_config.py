@@ -39,6 +39,7 @@ TRACED = (
     "mask_initial_value",
     "target_density",
     "target_multiply_adds",
+    "channel_multiple",
     "prune_rate",
 )
 """Fields that no compiled step is built from: they are its arguments, or have their say between steps."""

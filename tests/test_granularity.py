@@ -21,20 +21,22 @@ from cs_jax.config import Config
 from cs_jax.controls import CONTROLS
 from cs_jax.errors import ConfigError
 from cs_jax.images import ImageSet
-from cs_jax.layers import MaskedDense
-from cs_jax.models import MODELS, ConvNet, LeNet300100, ResNet, VisionTransformer
+from cs_jax.layers import MaskedConv, MaskedDense
+from cs_jax.models import MODELS, VGG, ConvNet, LeNet300100, ResNet, VisionTransformer
 from cs_jax.multiply_adds import multiply_adds
 from cs_jax.progress import Observer, Observers
 from cs_jax.report import write_report
 from cs_jax.search import Problem
 from cs_jax.training import Recipe
+from cs_jax.wiring import Signal, Wiring
 
 TinyResNet = functools.partial(ResNet, stage_sizes=(1, 1), widths=(8, 16))
 TinyConvNet = functools.partial(ConvNet, widths=(4,))
+MADE_BY = {"stage2_conv1": "stage1_conv1", "stage2_conv2": "stage2_conv1"}
 QUICK = "digits --epochs 2 --rounds 2 --rewind-epoch 1 --lr-schedule --lr-drops --controls --no-report".split()
-COMMAND = [*QUICK, *"--model tiny_resnet --granularity channel --target-multiply-adds 0.5".split()]
-CHANNEL = dataclasses.replace(small.SEARCH, granularity="channel")
-A, B = ("stage1_block1", "conv_a", "kernel"), ("stage2_block1", "conv_a", "kernel")
+COMMAND = [*QUICK, *"--model tiny_resnet --granularity channel --target-multiply-adds 0.5 --channel-multiple 1".split()]
+CHANNEL = dataclasses.replace(small.SEARCH, granularity="channel", channel_multiple=1)
+A, B = ("stage1_block1", "conv_b", "kernel"), ("stage2_block1", "conv_b", "kernel")
 
 pytestmark = pytest.mark.filterwarnings("ignore::cs_jax.UnfinishedSearchWarning", "ignore::cs_jax.DensityWarning")
 
@@ -54,20 +56,71 @@ def found(config: Config, problem: Problem, observer: Observer | None = None) ->
 
 
 def kept_channels(mask: Any) -> np.ndarray:
-    """Which output channels a mask keeps, all weights of each or none."""
-    flat = np.asarray(mask).reshape(-1, np.shape(mask)[-1]) != 0
-    assert (flat.all(axis=0) | ~flat.any(axis=0)).all()
-    return flat[0]
+    """Which input channels a convolution's mask keeps, all weights of each or none."""
+    rows = np.moveaxis(np.asarray(mask), -2, 0).reshape(np.shape(mask)[-2], -1) != 0
+    assert (rows.all(axis=1) | ~rows.any(axis=1)).all()
+    return rows[:, 0]
 
 
 def test_channels_are_those_that_no_sum_and_no_output_wants() -> None:
     of_resnet = channels.of_model(TinyResNet(), (6, 6, 1))
     assert [leaf.path for leaf in of_resnet.scored] == [A, B]
-    assert [leaf.score_shape for leaf in of_resnet.scored] == [(1, 1, 1, 8), (1, 1, 1, 16)]
-    assert [path[-2] for path in of_resnet.whole] == ["conv0", "conv_b", "conv_b"]
+    assert [leaf.score_shape for leaf in of_resnet.scored] == [(1, 1, 8, 1), (1, 1, 16, 1)]
+    assert [path[-2] for path in of_resnet.whole] == ["conv0", "conv_a", "conv_a"]
     of_transformer = channels.of_model(VisionTransformer(depth=1, width=6, num_heads=3), (8, 8, 1))
     shapes = {leaf.name: leaf.score_shape for leaf in of_transformer.scored}
     assert shapes == {"block1/out/kernel": (3, 1, 1), "block1/mlp_in/kernel": (1, 24)}
+    assert of_resnet.stays == (False, False) and of_transformer.stays == (False, False)
+
+
+class Normalized(nn.Module):
+    """Two convolutions with BatchNorm and a dense layer, all masked."""
+
+    num_classes: int = 3
+    flattens: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        for name in "ab":
+            x = MaskedConv(4, (3, 3), name=f"conv_{name}")(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train, name=f"bn_{name}")(x))
+        x = x.reshape(x.shape[0], -1) if self.flattens else x.mean(axis=(1, 2))
+        return MaskedDense(self.num_classes, name="last")(x)
+
+    def wire(self, net: Wiring, x: Signal) -> Signal:
+        for name in "ab":
+            x = net.conv(x, f"conv_{name}", zero_padded=True)
+            x = net.activation(net.batch_norm(x, f"bn_{name}"), nn.relu)
+        return net.dense(x if self.flattens else net.pool(x), "last")
+
+    def resize(self, features: dict[str, int]) -> Any:
+        raise AssertionError("nothing here is made smaller")
+
+
+@pytest.mark.parametrize(
+    "model, expected",
+    [
+        (Normalized(), {"conv_b": (1, 1, 4, 1), "last": (4, 1)}),
+        # `last` reads 36 numbers of each channel, and conv_b is where the channels of conv_a are masked.
+        (Normalized(flattens=True), {"conv_b": (1, 1, 4, 1)}),
+        # The classifier is not masked, and so on.
+        (VGG(stage_sizes=(1, 2), widths=(4, 6)), {"stage2_conv1": (1, 1, 4, 1), "stage2_conv2": (1, 1, 6, 1)}),
+    ],
+)
+def test_where_batch_norm_follows_it_is_the_reading_layer_whose_channels_are_masked(
+    model: nn.Module, expected: dict[str, tuple[int, ...]]
+) -> None:
+    known = channels.of_model(model, (8, 8, 1))
+    assert {leaf.path[0]: leaf.score_shape for leaf in known.scored} == expected
+    assert not any(known.stays)
+
+
+def test_without_batch_norm_it_is_the_layer_that_makes_them() -> None:
+    known = channels.of_model(TinyConvNet(), (6, 6, 1))
+    shapes = {leaf.path[0]: leaf.score_shape for leaf in known.scored}
+    assert shapes["stage1_conv1"] == shapes["stage1_conv2"] == (1, 1, 1, 4)
+    # Constants of the first convolution stay before the second, which pads with zeros.
+    assert [leaf.path[0] for leaf, stays in zip(known.scored, known.stays, strict=True) if stays] == ["stage1_conv1"]
 
 
 @pytest.mark.parametrize(
@@ -76,6 +129,7 @@ def test_channels_are_those_that_no_sum_and_no_output_wants() -> None:
         (LeNet300100(), (6, 6, 1), [7, 3]),
         (TinyResNet(), (6, 6, 1), [2, 5]),
         (TinyConvNet(), (6, 6, 1), [9, 11, 1, 3]),
+        (VGG(stage_sizes=(1, 2), widths=(4, 6)), (8, 8, 1), [3, 1]),
         (VisionTransformer(depth=2, width=6, num_heads=3), (8, 8, 1), [5, 2, 7, 1]),
     ],
 )
@@ -85,8 +139,9 @@ def test_multiply_adds_of_fewer_channels_are_those_of_the_network_that_has_them(
     known = channels.of_model(model, image_shape)
     assert known.multiply_adds(known.sizes) == multiply_adds(model, image_shape)
     sizes = [count + stays for count, stays in zip(kept, known.stays, strict=True)]
-    names = [leaf.name.removesuffix("/kernel").removesuffix("/out") for leaf in known.scored]
-    smaller = model.resize(dict(zip(names, sizes, strict=True)))
+    layers = [leaf.name.removesuffix("/kernel").removesuffix("/out") for leaf in known.scored]
+    made = [MADE_BY.get(layer, layer.replace("conv_b", "conv_a")) for layer in layers]
+    smaller = model.resize(dict(zip(made, sizes, strict=True)))
     assert known.multiply_adds(kept) == multiply_adds(smaller, image_shape)
 
 
@@ -108,27 +163,49 @@ def test_held_scores_above_0_have_no_more_than_the_share_and_one_more_would() ->
 
 def test_a_ticket_keeps_the_highest_of_each_layer_then_what_fits() -> None:
     known = channels.of_model(TinyResNet(), (6, 6, 1))
-    scores = known.selection.nest([jnp.arange(8.0).reshape(1, 1, 1, 8) - 10, jnp.arange(16.0).reshape(1, 1, 1, 16)])
+    scores = known.selection.nest([jnp.arange(8.0).reshape(1, 1, 8, 1) - 10, jnp.arange(16.0).reshape(1, 1, 16, 1)])
     dense = known.multiply_adds(known.sizes)
-    with pytest.warns(match="stage1_block1/conv_a/kernel' has collapsed: it has only its highest score"):
+    with pytest.warns(match="stage1_block1/conv_b/kernel' has collapsed: it has only its highest score"):
         kept = channel_budget.keep_highest(known, scores, known.multiply_adds([1, 12]) / dense)
     first, second = (np.ravel(leaf) for leaf in known.selection.score_leaves(kept))
     assert first.tolist() == [-1] * 7 + [1]
     assert second.tolist() == [-1] * 4 + [1] * 12
     lower = jax.tree.map(lambda score: score - 12, scores)
-    with pytest.warns(match="stage1_block1/conv_a/kernel' has collapsed"):
+    with pytest.warns(match="stage1_block1/conv_b/kernel' has collapsed"):
         above = channel_budget.keep_highest(known, lower, None)
     assert [int((leaf > 0).sum()) for leaf in known.selection.score_leaves(above)] == [1, 3]
 
 
+def test_layers_that_are_a_multiple_keep_one() -> None:
+    known = channels.of_model(ConvNet(widths=(8,), num_classes=3), (8, 8, 1))
+    sizes = dict(zip([leaf.path[0] for leaf in known.scored], known.sizes, strict=True))
+    assert sizes == {"hidden0": 256, "hidden1": 256, "stage1_conv1": 8, "stage1_conv2": 8}
+    keys = jax.random.split(jax.random.key(1), 4)
+    scores = known.selection.nest(map(jax.random.normal, keys, [leaf.score_shape for leaf in known.scored]))
+    dense = known.multiply_adds(known.sizes)
+    for multiple in (4, 3):
+        kept = channel_budget.keep_highest(known, scores, 0.5, multiple)
+        counts = [int((leaf > 0).sum()) for leaf in known.selection.score_leaves(kept)]
+        assert known.multiply_adds(counts) <= 0.5 * dense
+        # What the first convolution's masked channels leave is one channel more; 3 divides none of the layers.
+        computed = [
+            min(count + stays, size) for count, stays, size in zip(counts, known.stays, known.sizes, strict=True)
+        ]
+        assert (np.remainder(computed, 4) == 0).all() == (multiple == 4)
+        for before, after in zip(*map(known.selection.score_leaves, (scores, kept)), strict=True):
+            below = np.asarray(before)[np.asarray(after) < 0]
+            assert np.asarray(before)[np.asarray(after) > 0].min() > below.max(initial=-np.inf)
+
+
 @pytest.mark.parametrize("method", ["cs", "imp", "gmp", "magnitude", "random"])
-def test_every_method_keeps_whole_channels_of_conv_a_alone(method: str, by_channel: Problem) -> None:
+def test_every_method_keeps_whole_channels_that_conv_b_reads(method: str, by_channel: Problem) -> None:
     config = dataclasses.replace(CHANNEL, method=method, target_density=0.5)
     ticket, _ = found(config, by_channel)
-    kept = [kept_channels(ticket.masks[path[0]]["conv_a"]["kernel"]) for path in (A, B)]
-    assert set(ticket.masks["stage1_block1"]) == {"conv_a"} and "conv0" not in ticket.masks
-    # conv_a of the first block has 8 channels of 72 weights, that of the second 16 of 72.
-    assert sum(map(np.count_nonzero, kept)) == 12 and all(part.any() for part in kept)
+    kept = [kept_channels(ticket.masks[path[0]]["conv_b"]["kernel"]) for path in (A, B)]
+    assert set(ticket.masks["stage1_block1"]) == {"conv_b"} and "conv0" not in ticket.masks
+    # conv_b of the first block reads 8 channels with 72 weights each, that of the second 16 with 144.
+    weights = np.dot([part.sum() for part in kept], [72, 144])
+    assert weights in (1440, 1368) and all(part.any() for part in kept)
 
 
 @pytest.mark.parametrize("method", ["cs", "imp-c", "gmp", "magnitude", "random"])
@@ -142,7 +219,7 @@ def test_the_shrunk_ticket_has_no_more_than_the_target(method: str, by_channel: 
     variables = {"params": ticket.start.params, "batch_stats": ticket.start.batch_stats, "masks": masks}
     smaller, _ = shrink.shrink(model, variables, (6, 6, 1))
     assert multiply_adds(smaller, (6, 6, 1)) <= 0.5 * multiply_adds(model, (6, 6, 1))
-    counts = [int(kept_channels(ticket.masks[path[0]]["conv_a"]["kernel"]).sum()) for path in (A, B)]
+    counts = [int(kept_channels(ticket.masks[path[0]]["conv_b"]["kernel"]).sum()) for path in (A, B)]
     for place in range(2):
         more = [count + (number == place) for number, count in enumerate(counts)]
         assert known.multiply_adds(more) > 0.5 * multiply_adds(model, (6, 6, 1))
@@ -158,8 +235,8 @@ def test_penalty_and_density_count_weights(by_channel: Problem) -> None:
     config = dataclasses.replace(CHANNEL, rounds=1, lmbda=1e-3, score_lr=1e-20)
     found(config, by_channel, Records())
     record, scores = history[0]
-    assert record.penalty == pytest.approx(1e-3 * (8 + 16) * 72, rel=1e-3)  # masks are 1 at first
-    assert [leaf.shape for leaf in jax.tree.leaves(scores)] == [(1, 1, 1, 8), (1, 1, 1, 16)]
+    assert record.penalty == pytest.approx(1e-3 * (8 * 72 + 16 * 144), rel=1e-3)  # masks are 1 at first
+    assert [leaf.shape for leaf in jax.tree.leaves(scores)] == [(1, 1, 8, 1), (1, 1, 16, 1)]
     assert record.density == 1.0 and set(record.layer_density) == {"/".join(A), "/".join(B)}
 
 
@@ -209,7 +286,7 @@ def test_the_summary_has_the_multiply_adds_of_the_shrunk_and_the_dense_network(r
     ticket = json.loads((run_folder / "summary.json").read_text())["ticket"]
     assert ticket["dense_multiply_adds"] == multiply_adds(TinyResNet(), (8, 8, 1))
     assert 0.35 * ticket["dense_multiply_adds"] < ticket["multiply_adds"] <= 0.5 * ticket["dense_multiply_adds"]
-    assert ticket["num_masked_weights"] == (8 + 16) * 72
+    assert ticket["num_masked_weights"] == 8 * 72 + 16 * 144
 
 
 def test_the_same_seed_gives_the_same_bytes(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +303,7 @@ def test_the_ticket_has_masks_of_ones_where_nothing_could_be_masked(
     ticket = load_ticket(run_folder / "ticket.safetensors")
     assert set(ticket.metadata["layers"]) == {"/".join(A), "/".join(B)}
     assert len(jax.tree.leaves(ticket.variables["masks"])) == 5 and len(jax.tree.leaves(ticket.found_masks)) == 2
-    np.testing.assert_array_equal(ticket.variables["masks"]["stage1_block1"]["conv_b"]["kernel"], 1)
+    np.testing.assert_array_equal(ticket.variables["masks"]["stage1_block1"]["conv_a"]["kernel"], 1)
     assert ticket.model is not None
     ticket.model.apply(ticket.variables, jnp.zeros((1, 8, 8, 1)))
     again = tmp_path / "again.safetensors"
@@ -240,7 +317,7 @@ def test_the_ticket_has_masks_of_ones_where_nothing_could_be_masked(
 def test_score_histograms_count_the_weights_that_share_a_score(run_folder: Path) -> None:
     rounds = json.loads((run_folder / "scores.json").read_text())["rounds"]
     counts = rounds[-1]["end"]
-    assert {name: sum(bins) for name, bins in counts.items()} == {"/".join(A): 8 * 72, "/".join(B): 16 * 72}
+    assert {name: sum(bins) for name, bins in counts.items()} == {"/".join(A): 8 * 72, "/".join(B): 16 * 144}
 
 
 def test_the_report_shows_a_run_by_channel(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,6 +340,7 @@ def test_the_report_shows_a_run_by_channel(run_folder: Path, monkeypatch: pytest
         ),
         ("--granularity channel --target-multiply-adds 0.5 --scope layer", "--scope: got layer, wanted global beside"),
         ("--granularity channel --allow-empty-layers", "--allow-empty-layers: got True, wanted none beside"),
+        ("--granularity channel --channel-multiple 0", "--channel-multiple: got 0, wanted at least 1"),
         ("--granularity channel --controls random", "--controls: got random beside --granularity channel"),
     ],
 )
@@ -290,10 +368,14 @@ class Unwired(nn.Module):
             "--granularity: got channel beside --model unwired: model: got Unwired, which does not",
         ),
         (
-            "--target-multiply-adds 0.01",
-            "--target-multiply-adds: got 0.01, wanted at least 0.237, what the network has",
+            "--target-multiply-adds 0.01 --channel-multiple 1",
+            "--target-multiply-adds: got 0.01, wanted at least 0.143, what the network has with one channel left",
         ),
-        ("--target-density 0.001", "--target-density: got 0.001: 2 of 1728 weights would empty a layer"),
+        (
+            "--target-multiply-adds 0.5 --channel-multiple 8",
+            "--target-multiply-adds: got 0.5, wanted at least 0.717, what the network has with the fewest channels",
+        ),
+        ("--target-density 0.001", "--target-density: got 0.001: 3 of 2880 weights would empty a layer"),
     ],
 )
 def test_what_the_network_cannot_do_is_refused_before_anything_is_written(

@@ -36,7 +36,11 @@ class OneShotMagnitudePruning(Method):
 def magnitudes(state: TrainState) -> PyTree:
     """Absolute values of the masked weights that are left, by the structure of the masks; -1 for those pruned.
 
-    Where scores stand for channels, the mean over each channel.
+    Where scores stand for channels, the mean over each channel, over that of the layer's channels that are left: layers
+    have weights of other sizes, and the one with the smallest would lose all of them first.
+
+    References:
+        Molchanov et al., 2016, arXiv:1611.06440, section 2.2, who normalise within layers by another norm.
     """
     weights = trees.leaves_by_path(state.params)
 
@@ -44,4 +48,6 @@ def magnitudes(state: TrainState) -> PyTree:
         return jnp.where(mask != 0, jnp.abs(weights[path]), -1)
 
     ranks = trees.nest({path: rank(path, mask) for path, mask in trees.leaves_by_path(state.masks).items()})
-    return ranks if state.channels is None else state.channels.means(ranks)
+    if state.channels is None:
+        return ranks
+    return jax.tree.map(lambda mean: mean / jnp.mean(mean, where=mean >= 0), state.channels.means(ranks))

@@ -177,7 +177,7 @@ def ticket_of(
         CollapsedLayerWarning: an array keeps nothing, or its highest score alone, by reservation.
     """
     if channels is not None and (target is None or config.target_multiply_adds is not None):
-        scores, target = channel_budget.keep_highest(channels, scores, target), None
+        scores, target = channel_budget.keep_highest(channels, scores, target, config.channel_multiple), None
     return budget.ticket_masks(selection(config, scores, target, channels), scores, init_value=init_value)
 
 

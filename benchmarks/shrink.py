@@ -48,8 +48,8 @@ def row(ticket: LoadedTicket, data_dir: Path | None) -> list[str]:
     smaller, found = shrink(ticket.model, ticket.variables, shape)
     single = outputs(ticket.model, ticket.variables, images), outputs(smaller, found, images)
     with jax.enable_x64(True):
-        wide = [jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), tree) for tree in (ticket.variables, found)]
-        double = outputs(ticket.model, wide[0], images), outputs(smaller, wide[1], images)
+        wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), ticket.variables)
+        double = outputs(ticket.model, wide, images), outputs(*shrink(ticket.model, wide, shape), images)
     others = int((single[0].argmax(axis=1) != single[1].argmax(axis=1)).sum())
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree["params"])) for tree in (ticket.variables, found)]
     costs = [multiply_adds(model, shape) for model in (ticket.model, smaller)]

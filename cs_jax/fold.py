@@ -1,16 +1,17 @@
 """A ticket as a plain network for serving: masks multiplied in, and BatchNorm folded into the layer before it."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from cs_jax import trees, wiring
+from cs_jax import agreement, trees, wiring
 from cs_jax.layers import Masked
 from cs_jax.sharding import on_host
-from cs_jax.wiring import BatchNorm, Linear
+from cs_jax.wiring import BatchNorm, Linear, Signal, Wiring
 
 PyTree = Any
 
@@ -19,7 +20,7 @@ LAYER_FIELDS = ("conv", "dense")
 
 
 def fold(
-    model: nn.Module, variables: Mapping[str, PyTree], *, batch_norm: bool = False
+    model: nn.Module, variables: Mapping[str, PyTree], image_shape: Sequence[int], *, batch_norm: bool = False
 ) -> tuple[nn.Module, dict[str, PyTree]]:
     """A network without masks that computes the same in evaluation mode as a masked one.
 
@@ -27,30 +28,43 @@ def fold(
     and the bias of the convolution that it follows, as the module's wiring tells. That is the same to rounding, and not
     for training any more. A norm that follows anything else is refused. LayerNorms stay: they are no constants.
 
+    It is compared with the one that was given on random images before it is returned.
+
     Args:
         model: a Linen module whose masked layers have names, and are of the classes in its fields `conv` or `dense`, as
             those of `cs_jax.models`; with `batch_norm` also one that says how it is wired, and has a field `folded`.
         variables: "params", "masks" and, where there are any, "batch_stats".
+        image_shape: of one image, as in (32, 32, 3).
         batch_norm: fold BatchNorm too.
 
     Returns:
-        The module, made of Flax's own layers, and its variables: "params", and "batch_stats" where norms are left.
+        The module, with layers of Flax's own in place of those of `cs_jax`, and its variables: "params", and
+        "batch_stats" where norms are left.
 
     Raises:
         TypeError: the module has no such fields, or does not say how it is wired.
-        ValueError: a mask has no weights, or another shape; a BatchNorm does not follow a layer of its own.
+        ConfigError: an entry is not finite.
+        ValueError: a mask has no weights, or another shape; a BatchNorm does not follow a layer of its own; a masked
+            layer is of no class in those fields; or the wiring is wrong.
     """
+    agreement.check_finite(variables)
     params = trees.apply_masks(variables["params"], variables.get("masks", {}))
     batch_stats = variables.get("batch_stats", {})
-    served = plain(model)
+    served, name = plain(model), type(model).__name__
+    wrong = f"the fields `conv` and `dense` of {name} are not all of its masked layers: with plain ones"
     if batch_norm and batch_stats:
         served, params = _without_norms(served), _folded(model, params, batch_stats)
-        batch_stats = {}
-    return served, {"params": params, **({"batch_stats": batch_stats} if batch_stats else {})}
+        batch_stats, wrong = {}, f"the wiring of {name} is wrong: with norms folded by it"
+    found = {"params": params, **({"batch_stats": batch_stats} if batch_stats else {})}
+    unfit = f"{name} cannot be applied without masks{' and norms' if batch_norm else ''}"
+    agreement.check_same(model, variables, served, found, image_shape, unfit=unfit, wrong=wrong)
+    return served, found
 
 
 def plain(model: nn.Module) -> nn.Module:
     """The module with the layers that its masked ones are made from; its variables are the same but for the masks.
+
+    Masked layers of a user's own stay what they are, but mask nothing.
 
     Raises:
         TypeError: it has no field with their class.
@@ -62,8 +76,14 @@ def plain(model: nn.Module) -> nn.Module:
     return model.clone(**plain_layers)
 
 
+@functools.cache  # so that two modules made of one class are equal
 def _unmasked(layer: type[nn.Module]) -> type[nn.Module]:
-    return layer.__bases__[-1] if issubclass(layer, Masked) else layer
+    """The layer of Flax's own that one of `cs_jax.layers` masks; of another masked class, one that masks nothing."""
+    if not issubclass(layer, Masked):
+        return layer
+    if layer.__module__ == Masked.__module__:
+        return layer.__bases__[-1]
+    return type(f"Unmasked{layer.__name__}", (layer,), {"masked_params": (), "__module__": __name__})
 
 
 def _without_norms(model: nn.Module) -> nn.Module:
@@ -80,7 +100,9 @@ def _folded(model: nn.Module, params: PyTree, batch_stats: PyTree) -> PyTree:
     def wide(arrays: Mapping[str, Any], name: str, default: float) -> np.ndarray:
         return np.asarray(on_host(arrays[name]) if name in arrays else default, np.float64)
 
-    for layer, norm in _layers_and_norms(model):
+    net, output = wiring.wiring_of(model)
+    wiring.check_names(net, (*(f"params/{name}" for name in leaves), *(f"batch_stats/{name}" for name in stats)))
+    for layer, norm in _layers_and_norms(net, output):
         kernel, dtype = f"{layer}/kernel", leaves[f"{layer}/kernel"].dtype
         factor = wide(leaves, f"{norm.name}/scale", 1) / np.sqrt(wide(stats, f"{norm.name}/var", 1) + norm.epsilon)
         bias = (wide(leaves, f"{layer}/bias", 0) - wide(stats, f"{norm.name}/mean", 0)) * factor
@@ -92,9 +114,8 @@ def _folded(model: nn.Module, params: PyTree, batch_stats: PyTree) -> PyTree:
     return trees.nest({tuple(name.split("/")): leaf for name, leaf in leaves.items()})
 
 
-def _layers_and_norms(model: nn.Module) -> list[tuple[str, BatchNorm]]:
+def _layers_and_norms(net: Wiring, output: Signal) -> list[tuple[str, BatchNorm]]:
     """Every norm with the name of the layer before it."""
-    net, output = wiring.wiring_of(model)
     pairs = []
     for norm in net.nodes:
         if not isinstance(norm, BatchNorm):

@@ -6,7 +6,6 @@ become a bias there; but all the constant channels of a layer can be put togethe
 fewer weights that are not 0, so other channels may not matter any more, and it begins anew until nothing changes.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,11 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.errors import FlaxError
 
-from cs_jax import trees, wiring
+from cs_jax import agreement, trees, wiring
 from cs_jax.errors import ConfigError
-from cs_jax.multiply_adds import evaluation_mode
 from cs_jax.sharding import on_host
 from cs_jax.ticket import LoadedTicket
 from cs_jax.wiring import Activation, Add, Attention, BatchNorm, Fixed, Input, Linear, Pool, Signal, Wiring
@@ -26,12 +23,6 @@ from cs_jax.wiring import Activation, Add, Attention, BatchNorm, Fixed, Input, L
 PyTree = Any
 Arrays = dict[str, np.ndarray]
 """Arrays of a network by collection and path, "params/conv0/kernel"."""
-
-AGREEMENT = 1e-4
-"""Difference of outputs, relative to the largest, beyond which a smaller network is refused: it is rounding below.
-
-For weights in fewer bits than float32 it is four times their precision.
-"""
 
 
 def shrink(
@@ -55,12 +46,13 @@ def shrink(
         ConfigError: a mask keeps nothing of its layer, or an entry is not finite.
         ValueError: the wiring does not fit the variables, or is wrong.
     """
+    agreement.check_finite(variables)
     arrays = {
         f"{collection}/{trees.name(path)}": np.asarray(on_host(leaf))
         for collection, tree in variables.items()
         for path, leaf in trees.leaves_by_path(tree).items()
     }
-    _check_arrays(arrays)
+    _check_masks(arrays)
     net, output = wiring.wiring_of(model)
     network = _Network(net, output, arrays, image_shape[-1])
     while network.shrink_once():
@@ -70,18 +62,24 @@ def shrink(
     smaller = model.resize(network.features)  # pyright: ignore[reportAttributeAccessIssue]
     leaves = {tuple(name.split("/")): jnp.asarray(array) for name, array in network.arrays.items()}
     found = {collection: {} for collection in variables} | trees.nest(leaves)
-    _check_same(model, variables, smaller, found, image_shape)
+    name = type(model).__name__
+    agreement.check_same(
+        model,
+        variables,
+        smaller,
+        found,
+        image_shape,
+        unfit=f"`resize` of {name} does not fit its wiring",
+        wrong=f"the wiring of {name} is wrong: without the channels that do not matter by it",
+    )
     return smaller, found
 
 
-def _check_arrays(arrays: Arrays) -> None:
-    """Raises unless all entries are finite, and every mask keeps a weight."""
+def _check_masks(arrays: Arrays) -> None:
+    """Raises unless every mask keeps a weight."""
     for name, array in arrays.items():
-        path = name.partition("/")[2]
-        if not np.isfinite(array.astype(np.float64)).all():
-            raise ConfigError(f"{path!r}: got entries that are not finite, wanted numbers")
         if name.startswith("masks/") and not array.any():
-            layer = path.rpartition("/")[0]
+            layer = name.removeprefix("masks/").rpartition("/")[0]
             raise ConfigError(f"layer {layer!r}: its mask keeps no weight, wanted one at least: the network is broken")
 
 
@@ -98,37 +96,6 @@ def shrink_ticket(ticket: LoadedTicket) -> LoadedTicket:
     features = dict(model.features)  # pyright: ignore[reportAttributeAccessIssue]
     metadata = {**ticket.metadata, "model": {**about, "features": features}}
     return LoadedTicket(variables, None, model, metadata)
-
-
-def _check_same(
-    model: nn.Module, variables: PyTree, smaller: nn.Module, found: PyTree, image_shape: Sequence[int]
-) -> None:
-    """Raises unless two networks compute the same of some random images."""
-    images = jax.random.normal(jax.random.key(0), (4, *image_shape))
-    wanted = outputs(model, variables, images)
-    try:
-        got = outputs(smaller, found, images)
-    except (TypeError, ValueError, FlaxError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"`resize` of {type(model).__name__} does not fit its wiring: {reason}") from error
-    difference = np.abs(got - wanted).max() / max(np.abs(wanted).max(), 1e-30)
-    precisions = [float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(found["params"])]
-    limit = max(AGREEMENT, 4 * max(precisions))  # what is folded is rounded to what holds it
-    if not difference <= limit:
-        raise ValueError(
-            f"the wiring of {type(model).__name__} is wrong: without the channels that do not matter by it, outputs "
-            f"differ by {difference:.1e} of the largest; wanted at most {limit:g}"
-        )
-
-
-def outputs(model: nn.Module, variables: PyTree, images: jax.Array) -> np.ndarray:
-    """What a network makes of images in evaluation mode, in the precision of its weights on any device."""
-    wide = model.clone(dtype=None) if hasattr(model, "dtype") else model
-    # For a CPU compiled fast rather than well: it runs once.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    apply = jax.jit(functools.partial(wide.apply, **evaluation_mode(model)), compiler_options=options)
-    with jax.default_matmul_precision("highest"):  # accelerators multiply float32 with fewer bits otherwise
-        return np.asarray(apply(variables, images), np.float64)
 
 
 class _Use(NamedTuple):
@@ -169,7 +136,7 @@ class _Network:
         self.arrays = dict(arrays)
         self.features: dict[str, int] = {}  # those that have changed, as `resize` wants them
         self._nodes, self._output, self._image_channels = net.nodes, output, image_channels
-        self._check_names()
+        wiring.check_names(net, arrays)
         self._space = wiring.spaces(net)
         self._fixed = wiring.fixed_spaces(net, output)
 
@@ -189,17 +156,6 @@ class _Network:
                 self._slice(space, plan.kept)
         heads = [self._drop_heads(node) for node in self._nodes if isinstance(node, Attention)]
         return any(heads) or any(not plan.kept.all() for plan in plans.values())
-
-    def _check_names(self) -> None:
-        """Raises unless the wiring names every layer, and no others."""
-        names = [name for node in self._nodes for name in wiring.names(node)]
-        for name in names:
-            if not any(key.startswith((f"params/{name}/",)) or key == f"params/{name}" for key in self.arrays):
-                raise ValueError(f"wiring: names {name!r}, but there is no such layer among the params")
-        for key in self.arrays:
-            path = key.partition("/")[2]
-            if not any(path == name or path.startswith(f"{name}/") for name in names):
-                raise ValueError(f"wiring: says nothing of {path!r}, wanted every layer")
 
     def _get(self, name: str, default: float) -> np.ndarray:
         return np.asarray(self.arrays.get(name, default), np.float64)

@@ -78,9 +78,9 @@ def forms(ticket: LoadedTicket) -> dict[str, Form]:
     shape = about["image_shape"]
     networks = {"masked": (ticket.model, ticket.variables)}
     for size, network in {DENSE: networks["masked"], "shrunk": shrink(ticket.model, ticket.variables, shape)}.items():
-        networks[size] = fold(*network)
+        networks[size] = fold(*network, shape)
         if ticket.variables["batch_stats"]:
-            networks[f"{size}, folded"] = fold(*network, batch_norm=True)
+            networks[f"{size}, folded"] = fold(*network, shape, batch_norm=True)
     cost = {name: multiply_adds(model, shape) for name, (model, _) in networks.items()}
     found = {name: _form(model, variables, cost[name]) for name, (model, variables) in networks.items()}
     found["masked"] = found["masked"]._replace(num_bytes=_compact_size(ticket))

@@ -22,7 +22,7 @@ are the kinds of layers there are, `x` stands for the images, and what is return
 Nothing is guessed: a module without these methods is refused, and so is a wiring that leaves out a layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NewType, Protocol, runtime_checkable
 
@@ -219,6 +219,23 @@ def wiring_of(model: nn.Module) -> tuple[Wiring, Signal]:
         )
     net = Wiring()
     return net, model.wire(net, Signal(0))
+
+
+def check_names(net: Wiring, arrays: Iterable[str]) -> None:
+    """Raises a ValueError unless a wiring names every layer, and no others.
+
+    Args:
+        net: what a module has told.
+        arrays: their names by collection and path, "params/conv0/kernel".
+    """
+    known, told = list(arrays), [name for node in net.nodes for name in names(node)]
+    for name in told:
+        if not any(key.startswith(f"params/{name}/") or key == f"params/{name}" for key in known):
+            raise ValueError(f"wiring: names {name!r}, but there is no such layer among the params")
+    for key in known:
+        path = key.partition("/")[2]
+        if not any(path == name or path.startswith(f"{name}/") for name in told):
+            raise ValueError(f"wiring: says nothing of {path!r}, wanted every layer")
 
 
 def spaces(net: Wiring) -> list[int]:

@@ -12,14 +12,14 @@ from flax import linen as nn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cs_jax import commands, programs, training, trees
-from cs_jax import shrink as shrinking
+from cs_jax import agreement, commands, programs, training, trees
+from cs_jax.agreement import outputs
 from cs_jax.errors import ConfigError
 from cs_jax.images import ImageSet
 from cs_jax.layers import MaskedConv, MaskedDense
 from cs_jax.models import VGG, BottleneckResNet, ConvNet, LeNet300100, ResNet, VisionTransformer
 from cs_jax.multiply_adds import evaluation_mode, multiply_adds
-from cs_jax.shrink import outputs, shrink
+from cs_jax.shrink import shrink
 from cs_jax.ticket import load_ticket, save_ticket
 from cs_jax.training import Hyperparams, Recipe
 from cs_jax.wiring import Signal, Wiring
@@ -96,7 +96,7 @@ def check_same(model: nn.Module, variables: Any, smaller: nn.Module, found: Any,
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks are not compared before they are returned: the test does that better."""
-    monkeypatch.setattr(shrinking, "_check_same", lambda *networks: None)
+    monkeypatch.setattr(agreement, "check_same", lambda *networks, **messages: None)
 
 
 @pytest.mark.slow
@@ -289,7 +289,7 @@ def test_weights_that_are_not_finite_are_refused_by_name() -> None:
         array[0, 0] = np.nan
 
     variables = edited(narrow(fresh("conv")), params__hidden0__kernel=broken)
-    with pytest.raises(ConfigError, match="'hidden0/kernel': got entries that are not finite, wanted numbers"):
+    with pytest.raises(ConfigError, match="params/hidden0/kernel: got entries that are not finite, wanted numbers"):
         shrink(model, variables, shape)
 
 

@@ -72,7 +72,7 @@ def test_a_resnet50_has_the_names_of_torchvision() -> None:
 
 def test_kernels_have_output_channels_first() -> None:
     model, image_shape = FAMILIES["resnet"]
-    plain, variables = fold.fold(model, masked(model, image_shape))
+    plain, variables = fold.fold(model, masked(model, image_shape), image_shape)
     tensors = state_dict.to_tensors(plain, variables, 1)
     kernel = np.asarray(variables["params"]["stage2_block1"]["conv_a"]["kernel"])
     assert kernel.shape == (3, 3, 4, 6)
@@ -87,7 +87,7 @@ def test_kernels_have_output_channels_first() -> None:
 def test_there_and_back_is_bit_identical_for_every_family(family: str, batch_norm: bool) -> None:
     model, image_shape = FAMILIES[family]
     smaller, fewer = shrink.shrink(model, masked(model, image_shape), image_shape)
-    plain, variables = fold.fold(smaller, fewer, batch_norm=batch_norm)
+    plain, variables = fold.fold(smaller, fewer, image_shape, batch_norm=batch_norm)
     tensors = state_dict.to_tensors(plain, variables, image_shape[-1])
     shapes = {trees.name(path): leaf.shape for path, leaf in trees.leaves_by_path(variables).items()}
     entries = state_dict.torch_names.entries(plain, shapes, image_shape[-1])
@@ -106,7 +106,7 @@ def test_a_file_there_and_back_is_bit_identical(
         variables["masks"]["block3"]["out"]["kernel"] = variables["masks"]["block3"]["out"]["kernel"].at[1].set(0)
     if shrunk:
         model, variables = shrink.shrink(model, variables, image_shape)
-    plain, weights = fold.fold(model, variables)
+    plain, weights = fold.fold(model, variables, image_shape)
     path = tmp_path / "file.safetensors"
     safetensors.numpy.save_file(state_dict.to_tensors(plain, weights, image_shape[-1]), path)
     again, found = load_state_dict(path, name, image_shape=image_shape)
@@ -116,7 +116,7 @@ def test_a_file_there_and_back_is_bit_identical(
 
 def test_weights_keep_their_dtype(tmp_path: Path) -> None:
     model, image_shape = models.LeNet300100(param_dtype=jnp.bfloat16), (4, 4, 1)
-    plain, weights = fold.fold(model, masked(model, image_shape))
+    plain, weights = fold.fold(model, masked(model, image_shape), image_shape)
     content = safetensors.numpy.save(state_dict.to_tensors(plain, weights, 1))
     (tmp_path / "file").write_bytes(content)
     assert same_bits(
@@ -217,7 +217,7 @@ def test_pytorch_s_functions_compute_the_same_for_other_families(
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, np.ndarray]:
     model, image_shape = models.LeNet300100(num_classes=4), (4, 4, 1)
-    return state_dict.to_tensors(*fold.fold(model, masked(model, image_shape)), 1)
+    return state_dict.to_tensors(*fold.fold(model, masked(model, image_shape), image_shape), 1)
 
 
 @pytest.mark.parametrize(

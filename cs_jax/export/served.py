@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import ArrayLike
 
-from cs_jax import trees
+from cs_jax import agreement
 from cs_jax.errors import ConfigError
 from cs_jax.fold import fold
 from cs_jax.images import normalize
@@ -66,7 +66,7 @@ def serve(ticket: LoadedTicket, *, keep_shapes: bool = False, fold_batch_norm: b
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{error}; with --keep-shapes nothing is taken out") from error
     try:
-        model, variables = fold(model, variables, batch_norm=fold_batch_norm)
+        model, variables = fold(model, variables, image_shape, batch_norm=fold_batch_norm)
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
     return Served(model, variables, image_shape, ticket.metadata.get("normalization"))
@@ -86,8 +86,6 @@ def _network(ticket: LoadedTicket) -> tuple[nn.Module, dict[str, PyTree], tuple[
         raise ConfigError("is of a model of its maker's own, wanted one of cs_jax.models: export that in Python")
     if len(image_shape) != 3:
         raise ConfigError(f"image_shape: got {list(image_shape)}, wanted height, width and channels")
-    for path, leaf in trees.leaves_by_path(ticket.variables).items():
-        if not np.isfinite(leaf).all():
-            raise ConfigError(f"{trees.name(path)}: got entries that are not finite, wanted numbers")
+    agreement.check_finite(ticket.variables)
     model = ticket.model.clone(dtype=None) if hasattr(ticket.model, "dtype") else ticket.model  # pyright: ignore[reportCallIssue]
     return model, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), ticket.variables), image_shape

@@ -25,7 +25,7 @@ from cs_jax import files, ticket_checks, ticket_file, trees
 from cs_jax.errors import ConfigError, one_of
 from cs_jax.images import normalize
 from cs_jax.models import MODELS, build, takes
-from cs_jax.models.features import Features
+from cs_jax.models.features import NONE, Features
 from cs_jax.multiply_adds import evaluation_mode
 from cs_jax.ticket_checks import COLLECTIONS, REWOUND, Arrays
 
@@ -242,6 +242,21 @@ def shapes_of(model: nn.Module, image_shape: tuple[int, ...]) -> dict[str, tuple
     return shapes
 
 
+def dense_sizes(ticket: LoadedTicket) -> dict[str, int]:
+    """Entries of all arrays of "params" and "batch_stats" in the dense network, by name, "params/conv0/kernel".
+
+    For a ticket that was shrunk this is the network of its family that nothing was taken out of; for one of a model of
+    its maker's own it is that model.
+    """
+    entry = ticket.metadata.get("model") or {}
+    if entry.get("name") is None:
+        held = {name: ticket.variables.get(name, {}) for name in ("params", "batch_stats")}
+        return {trees.name(path): leaf.size for path, leaf in trees.leaves_by_path(held).items()}
+    dtype, image_shape = entry.get("dtype") or "float32", tuple(entry["image_shape"])
+    _, shapes = _known_model(entry["name"], entry["num_classes"], image_shape, dtype, NONE)
+    return {name: math.prod(shape) for name, (shape, _) in shapes.items() if not name.startswith("masks/")}
+
+
 def describe(ticket: LoadedTicket, *, file_size: int | None = None) -> RenderableType:
     """What a person wants to know of a ticket, for rich to print: facts, then a table of its masked layers.
 
@@ -268,8 +283,9 @@ def _facts(ticket: LoadedTicket, file_size: int | None) -> dict[str, str]:
     about = ticket.metadata
     model = about.get("model") or {}
     accuracy = {name: share for name, share in (about.get("accuracy") or {}).items() if share is not None}
-    weights = jax.tree.leaves(ticket.variables["params"])
-    total, dense_bytes = sum(weight.size for weight in weights), sum(weight.nbytes for weight in weights)
+    weights = {trees.name(path): leaf for path, leaf in trees.leaves_by_path(ticket.variables["params"]).items()}
+    total, sizes = sum(weight.size for weight in weights.values()), dense_sizes(ticket)
+    dense_bytes = sum(sizes[f"params/{name}"] * weight.dtype.itemsize for name, weight in weights.items())
     masked = sum(math.prod(layer["shape"]) for layer in about["layers"].values())
     kept = round(about["density"] * masked)
     facts = {

@@ -1,11 +1,13 @@
 """The commands `ticket`, `verify`, `shrink` and `speed`: what can be done with a ticket's file."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from flax import linen as nn
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +20,7 @@ from cs_jax.config import PRESETS, Config
 from cs_jax.console import say
 from cs_jax.errors import ConfigError, told_of
 from cs_jax.flags import command_parser
+from cs_jax.models.features import NONE
 from cs_jax.multiply_adds import multiply_adds
 from cs_jax.speed import Measured
 from cs_jax.ticket import LoadedTicket
@@ -129,32 +132,35 @@ def _speeds(rows: Sequence[Measured], title: str) -> Table:
 
 
 def _what_changed(before: LoadedTicket, after: LoadedTicket) -> Table:
-    """Sizes of a ticket and of the smaller one: in all, and of every layer that has fewer features."""
-    table = Table("", "before", "after", "share", box=box.SIMPLE_HEAD)
+    """Sizes of a ticket's dense network, of the ticket and of the smaller one: in all, and of every layer that differs.
+
+    The dense network is that of the family: a ticket that was shrunk before has less than it.
+    """
+    table = Table("", "dense", "before", "after", "of dense", box=box.SIMPLE_HEAD)
     table.columns[0].overflow = "fold"
     for column in table.columns[1:]:
         column.justify = "right"
-    old, new = map(_sizes, (before, after))
+    assert before.model is not None and after.model is not None
+    whole = before.model.clone(features=NONE)  # pyright: ignore[reportCallIssue]
+    image_shape = tuple(before.metadata["model"]["image_shape"])
+    dense, old, new = (_sizes(model, image_shape) for model in (whole, before.model, after.model))
     for name, size in new.items():
-        if size != old[name] or name in _TOTALS:
-            table.add_row(name, f"{old[name]:,}", f"{size:,}", f"{size / old[name]:.1%}")
+        if size != dense[name] or name in _TOTALS:
+            table.add_row(name, f"{dense[name]:,}", f"{old[name]:,}", f"{size:,}", f"{size / dense[name]:.1%}")
     return table
 
 
 _TOTALS = ("weights", "multiply-adds")
 
 
-def _sizes(ticket: LoadedTicket) -> dict[str, int]:
-    """A ticket's weights, multiply-adds, and the output features (or heads) of its layers."""
-    assert ticket.model is not None
-    weights = trees.leaves_by_path(ticket.variables["params"])
-    counts = (
-        sum(weight.size for weight in weights.values()),
-        multiply_adds(ticket.model, ticket.metadata["model"]["image_shape"]),
-    )
+def _sizes(model: nn.Module, image_shape: tuple[int, ...]) -> dict[str, int]:
+    """A network's weights, multiply-adds, and the output features (or heads) of its layers."""
+    shapes = {name: shape for name, (shape, _) in tickets.shapes_of(model, image_shape).items()}
+    weights = {tuple(name.split("/")[1:]): shape for name, shape in shapes.items() if name.startswith("params/")}
+    counts = (sum(map(math.prod, weights.values())), multiply_adds(model, image_shape))
     features = {}
-    for path, weight in weights.items():
+    for path, shape in weights.items():
         if path[-1] == "kernel":
             name, axis = (path[:-2], -2) if path[-2] == "query" else (path[:-1], -1)
-            features.setdefault(trees.name(name), weight.shape[axis])
+            features.setdefault(trees.name(name), shape[axis])
     return dict(zip(_TOTALS, counts, strict=True)) | features

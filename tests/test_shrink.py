@@ -370,3 +370,29 @@ def test_a_ticket_with_other_features_than_it_says_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         ticket_of(tmp_path / "ticket.safetensors", features=features)
+
+
+@pytest.mark.parametrize("words", [["ticket"], ["export", "--to", "sparse"]])
+def test_a_ticket_that_was_shrunk_is_compared_with_the_network_that_nothing_was_taken_out_of(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, smaller = ticket_of(tmp_path / "ticket.safetensors"), tmp_path / "smaller.safetensors"
+    assert commands.main(["shrink", str(path), "--out", str(smaller)]) == 0
+    capsys.readouterr()
+    assert commands.main([words[0], str(smaller), *words[1:]]) == 0
+    file = smaller if words == ["ticket"] else smaller.with_suffix(".npz")
+    size, dense = file.stat().st_size, 4 * (16 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{size:,} bytes, {size / dense:.1%} of the dense weights' {dense:,}" in shown
+
+
+def test_the_command_says_what_a_ticket_that_was_shrunk_before_is_compared_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = ticket_of(tmp_path / "ticket.safetensors")
+    for file, out, before, share in (("ticket", "b", "300", "50.0%"), ("b", "c", "150", "50.0%")):
+        source = path if file == "ticket" else tmp_path / file
+        assert commands.main(["shrink", str(source), "--out", str(tmp_path / out)]) == 0
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert ["dense", "before", "after", "of", "dense"] in lines
+        assert ["hidden0", "300", before, "150", share] in lines

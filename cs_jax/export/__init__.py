@@ -13,7 +13,7 @@ from cs_jax.export import onnx, sparse, stablehlo, state_dict
 from cs_jax.export.served import Served, masked_logits, serve
 from cs_jax.export.sparse import read_sparse, to_bcoo
 from cs_jax.export.state_dict import load_state_dict
-from cs_jax.ticket import LoadedTicket
+from cs_jax.ticket import LoadedTicket, dense_sizes
 
 AGREEMENT = 1e-4
 """Difference of logits, relative to the largest, beyond which an export is not written: it is rounding below."""
@@ -84,8 +84,7 @@ def export_ticket(
     if not difference <= AGREEMENT:
         raise ConfigError(f"--to {to}: got logits that differ by {difference:.1e} of the largest, wanted {AGREEMENT:g}")
     files.write_whole(Path(path), content)
-    dense = {kind: ticket.variables.get(kind, {}) for kind in ("params", "batch_stats")}
-    return Exported(len(content), 4 * sum(leaf.size for leaf in jax.tree.leaves(dense)), difference, served)
+    return Exported(len(content), 4 * sum(dense_sizes(ticket).values()), difference, served)
 
 
 __all__ = ["FORMATS", "Exported", "Format", "Served", "export_ticket", "load_state_dict", "read_sparse", "to_bcoo"]

@@ -1,6 +1,6 @@
 """The commands `export` and `import`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def export(arguments: Sequence[str], *, prog: str) -> None:
 
 def import_state_dict(arguments: Sequence[str], *, prog: str) -> None:
     """make a ticket of a PyTorch state dict in a safetensors file"""
-    from cs_jax.export import load_state_dict
+    from cs_jax.export import state_dict
 
     parser = command_parser(prog, import_state_dict)
     parser.add_argument("file", type=Path, metavar="FILE", help="safetensors file of a state dict")
@@ -61,8 +61,11 @@ def import_state_dict(arguments: Sequence[str], *, prog: str) -> None:
         raise ConfigError("--mean and --std: got one of them, wanted both or none")
     files.check_out(given.out, source=given.file, kind="state dict")
     with told_of(given.file):
-        model, variables = load_state_dict(given.file, given.model, image_shape=given.image_shape)
-        metadata = _metadata(given, model)
+        tensors, about = state_dict.read(given.file)
+        about |= {"image_shape": given.image_shape} if given.image_shape else {}
+        about |= {"normalization": {"mean": given.mean, "std": given.std}} if given.mean else {}
+        model, variables = state_dict.from_state_dict(tensors, given.model, about["image_shape"] or ())
+        metadata = _metadata(given.model, model, about)
         _check_normalization(metadata)
         save_ticket(given.out, **variables, metadata=metadata)
     say(Console(), f"{given.out}: {given.model}, density {density(variables['masks']):.2%}")
@@ -78,18 +81,10 @@ def _check_normalization(metadata: dict[str, Any]) -> None:
             raise ConfigError(f"--std: got {min(values):g}, wanted numbers above 0")
 
 
-def _metadata(given: Any, model: Any) -> dict[str, Any]:
+def _metadata(name: str, model: Any, about: Mapping[str, Any]) -> dict[str, Any]:
     """What a ticket says of the network of a state dict."""
-    from cs_jax.export.state_dict import read
-
-    _, about = read(given.file)
-    entry = {
-        "name": given.model,
-        "num_classes": model.num_classes,
-        "image_shape": given.image_shape or about["image_shape"],
-    }
+    entry = {"name": name, "num_classes": model.num_classes, "image_shape": about["image_shape"]}
     if model.features:
         entry["features"] = dict(model.features)
-    normalization = about.get("normalization") if given.mean is None else {"mean": given.mean, "std": given.std}
-    known = {} if normalization is None else {"normalization": normalization}
+    known = {} if about["normalization"] is None else {"normalization": about["normalization"]}
     return {"model": entry, "mask_scale": 1.0, **known}

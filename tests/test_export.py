@@ -1,10 +1,13 @@
 """Tickets for other programs: what they compute there, what the files hold, and what is refused."""
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +236,72 @@ def test_a_file_that_is_no_sparse_network_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     for name in ("other.npz", "none.npz"):
         with pytest.raises(ConfigError, match=f"{name}: got no network that was exported to sparse"):
+            read_sparse(tmp_path / name)
+
+
+@pytest.fixture(scope="module")
+def sparse_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sparse") / "file.npz"
+    export_ticket(ticket(*LENET), "sparse", path)
+    return path
+
+
+KERNEL = "params/hidden1/kernel"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cs_jax": None},
+        {"cs_jax": np.array("3")},
+        {"cs_jax": np.array("{}")},
+        {"cs_jax": np.array("[" * 100_000)},
+        {"cs_jax": np.zeros(3)},
+        *({f"{KERNEL}.{part}": None} for part in ("data", "indices", "indptr", "shape")),
+        {f"{KERNEL}.shape": np.array([299, 98])},
+        {f"{KERNEL}.shape": np.array(["a", "b"])},
+        {f"{KERNEL}.shape": np.zeros((0,), int)},
+        {f"{KERNEL}.indptr": np.zeros(1, np.int32)},
+        {f"{KERNEL}.indptr": np.array(3, np.int32)},
+        {f"{KERNEL}.indices": np.zeros(3, np.int32)},
+        {f"{KERNEL}.indices": lambda indices: indices + 1000},
+        {f"{KERNEL}.indices": lambda indices: indices - 1000},
+    ],
+)
+def test_a_sparse_file_with_odd_entries_is_refused_in_one_line(
+    change: dict[str, Any], sparse_file: Path, tmp_path: Path
+) -> None:
+    with np.load(sparse_file) as file:
+        arrays = {name: file[name] for name in file.files}
+    for name, value in change.items():
+        arrays[name] = value(arrays[name]) if callable(value) else value
+    np.savez(tmp_path / "odd.npz", **{name: array for name, array in arrays.items() if array is not None})
+    with pytest.raises(ConfigError, match="^.*odd.npz: got no network that was exported to sparse: .+$") as caught:
+        read_sparse(tmp_path / "odd.npz")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sparse_file_that_is_cut_off_or_damaged_anywhere_is_refused_or_read(sparse_file: Path) -> None:
+    content = sparse_file.read_bytes()
+    rng = np.random.default_rng(0)
+    for end in rng.integers(0, len(content), 40):
+        with pytest.raises(ConfigError, match="got no network that was exported to sparse"):
+            read_sparse(io.BytesIO(content[:end]))
+    for place in (*rng.integers(0, len(content), 100), *range(60), *range(len(content) - 200, len(content))):
+        damaged = bytearray(content)
+        damaged[place] ^= 0xFF
+        with contextlib.suppress(ConfigError):  # names and times of files have no sum that is checked
+            read_sparse(io.BytesIO(bytes(damaged)))
+
+
+def test_files_of_other_kinds_are_no_sparse_networks(tmp_path: Path) -> None:
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "text").write_text("text")
+    (tmp_path / "empty").write_bytes(b"")
+    with zipfile.ZipFile(tmp_path / "zip", "w") as archive:
+        archive.writestr("cs_jax", "{}")
+    for name in ("array.npy", "text", "empty", "zip", "."):
+        with pytest.raises(ConfigError, match="got no network that was exported to sparse"):
             read_sparse(tmp_path / name)
 
 

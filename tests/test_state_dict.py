@@ -257,6 +257,63 @@ def test_a_file_that_cannot_be_read_is_refused(tensors: dict[str, np.ndarray], t
             load_state_dict(path, model, image_shape=shape)
 
 
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("{", "metadata cs_jax: got no proper JSON"),
+        ("[" * 100_000, "metadata cs_jax: got no proper JSON"),
+        ("3", "metadata cs_jax: got 3, wanted an object"),
+        ('{"image_shape": 3}', "metadata image_shape: got 3, wanted height, width and channels"),
+        ('{"image_shape": ["4", 4, 1]}', "metadata image_shape: got .* wanted height, width and channels"),
+        ('{"image_shape": [4, true, 1]}', "metadata image_shape: got .* wanted height, width and channels"),
+        ('{"image_shape": [4, 4]}', r"image shape: got \[4, 4\], wanted height, width and channels"),
+        ('{"image_shape": [65536, 65536, 65536]}', "image.shape: got .* wanted height, width and channels"),
+        ('{"image_shape": [4, 4, 1], "normalization": 3}', "metadata normalization: got 3, wanted mean and std"),
+        (
+            '{"image_shape": [4, 4, 1], "normalization": {"mean": [1]}}',
+            "metadata normalization: .* wanted mean and std",
+        ),
+        ('{"image_shape": [4, 4, 1], "normalization": {"mean": 1, "std": [1]}}', "normalization: got .* lists of num"),
+        ('{"image_shape": [4, 4, 1], "normalization": {"mean": ["a"], "std": [1]}}', "normalization: got .* lists of"),
+        ('{"image_shape": [4, 4, 1], "normalization": {"mean": [NaN], "std": [1]}}', "wanted JSON values"),
+        ('{"image_shape": [4, 4, 1], "normalization": {"mean": [], "std": [1]}}', "--mean: got 0 numbers"),
+    ],
+)
+def test_odd_metadata_are_one_line(
+    text: str, complaint: str, tensors: dict[str, np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    safetensors.numpy.save_file(tensors, tmp_path / "file", {"cs_jax": text})
+    if "--mean" not in complaint:
+        with pytest.raises(ConfigError, match=complaint):
+            load_state_dict(tmp_path / "file", "lenet300100")
+    words = ["import", str(tmp_path / "file"), "--model", "lenet300100", "--out", str(tmp_path / "out")]
+    assert commands.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(complaint, error)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_command_reads_its_file_once(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
+    safetensors.numpy.save_file(tensors, tmp_path / "file", {"cs_jax": '{"image_shape": [4, 4, 1]}'})
+    program = (
+        "import sys\n"
+        "from cs_jax import commands\n"
+        "opened = []\n"
+        "sys.addaudithook(lambda event, words: opened.append(str(words[0])) if event == 'open' else None)\n"
+        "assert commands.main(['import', 'file', '--model', 'lenet300100', '--out', 'out']) == 0\n"
+        "assert opened.count('file') == 1, opened\n"
+    )
+    root = str(PAGE.parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_command_makes_a_ticket_that_computes_the_same(
     tensors: dict[str, np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

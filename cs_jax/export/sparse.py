@@ -2,7 +2,11 @@
 
 import io
 import json
+import math
+import reprlib
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +19,7 @@ from cs_jax import trees, wiring
 from cs_jax.errors import ConfigError
 from cs_jax.export.served import Served
 from cs_jax.sharding import on_host
+from cs_jax.ticket_checks import is_shape
 from cs_jax.wiring import Attention
 
 if TYPE_CHECKING:
@@ -62,17 +67,26 @@ def read_sparse(file: str | Path | io.BytesIO) -> tuple[dict[str, csr_array | np
         ConfigError: it is no such file.
     """
     arrays, about = _read(file)
-    found: dict[str, csr_array | np.ndarray] = {}
-    for name, array in arrays.items():
-        stem, _, part = name.rpartition(".")
-        if part == "indptr":
-            data, indices = arrays[f"{stem}.data"], arrays[f"{stem}.indices"]
-            rows = len(array) - 1
-            columns = int(np.prod(arrays[f"{stem}.shape"])) // rows
-            found[stem] = csr_array((data, indices, array), shape=(rows, columns))
-        elif part not in PARTS:
-            found[name] = array
-    return found, about
+    stems = {stem for stem, _, part in (name.rpartition(".") for name in arrays) if stem and part in PARTS}
+    parts = {f"{stem}.{part}" for stem in stems for part in PARTS}
+    try:
+        matrices = {stem: _matrix(*(arrays[f"{stem}.{part}"] for part in PARTS)) for stem in sorted(stems)}
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise _refused(file, error) from error
+    return {name: array for name, array in arrays.items() if name not in parts} | matrices, about
+
+
+def _matrix(data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, shape: np.ndarray) -> csr_array:
+    """A matrix of its parts, which are checked: SciPy reads beyond an array where an index is wrong."""
+    sizes = shape.tolist()
+    if indptr.ndim != 1 or shape.ndim != 1 or not is_shape(sizes):
+        raise ValueError(f"a matrix has rows that end at shape {indptr.shape} and the shape {reprlib.repr(sizes)}")
+    rows, size = len(indptr) - 1, math.prod(sizes)
+    if rows < 1 or size % rows:
+        raise ValueError(f"a matrix has {rows} rows and {size} entries")
+    matrix = csr_array((data, indices, indptr), shape=(rows, size // rows))
+    matrix.check_format(full_check=True)
+    return matrix
 
 
 def to_bcoo(matrix: csr_array) -> "BCOO":
@@ -98,12 +112,34 @@ def logits(content: bytes, served: Served, images: np.ndarray) -> np.ndarray:
 
 
 def _read(file: str | Path | io.BytesIO) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays by name, and what is known of the network."""
     try:
-        with np.load(file, allow_pickle=False) as loaded:
-            arrays = {name: loaded[name] for name in loaded.files}
-        return arrays, json.loads(arrays.pop(ABOUT).item())
-    except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{file}: got no network that was exported to sparse: {error}") from error
+        with zipfile.ZipFile(file) as archive:  # NumPy takes other files too, and members that are no arrays
+            members = {member.filename: archive.read(member) for member in archive.infolist()}
+        arrays = {
+            name.removesuffix(".npy"): np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+            for name, content in members.items()
+        }
+        about = json.loads(str(arrays.pop(ABOUT)))
+        if not isinstance(about, dict) or not {"image_shape", "normalization"} <= about.keys():
+            raise ValueError(f"{ABOUT!r} is no dictionary of image_shape and normalization")
+        return arrays, about
+    except _UNREADABLE as error:
+        raise _refused(file, error) from error
+
+
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, EOFError, MemoryError, RecursionError, OverflowError),
+    *(zipfile.BadZipFile, zlib.error, struct.error, SyntaxError, TypeError),
+    *(RuntimeError, NotImplementedError),  # of members that are encrypted, or compressed otherwise
+)
+"""What is raised of files that are cut off, damaged or of another kind."""
+
+
+def _refused(file: str | Path | io.BytesIO, error: Exception) -> ConfigError:
+    reason = f"no {error}" if isinstance(error, KeyError) else (str(error).splitlines() or [type(error).__name__])[0]
+    where = f"{file}: " if isinstance(file, str | Path) else ""
+    return ConfigError(f"{where}got no network that was exported to sparse: {reason}")
 
 
 def _attention_outs(served: Served) -> set[str]:

@@ -1,6 +1,8 @@
 """The safetensors file of a PyTorch state dict: to it, and from it."""
 
 import json
+import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from cs_jax.export.torch_names import COUNTER, Entry, Shapes
 from cs_jax.models import MODELS, build
 from cs_jax.sharding import on_host
 from cs_jax.ticket import shapes_of
-from cs_jax.ticket_checks import DTYPES, quoted
+from cs_jax.ticket_checks import DTYPES, MAX_IMAGE_ENTRIES, check, given_metadata, is_shape, quoted
 from cs_jax.wiring import Attention, Linear
 
 PyTree = Any
@@ -106,12 +108,20 @@ def load_state_dict(
         ConfigError: the file cannot be read or is none of these; the model is not known; a tensor is missing, is
             unknown, or has a shape that does not fit. Says which.
     """
+    tensors, about = read(Path(path))
+    return from_state_dict(tensors, model_name, image_shape or about.get("image_shape") or ())
+
+
+def from_state_dict(
+    tensors: Tensors, model_name: str, image_shape: Sequence[int]
+) -> tuple[nn.Module, dict[str, PyTree]]:
+    """What `load_state_dict` makes of a file's tensors, and raises of them."""
     if model_name not in MODELS:
         raise ConfigError(f"model: got {model_name!r}, wanted {one_of(model_name, MODELS)}")
-    tensors, about = read(Path(path))
-    shape = tuple(image_shape or about.get("image_shape") or ())
-    if len(shape) != 3 or not all(isinstance(size, int) and 0 < size <= 2**16 for size in shape):
-        raise ConfigError(f"image shape: got {list(shape) or 'nothing'}, wanted height, width and channels of an image")
+    shape = tuple(image_shape)
+    if len(shape) != 3 or not is_shape(shape) or not 0 < math.prod(shape) <= MAX_IMAGE_ENTRIES:
+        got = reprlib.repr(list(shape)) if shape else "nothing"
+        raise ConfigError(f"image shape: got {got}, wanted height, width and channels of an image")
     model = _model_of(model_name, tensors, shape)
     shapes = {name: size for name, (size, _) in shapes_of(model, shape).items()}
     found = from_tensors(tensors, torch_names.entries(model, _unmasked(shapes), shape[-1]))
@@ -155,16 +165,39 @@ def _unmasked(shapes: Shapes) -> dict[str, tuple[int, ...]]:
 
 
 def read(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """Tensors of a safetensors file, and what `export` said of the network; nothing where it has not written it."""
+    """Tensors of a safetensors file, and what `export` said of the network; nothing where it has not written it.
+
+    Raises:
+        ConfigError: it is no such file, or says what `export` does not write.
+    """
     try:
         if not path.is_file():
             raise ConfigError(f"got {'a folder' if path.is_dir() else 'no such file'}, wanted a safetensors file")
-        with safetensors.safe_open(path, framework="np") as file:
-            said = (file.metadata() or {}).get("cs_jax", "{}")
-        about = json.loads(said)
-        return _tensors(path.read_bytes()), about if isinstance(about, dict) else {}
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(f"got no safetensors file: {error}") from error
+        content = path.read_bytes()
+        tensors = _tensors(content)
+        # Its header has been found right by now.
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return tensors, _about((header.get("__metadata__") or {}).get("cs_jax", "{}"))
+    except ConfigError:
+        raise
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"got no safetensors file: {quoted(str(error))[1:-1]}") from error
+
+
+def _about(text: str) -> dict[str, Any]:
+    """The image shape and the normalization in a file's metadata, as a ticket could have them."""
+    try:
+        about = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"metadata cs_jax: got no proper JSON: {str(error)[:80]}") from error
+    check("metadata cs_jax", about, isinstance(about, dict), "an object")
+    shape, normalization = about.get("image_shape"), about.get("normalization")
+    check("metadata image_shape", shape, shape is None or is_shape(shape), "height, width and channels")
+    if normalization is not None:
+        usual = isinstance(normalization, dict) and set(normalization) == {"mean", "std"}
+        check("metadata normalization", normalization, usual, "mean and std")
+        given_metadata({"normalization": normalization})
+    return {"image_shape": shape, "normalization": normalization}
 
 
 def _tensors(content: bytes) -> Tensors:

@@ -25,7 +25,7 @@ from cs_jax import files, ticket_checks, ticket_file, trees
 from cs_jax.errors import ConfigError, one_of
 from cs_jax.images import normalize
 from cs_jax.models import MODELS, build, takes
-from cs_jax.models.features import NONE, Features
+from cs_jax.models.features import Features
 from cs_jax.multiply_adds import evaluation_mode
 from cs_jax.ticket_checks import COLLECTIONS, REWOUND, Arrays
 
@@ -253,7 +253,7 @@ def dense_sizes(ticket: LoadedTicket) -> dict[str, int]:
         held = {name: ticket.variables.get(name, {}) for name in ("params", "batch_stats")}
         return {trees.name(path): leaf.size for path, leaf in trees.leaves_by_path(held).items()}
     dtype, image_shape = entry.get("dtype") or "float32", tuple(entry["image_shape"])
-    _, shapes = _known_model(entry["name"], entry["num_classes"], image_shape, dtype, NONE)
+    _, shapes = _known_model(entry["name"], entry["num_classes"], image_shape, dtype, FrozenDict())
     return {name: math.prod(shape) for name, (shape, _) in shapes.items() if not name.startswith("masks/")}
 
 

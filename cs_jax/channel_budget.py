@@ -4,6 +4,7 @@ As `cs_jax.budget` does for the density, with what the smaller network computes 
 It is not a sum over channels: what one costs depends on how many there are before and behind it.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,8 +24,13 @@ def check_share(channels: Channels, share: float, multiple: int = 1) -> None:
     fewest = [int(counts[0]) for counts in _possible_counts(channels, multiple)]
     least = channels.multiply_adds(fewest) / _dense(channels)
     if share < least:
-        left = "one channel" if multiple == 1 else f"the fewest channels that are a multiple of {multiple}"
-        raise ValueError(f"wanted at least {least:.3g}, what the network has with {left} left in each layer")
+        least = math.ceil(1000 * least) / 1000
+        if multiple == 1:
+            raise ValueError(f"wanted at least {least}, what the network has with one channel left in each layer")
+        raise ValueError(
+            f"wanted at least {least}, what the network has with the fewest channels left in each layer that are a "
+            f"multiple of {multiple}, or a smaller --channel-multiple"
+        )
 
 
 def hold(channels: Channels, scores: PyTree, share: float) -> PyTree:
@@ -57,7 +63,9 @@ def hold(channels: Channels, scores: PyTree, share: float) -> PyTree:
     return channels.selection.nest(new.astype(old.dtype) for new, old in zip(shifted, leaves, strict=True))
 
 
-def keep_highest(channels: Channels, scores: PyTree, share: float | None, multiple: int = 1) -> PyTree:
+def keep_highest(
+    channels: Channels, scores: PyTree, share: float | None, multiple: int = 1, *, least: float = -math.inf
+) -> PyTree:
     """1 for the channels that a ticket keeps and -1 for the others, in place of their scores.
 
     With a share, layers are filled with their highest channels, so many at once that what is computed stays a multiple:
@@ -70,6 +78,7 @@ def keep_highest(channels: Channels, scores: PyTree, share: float | None, multip
         scores: as `channels.selection.init_scores` makes them, not traced.
         share: of the whole network's multiply-adds, in (0, 1]; None leaves it to the scores.
         multiple: what the channels are a multiple of that a layer computes with, where the whole layer's are.
+        least: with a share, channels whose scores are below it are kept by reservation alone.
 
     Warns:
         CollapsedLayerWarning: a layer has only the fewest channels it can have, by reservation.
@@ -80,7 +89,7 @@ def keep_highest(channels: Channels, scores: PyTree, share: float | None, multip
         counts = [max(int((values > 0).sum()), 1) for values in flat]
         reserved = [values.max() <= 0 for values in flat]
     else:
-        counts, reserved = _fill(channels, flat, share, _possible_counts(channels, multiple))
+        counts, reserved = _fill(channels, flat, share, _possible_counts(channels, multiple), least)
     for leaf, size, count, only in zip(channels.scored, channels.sizes, counts, reserved, strict=True):
         if only and count < size:
             some = "its highest score" if count == 1 else f"its {count} highest scores"
@@ -94,20 +103,21 @@ def keep_highest(channels: Channels, scores: PyTree, share: float | None, multip
 
 
 def _fill(
-    channels: Channels, scores: list[np.ndarray], share: float, possible: list[np.ndarray]
+    channels: Channels, scores: list[np.ndarray], share: float, possible: list[np.ndarray], least: float
 ) -> tuple[list[int], list[bool]]:
     """How many of the highest scores each layer keeps, and whether these are all below what others could not keep."""
-    means, owners = [], []
+    means, lowest, owners = [], [], []
     for owner, (values, counts) in enumerate(zip(scores, possible, strict=True)):
         parts = np.split(-np.sort(-values), counts[:-1])
         means += [part.mean() for part in parts]
+        lowest += [part[-1] for part in parts]
         owners += [owner] * len(parts)
     first = [owners.index(owner) for owner in range(len(scores))]
     kept = [int(counts[0]) for counts in possible]
-    places, last = [0] * len(scores), -np.inf
+    places, last = [0] * len(scores), np.inf
     for part in np.argsort(-np.asarray(means), kind="stable"):
         owner = owners[part]
-        if part in first:
+        if part in first or lowest[part] < least:
             continue
         more = [*kept]
         more[owner] = int(possible[owner][places[owner] + 1])
@@ -120,8 +130,9 @@ def _fill(
 def _possible_counts(channels: Channels, multiple: int) -> list[np.ndarray]:
     """The numbers of channels that each layer may keep, increasing."""
     found = []
-    for size, stays in zip(channels.sizes, channels.stays, strict=True):
-        step = multiple if size % multiple == 0 else 1
+    for size, width, stays in zip(channels.sizes, channels.widths, channels.stays, strict=True):
+        step = multiple // math.gcd(multiple, width)
+        step = step if size % step == 0 else 1
         counts = np.append(np.arange(step - stays, size, step), size)
         found.append(counts[counts > 0])
     return found

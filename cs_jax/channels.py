@@ -52,12 +52,14 @@ class Channels:
         stays: of each scored array, whether one channel more than those that are kept is computed as long as any is
             missing: channels that are masked where they are made are constants, which a convolution that pads with
             zeros needs.
+        widths: of each scored array, features that go with one of its channels: those of a head, or 1.
         products: all products of the network.
     """
 
     scored: tuple[Grouping, ...]
     whole: tuple[Path, ...]
     stays: tuple[bool, ...]
+    widths: tuple[int, ...]
     products: tuple[Product, ...]
 
     @functools.cached_property
@@ -136,6 +138,8 @@ def of_model(model: nn.Module, image_shape: Sequence[int]) -> Channels:
     variables = jax.eval_shape(lambda x: nn.unbox(model.init(jax.random.key(0), x, **modes)), image)
     masked = trees.leaves_by_path(variables.get("masks", {}))
     shapes = {path: array.shape for path, array in trees.leaves_by_path(variables["params"]).items()}
+    kinds = ("params", "batch_stats", "masks")
+    wiring.check_names(net, [f"{kind}/{trees.name(path)}" for kind in kinds for path in _paths(variables, kind)])
     owners = _owners(net, output, shapes, masked.keys())
     if not owners:
         raise ValueError(f"{type(model).__name__} has no masked layer with channels that can be taken out")
@@ -144,7 +148,8 @@ def of_model(model: nn.Module, image_shape: Sequence[int]) -> Channels:
     return Channels(
         scored=groups,
         whole=tuple(path for path in masked if path not in {leaf.path for leaf in groups}),
-        stays=tuple(owner.makes and _read_padded(net, owner.space) for owner in in_order),
+        stays=tuple(owner.makes and _needs_constants(net, owner.space, shapes) for owner in in_order),
+        widths=tuple(shapes[owner.path][1] if owner.space < 0 else 1 for owner in in_order),
         products=tuple(
             _products(net, [owner.space for owner in in_order], weight_multiply_adds(model, image_shape)),
         ),
@@ -168,6 +173,10 @@ class _Owner:
     makes: bool
 
 
+def _paths(variables: Mapping[str, PyTree], kind: str) -> list[Path]:
+    return [*trees.leaves_by_path(variables.get(kind, {}))]
+
+
 def _kernel(name: str) -> Path:
     return (*name.split("/"), "kernel")
 
@@ -182,8 +191,8 @@ def _owners(net: Wiring, output: Signal, shapes: Mapping[Path, tuple[int, ...]],
         if isinstance(node, Linear):
             makers[spaces[signal]].append(_kernel(node.name))
             readers[spaces[node.source]].append(_kernel(node.name))
-        if isinstance(node, Attention):
-            found.append(_Owner(_heads(signal), _kernel(f"{node.name}/out"), 0, makes=False))
+        if isinstance(node, Attention) and (out := _kernel(f"{node.name}/out")) in masked:
+            found.append(_Owner(_heads(signal), out, 0, makes=False))
     taken = set()
     for space, (maker, *others) in makers.items():
         if others or space in fixed:
@@ -202,14 +211,15 @@ def _heads(signal: int) -> int:
     return -1 - signal
 
 
-def _read_padded(net: Wiring, space: int) -> bool:
-    """Whether constants of a space's channels may have to stay, because a layer that reads them cannot take them in.
-
-    A layer that does not pad can, into its bias or into the averages of the BatchNorm that follows, as all of
-    `cs_jax.models` have one of them.
-    """
+def _needs_constants(net: Wiring, space: int, shapes: Mapping[Path, Any]) -> bool:
+    """Whether a layer that reads a space cannot take its constants in: into a bias, or a BatchNorm that follows."""
     spaces = wiring.spaces(net)
-    return any(isinstance(node, Linear) and spaces[node.source] == space and node.zero_padded for node in net.nodes)
+    for signal, node in enumerate(net.nodes):
+        if isinstance(node, Linear) and spaces[node.source] == space:
+            absorbs = (*node.name.split("/"), "bias") in shapes or wiring.norm_after(net.nodes, Signal(signal))
+            if node.zero_padded or not absorbs:
+                return True
+    return False
 
 
 def _products(net: Wiring, scored: Sequence[int], costs: dict[str, int]) -> list[Product]:

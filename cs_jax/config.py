@@ -143,8 +143,8 @@ class Config:
     """Share of maskable weights that the ticket keeps, exactly, above 0 and at most 1; None leaves it to the dial."""
 
     granularity: Literal["weight", "channel"] = "weight"
-    """What a score stands for: weight, each maskable one, or channel, all weights of a layer's output channel or of an
-    attention head, so that the ticket can be made a smaller dense network."""
+    """What a score stands for: weight, each maskable one, or channel, all weights of a channel or of an attention head,
+    so that the ticket can be made a smaller dense network."""
 
     target_multiply_adds: float | None = None
     """Share of the dense network's multiply-adds that the ticket takes at most, above 0 and at most 1, once it is made
@@ -252,14 +252,16 @@ class Config:
             self._check("after", self.after in found_by.afters, wanted)
         wants, target = found_by.wants_target, self.target
         named = f"--method {self.method}"
-        self._check("target_density", target is not None or not wants, f"a share above 0 and at most 1, for {named}")
+        either = ", or --target-multiply-adds" if self.granularity == "channel" else ""
+        wanted = f"a share above 0 and at most 1{either}, for {named}"
+        self._check("target_density", target is not None or not wants, wanted)
         prunes = wants is not False
         self._check("target_density", target is None or prunes, f"none beside {named}, which prunes nothing")
         rate = self.prune_rate
         self._check("prune_rate", rate is None or 0 < rate < 1, "a share above 0 and below 1")
         takers = " or ".join(other for other, method in METHODS.items() if method.takes_rate)
         self._check("prune_rate", rate is None or found_by.takes_rate, f"none, or --method {takers}")
-        beside = "--target-density" if self.target_multiply_adds is None else "--target-multiply-adds"
+        beside = self.target_flag
         self._check("prune_rate", rate is None or target is None, f"none beside {beside} {target}")
         for control in self.controls:
             if control not in CONTROLS:
@@ -318,6 +320,11 @@ class Config:
     def target(self) -> float | None:
         """Share that the search is held to, of weights or of multiply-adds; None without a target."""
         return self.target_density if self.target_multiply_adds is None else self.target_multiply_adds
+
+    @property
+    def target_flag(self) -> str:
+        """The flag that `target` is from, or would be."""
+        return "--target-density" if self.target_multiply_adds is None else "--target-multiply-adds"
 
     @property
     def search_rounds(self) -> int:

@@ -36,6 +36,7 @@ from cs_jax.progress import EpochRecord, Observer, Progress, Snapshot, Ticket
 from cs_jax.search import Problem
 from cs_jax.streaming import Images
 from cs_jax.ticket import load_ticket
+from cs_jax.training import network
 
 PyTree = Any
 
@@ -252,7 +253,8 @@ def measure(
         ends.append(Snapshot(state.params, state.batch_stats))
         children.append({"test_accuracy": share_right(logits, test)})
     model, batch_size = problem.recipe.model, config.batch_size
-    path = connect(model, (ends[0], ends[1]), ticket.masks, problem.train, test, points=points, batch_size=batch_size)
+    masks = network(problem.recipe.channels, ends[0].params, ends[0].batch_stats, ticket.masks)["masks"]
+    path = connect(model, (ends[0], ends[1]), masks, problem.train, test, points=points, batch_size=batch_size)
     return {
         "points": [point._asdict() for point in path],
         "barrier": error_barrier([point.error for point in path]),

@@ -291,8 +291,7 @@ def _smaller(config: Config, problem: Problem, ticket: LoadedTicket) -> dict[str
         return {}
     model, image_shape = problem.recipe.model, problem.train.image_shape
     try:
-        with jax.default_matmul_precision("highest"):  # it is compared with the whole one to rounding
-            smaller, _ = shrink(model, ticket.variables, image_shape)
+        smaller, _ = shrink(model, ticket.variables, image_shape)
     except ValueError as error:
         raise ConfigError(f"--model: got {config.model}, whose ticket cannot be made smaller: {error}") from error
     return {

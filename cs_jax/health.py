@@ -99,7 +99,7 @@ class Health(Observer):
             return "a higher --mask-initial-value, a lower --lmbda, or a --target-density, which empties no layer"
         if self._config.allow_empty_layers:
             return "a higher --target-density, or no --allow-empty-layers"
-        return "a higher --target-density"
+        return f"a higher {self._config.target_flag}"
 
 
 def _stuck_density(previous: EpochRecord | None, end: EpochRecord, *, held: bool) -> str | None:

@@ -204,12 +204,12 @@ class _Network:
     def _use(self, signal: int, layer: Linear, constants: np.ndarray) -> _Use:
         weights = self._weights(layer.name)
         weights = weights.reshape(-1, len(constants), weights.shape[-1])
-        followers = [node for node in self._nodes if signal in wiring.sources(node)]
+        norm = wiring.norm_after(self._nodes, Signal(signal))
         absorber, sign = None, 1
         if not layer.zero_padded and f"params/{layer.name}/bias" in self.arrays:
             absorber = f"params/{layer.name}/bias"
-        elif not layer.zero_padded and len(followers) == 1 and isinstance(followers[0], BatchNorm):
-            absorber, sign = f"batch_stats/{followers[0].name}/mean", -1
+        elif not layer.zero_padded and norm is not None:
+            absorber, sign = f"batch_stats/{norm.name}/mean", -1
         return _Use(layer, weights, constants, absorber, sign)
 
     def _fold(self, use: _Use, plan: _Plan) -> None:

@@ -22,7 +22,7 @@ are the kinds of layers there are, `x` stands for the images, and what is return
 Nothing is guessed: a module without these methods is refused, and so is a wiring that leaves out a layer.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NewType, Protocol, runtime_checkable
 
@@ -236,6 +236,12 @@ def check_names(net: Wiring, arrays: Iterable[str]) -> None:
         path = key.partition("/")[2]
         if not any(path == name or path.startswith(f"{name}/") for name in told):
             raise ValueError(f"wiring: says nothing of {path!r}, wanted every layer")
+
+
+def norm_after(nodes: Sequence[Node], signal: Signal) -> BatchNorm | None:
+    """The BatchNorm that reads a signal, if nothing else does."""
+    followers = [node for node in nodes if signal in sources(node)]
+    return followers[0] if len(followers) == 1 and isinstance(followers[0], BatchNorm) else None
 
 
 def spaces(net: Wiring) -> list[int]:

@@ -56,7 +56,7 @@ def test_every_flag_overrides_its_field() -> None:
         "--score-dtype bfloat16"
     ).split()
     by_weight = {"scope": "--scope layer", "allow_empty_layers": "--allow-empty-layers"}
-    by_channel = {"granularity": "--granularity channel"}
+    by_channel = {"granularity": "--granularity channel", "channel_multiple": "--channel-multiple 3"}
     exclusive = (
         {"prune_rate": "--prune-rate 0.3", **by_weight},
         {"target_density": "--target-density 0.3", **by_weight},
@@ -67,7 +67,7 @@ def test_every_flag_overrides_its_field() -> None:
         changed = [f.name for f in dataclasses.fields(Config) if getattr(parsed, f.name) != getattr(Config(), f.name)]
         excluded = {name for others in exclusive for name in others} - given.keys()
         assert changed == [f.name for f in dataclasses.fields(Config) if f.name not in {"preset", *excluded}]
-        assert {getattr(parsed, name) for name in given} <= {0.3, "layer", "channel", True}
+        assert {getattr(parsed, name) for name in given} <= {0.3, 3, "layer", "channel", True}
         assert parsed.lr_schedule == (1, 3, 5)
         assert parsed.mask_initial_value == -0.3
         assert (parsed.method, parsed.after) == ("imp", "finetune")

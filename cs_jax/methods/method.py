@@ -1,5 +1,6 @@
 """What a method is: the moments of a search at which it has a say."""
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cs_jax import budget, channel_budget, masks, rules
@@ -162,7 +163,13 @@ def hold(config: "Config", state: TrainState, round: int) -> PyTree:
 
 
 def ticket_of(
-    config: "Config", scores: PyTree, target: float | None, channels: Channels | None, *, init_value: float
+    config: "Config",
+    scores: PyTree,
+    target: float | None,
+    channels: Channels | None,
+    *,
+    init_value: float,
+    least: float = -math.inf,
 ) -> PyTree:
     """Masks of the highest scores, just as many as a target has, or of those above 0; see `budget.ticket_masks`.
 
@@ -172,12 +179,14 @@ def ticket_of(
         target: in (0, 1]; None for those above 0.
         channels: what scores stand for; None is a weight each. Each layer keeps one at least.
         init_value: the scores' initial value, which fixes the masks' scale.
+        least: channels whose scores are below it are kept by reservation alone.
 
     Warns:
         CollapsedLayerWarning: an array keeps nothing, or its highest score alone, by reservation.
     """
     if channels is not None and (target is None or config.target_multiply_adds is not None):
-        scores, target = channel_budget.keep_highest(channels, scores, target, config.channel_multiple), None
+        multiple = config.channel_multiple
+        scores, target = channel_budget.keep_highest(channels, scores, target, multiple, least=least), None
     return budget.ticket_masks(selection(config, scores, target, channels), scores, init_value=init_value)
 
 
@@ -189,11 +198,11 @@ def keep_highest(config: "Config", ranks: PyTree, density: float, channels: Chan
 
     Args:
         config: scope and empty layers, and whether the density is a share of multiply-adds.
-        ranks: finite numbers of the masked weights' shapes, or one for each channel.
+        ranks: finite numbers of the masked weights' shapes, or one for each channel; below 0 for those that are pruned.
         density: in (0, 1].
         channels: those that are ranked; None where weights are.
 
     Warns:
         CollapsedLayerWarning: an array keeps nothing, or its one reserved weight alone.
     """
-    return ticket_of(config, ranks, density, channels, init_value=_UNSCALED)
+    return ticket_of(config, ranks, density, channels, init_value=_UNSCALED, least=0.0)

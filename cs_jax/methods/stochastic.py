@@ -44,7 +44,7 @@ class IterativeStochasticSparsification(Method):
         return dataclasses.replace(recipe, step_masks=draw_masks)
 
     def begin(self, config: "Config", problem: "Problem", variables: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
-        return first_scores(config, variables["masks"], problem.recipe.channels), {}
+        return first_scores(config, variables["masks"], None), {}
 
     def end_epoch(self, config: "Config", state: TrainState, round: int, epoch: int) -> TrainState:
         if epoch < config.epochs - 1:

@@ -70,7 +70,7 @@ def read_tickets(spec: Spec, directory: Path) -> Iterator[SweptTicket]:
             continue
         leaves = trees.leaves_by_path(load_ticket(folder / TICKET_FILE).found_masks)
         masks = {trees.name(path): np.asarray(mask) != 0 for path, mask in leaves.items()}
-        yield SweptTicket(run.variant, run.config.target_density, run.dial, run.config.seed, masks)
+        yield SweptTicket(run.variant, run.config.target, run.dial, run.config.seed, masks)
 
 
 def _results(run: Planned, summary: Mapping[str, Any]) -> Iterator[Result]:
@@ -86,7 +86,7 @@ def _result(run: Planned, control: str | None, network: Mapping[str, Any]) -> Re
     return Result(
         method=run.variant,
         control=control,
-        target=run.config.target_density,
+        target=run.config.target,
         dial=run.dial,
         seed=run.config.seed,
         density=_share(network["density"]),

@@ -11,6 +11,11 @@ class ConfigError(ValueError):
     """A flag or file cannot be used as it was given; says which, what came and what was wanted, in one line."""
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device had too little memory for what JAX was asked to do."""
+    return any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "Out of memory"))
+
+
 @contextlib.contextmanager
 def told_of(file: Path) -> Iterator[None]:
     """Puts the name of a file before what is said of its content."""

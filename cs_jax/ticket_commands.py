@@ -18,7 +18,7 @@ from cs_jax import speed as speeds
 from cs_jax import ticket as tickets
 from cs_jax.config import PRESETS, Config
 from cs_jax.console import say
-from cs_jax.errors import ConfigError, told_of
+from cs_jax.errors import ConfigError, out_of_memory, told_of
 from cs_jax.flags import command_parser
 from cs_jax.models.features import NONE
 from cs_jax.multiply_adds import multiply_adds
@@ -114,7 +114,12 @@ def speed(arguments: Sequence[str], *, prog: str) -> None:
     shape, terminal = loaded.metadata["model"]["image_shape"], Console()
     device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}"
     for size in given.batch_sizes:
-        rows = speeds.measure(forms, shape, batch_size=size, repeats=given.repeats)
+        try:
+            rows = speeds.measure(forms, shape, batch_size=size, repeats=given.repeats)
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            if not isinstance(error, MemoryError) and not out_of_memory(error):
+                raise
+            raise ConfigError(f"--batch-sizes: got {size}, wanted fewer images: there is no memory for them") from error
         Console(width=max(terminal.width, 110)).print(_speeds(rows, f"batch {size}, {given.repeats} turns; {device}"))
         say(terminal, speeds.recommend(rows))
 

@@ -12,7 +12,7 @@ from jax.errors import JaxRuntimeError
 
 from cs_jax import experiment, methods, search, stored_config
 from cs_jax.config import Config
-from cs_jax.errors import ConfigError
+from cs_jax.errors import ConfigError, out_of_memory
 from cs_jax.executor import STEPS_PER_CALL, Executor
 from cs_jax.progress import SEARCH
 from cs_jax.search import Problem
@@ -91,7 +91,7 @@ def measure(settings: Config, runs: int) -> Trial:
             (seconds_at_once(settings, problem, runs), seconds_in_turn(settings, problem, runs)) for _ in range(REPEATS)
         ]
     except JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not out_of_memory(error):
             raise
         return Trial(runs, float("inf"), seconds_in_turn(settings, problem, runs))
     return Trial(runs, *map(statistics.median, zip(*pairs, strict=True)))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cs_jax import commands, speed
+from cs_jax import commands, errors, speed
 from cs_jax.models import LeNet300100, ResNet6
 from cs_jax.speed import Measured
 from cs_jax.ticket import LoadedTicket, load_ticket, save_ticket
@@ -85,6 +85,13 @@ def test_the_command_prints_every_form_and_what_to_serve(path: Path, capsys: pyt
     assert commands.main(["speed", str(path), "--batch-sizes", "2", "--repeats", "1"]) == 0
     shown = capsys.readouterr().out
     assert all(f"  {form} " in shown for form in ("dense", "masked", "shrunk", "sparse")) and "batch 2: " in shown
+
+
+def test_too_little_memory_is_told_from_other_errors_of_a_device() -> None:
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        jnp.zeros(2**50).block_until_ready()
+    assert errors.out_of_memory(caught.value)
+    assert not errors.out_of_memory(jax.errors.JaxRuntimeError("INTERNAL: something else"))
 
 
 @pytest.mark.parametrize(

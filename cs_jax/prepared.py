@@ -18,6 +18,7 @@ from cs_jax import processes
 from cs_jax.config import Config
 from cs_jax.crops import MODES
 from cs_jax.errors import ConfigError, closest
+from cs_jax.loggers import quiet
 from cs_jax.shards import Records, Shard, allow_open_files, reason_of
 
 CONNECT_SECONDS = 6
@@ -27,7 +28,8 @@ CONNECT_SECONDS = 6
 @contextlib.contextmanager
 def opened(config: Config) -> Iterator[Any]:
     """Builder of a suitable data set, prepared; what goes wrong while it is read is told in one line."""
-    with _quiet_absl(), _told_in_one_line(config):
+    # It remarks on group sizes, OpenCV and missing info files, which nobody can act on.
+    with quiet("absl", logging.CRITICAL), _told_in_one_line(config):
         builder = _builder(config)
         _check_features(config, builder)
         yield builder if _is_prepared(config, builder) else _prepare(config, builder)
@@ -205,15 +207,3 @@ def open_records(builder: Any, *splits: str) -> tuple[Records, ...]:
     for records in opened:
         records.check()
     return tuple(opened)
-
-
-@contextlib.contextmanager
-def _quiet_absl() -> Iterator[None]:
-    """Keeps remarks about group sizes, OpenCV and missing info files, which nobody can act on, off the terminal."""
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

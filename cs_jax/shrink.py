@@ -89,12 +89,9 @@ def shrink_ticket(ticket: LoadedTicket) -> LoadedTicket:
     Raises:
         ConfigError: it names no such model, or a mask keeps nothing of its layer.
     """
-    about = ticket.metadata.get("model") or {}
-    if ticket.model is None or about.get("name") is None:
-        raise ConfigError("is of a model of its maker's own, wanted one of cs_jax.models: shrink that in Python")
-    model, variables = shrink(ticket.model, ticket.variables, about["image_shape"])
+    model, variables = shrink(*ticket.known_network())
     features = dict(model.features)  # pyright: ignore[reportAttributeAccessIssue]
-    metadata = {**ticket.metadata, "model": {**about, "features": features}}
+    metadata = {**ticket.metadata, "model": {**ticket.metadata["model"], "features": features}}
     return LoadedTicket(variables, None, model, metadata)
 
 

@@ -21,7 +21,6 @@ from jax.experimental import sparse
 
 from cs_jax import trees
 from cs_jax.convolution import for_serving
-from cs_jax.errors import ConfigError
 from cs_jax.fold import fold
 from cs_jax.multiply_adds import evaluation_mode, layer_multiply_adds, multiply_adds
 from cs_jax.shrink import shrink
@@ -72,12 +71,9 @@ def forms(ticket: LoadedTicket) -> dict[str, Form]:
     Raises:
         ConfigError: it names no model of `cs_jax.models`, or a mask keeps nothing of its layer.
     """
-    about = ticket.metadata.get("model") or {}
-    if ticket.model is None or about.get("name") is None:
-        raise ConfigError("is of a model of its maker's own, wanted one of cs_jax.models")
-    shape = about["image_shape"]
-    networks = {"masked": (ticket.model, ticket.variables)}
-    for size, network in {DENSE: networks["masked"], "shrunk": shrink(ticket.model, ticket.variables, shape)}.items():
+    model, variables, shape = ticket.known_network()
+    networks = {"masked": (model, variables)}
+    for size, network in {DENSE: networks["masked"], "shrunk": shrink(model, variables, shape)}.items():
         networks[size] = fold(*network, shape)
         if ticket.variables["batch_stats"]:
             networks[f"{size}, folded"] = fold(*network, shape, batch_norm=True)
@@ -86,7 +82,7 @@ def forms(ticket: LoadedTicket) -> dict[str, Form]:
     found["masked"] = found["masked"]._replace(num_bytes=_compact_size(ticket))
     connected = [path[:-1] for path, mask in trees.leaves_by_path(ticket.variables["masks"]).items() if mask.ndim == 2]
     if connected:
-        costs = layer_multiply_adds(ticket.model, shape)
+        costs = layer_multiply_adds(model, shape)
         found["sparse"] = _sparse(*networks[DENSE], connected, cost[DENSE], costs)
     return {DENSE: found.pop(DENSE), **found}
 

@@ -59,6 +59,17 @@ class LoadedTicket:
         leaves = trees.leaves_by_path(self.variables["masks"])
         return trees.nest({path: mask for path, mask in leaves.items() if trees.name(path) in self.metadata["layers"]})
 
+    def known_network(self) -> tuple[nn.Module, dict[str, PyTree], tuple[int, ...]]:
+        """Model, variables and shape of an image of a ticket of `cs_jax.models`.
+
+        Raises:
+            ConfigError: its model is another.
+        """
+        about = self.metadata.get("model") or {}
+        if self.model is None or about.get("name") is None:
+            raise ConfigError("is of a model of its maker's own, wanted one of cs_jax.models: do that in Python")
+        return self.model, self.variables, tuple(about["image_shape"])
+
     def normalize(self, images: ArrayLike) -> jax.Array:
         """Images as the model takes them: less the mean and divided by the deviation that it was trained with.
 

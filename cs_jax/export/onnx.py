@@ -1,8 +1,6 @@
 """An ONNX model, made by jax2onnx and read back by ONNX Runtime."""
 
-import contextlib
 import logging
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -10,6 +8,7 @@ import numpy as np
 from cs_jax import convolution
 from cs_jax.errors import ConfigError
 from cs_jax.export.served import Served
+from cs_jax.loggers import quiet
 
 SUFFIX = ".onnx"
 
@@ -27,7 +26,9 @@ def to_bytes(served: Served) -> bytes:
         from jax2onnx import to_onnx  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise _missing(error) from error
-    with convolution.for_serving(), _quiet(), jax.numpy_rank_promotion("allow"):  # its layers add biases so
+    # It remarks on values whose types nobody asks for, and its layers add biases with fewer axes.
+    silent = quiet("onnx_ir", logging.ERROR)
+    with convolution.for_serving(), silent, jax.numpy_rank_promotion("allow"):
         model = to_onnx(
             served.logits,
             [("batch", *served.image_shape)],
@@ -56,15 +57,3 @@ def _missing(error: ImportError) -> ConfigError:
     return ConfigError(
         f"--to onnx: needs jax2onnx and onnxruntime ({error}), wanted both installed: pip install 'cs_jax[onnx]'"
     )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what onnx_ir says of values whose types nobody asks for."""
-    logger = logging.getLogger("onnx_ir")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

@@ -31,6 +31,10 @@ def _is_positive(value: float) -> bool:
     return _is_finite(value) and value >= float(np.finfo(np.float32).tiny)
 
 
+DEFAULT_MULTIPLE = 8
+"""Channels: what hardware computes fast."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Search a sparse ticket, rewind it, retrain it, and report; with Continuous Sparsification or another method.
@@ -150,7 +154,7 @@ class Config:
     """Share of the dense network's multiply-adds that the ticket takes at most, above 0 and at most 1, once it is made
     smaller; with --granularity channel, in place of --target-density."""
 
-    channel_multiple: int = 8
+    channel_multiple: int = DEFAULT_MULTIPLE
     """With --target-multiply-adds: a layer computes with a multiple of this many channels, where the whole layer does;
     hardware is faster with them. 1 is any number."""
 
@@ -278,6 +282,8 @@ class Config:
     def _check_granularity(self) -> None:
         by_channel, share = self.granularity == "channel", self.target_multiply_adds
         self._check("target_multiply_adds", share is None or by_channel, "none, or --granularity channel beside it")
+        is_default = self.channel_multiple == DEFAULT_MULTIPLE
+        self._check("channel_multiple", is_default or share is not None, "none, or --target-multiply-adds beside it")
         both = share is not None and self.target_density is not None
         self._check("target_multiply_adds", not both, f"none beside --target-density {self.target_density}")
         if not by_channel:

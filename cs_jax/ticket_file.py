@@ -202,6 +202,8 @@ def _parse_header(text: bytes) -> tuple[str, int]:
     match header:
         case {"__metadata__": {"cs_jax": str(metadata), **others}, **entries} if not others:
             pass
+        case {"__metadata__": {"cs_jax": _, "format": "pt"}}:
+            raise ConfigError("got an exported state dict, wanted a ticket: `python -m cs_jax import` makes one of it")
         case _:
             raise ConfigError("got no metadata called cs_jax, wanted a file of save_ticket")
     if len(header) > MAX_ARRAYS:

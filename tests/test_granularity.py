@@ -35,7 +35,8 @@ TinyConvNet = functools.partial(ConvNet, widths=(4,))
 MADE_BY = {"stage2_conv1": "stage1_conv1", "stage2_conv2": "stage2_conv1"}
 QUICK = "digits --epochs 2 --rounds 2 --rewind-epoch 1 --lr-schedule --lr-drops --controls --no-report".split()
 COMMAND = [*QUICK, *"--model tiny_resnet --granularity channel --target-multiply-adds 0.5 --channel-multiple 1".split()]
-CHANNEL = dataclasses.replace(small.SEARCH, granularity="channel", channel_multiple=1)
+CHANNEL = dataclasses.replace(small.SEARCH, granularity="channel")
+SHARE = {"target_multiply_adds": 0.5, "channel_multiple": 1}
 A, B = ("stage1_block1", "conv_b", "kernel"), ("stage2_block1", "conv_b", "kernel")
 
 pytestmark = pytest.mark.filterwarnings("ignore::cs_jax.UnfinishedSearchWarning", "ignore::cs_jax.DensityWarning")
@@ -210,7 +211,7 @@ def test_every_method_keeps_whole_channels_that_conv_b_reads(method: str, by_cha
 
 @pytest.mark.parametrize("method", ["cs", "imp-c", "gmp", "magnitude", "random"])
 def test_the_shrunk_ticket_has_no_more_than_the_target(method: str, by_channel: Problem) -> None:
-    config = dataclasses.replace(CHANNEL, method=method, target_multiply_adds=0.5)
+    config = dataclasses.replace(CHANNEL, method=method, **SHARE)
     ticket, _ = found(config, by_channel)
     model, known = by_channel.recipe.model, by_channel.recipe.channels
     assert known is not None
@@ -269,9 +270,11 @@ def test_the_dense_network_is_the_same_at_both_granularities(by_channel: Problem
     assert len(jax.tree.leaves(whole["masks"])) == 5 and len(jax.tree.leaves(scored["masks"])) == 2
 
 
-@pytest.mark.parametrize("target", ["target_density", "target_multiply_adds"])
-def test_a_search_that_goes_on_ends_with_the_same_bits(target: str, by_channel: Problem, tmp_path: Path) -> None:
-    config = dataclasses.replace(CHANNEL, **{target: 0.5}, score_dtype="bfloat16")
+@pytest.mark.parametrize("target", [{"target_density": 0.5}, SHARE])
+def test_a_search_that_goes_on_ends_with_the_same_bits(
+    target: dict[str, Any], by_channel: Problem, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(CHANNEL, **target, score_dtype="bfloat16")
     whole = found(config, by_channel)
 
     class Stop(Exception):
@@ -367,6 +370,10 @@ def test_two_children_of_a_ticket_are_connected(run_folder: Path, monkeypatch: p
         ),
         ("--granularity channel --target-multiply-adds 0.5 --scope layer", "--scope: got layer, wanted global beside"),
         ("--granularity channel --allow-empty-layers", "--allow-empty-layers: got True, wanted none beside"),
+        (
+            "--granularity channel --target-density 0.3 --channel-multiple 4",
+            "--channel-multiple: got 4, wanted none, or --target-multiply-adds beside it",
+        ),
         ("--granularity channel --channel-multiple 0", "--channel-multiple: got 0, wanted at least 1"),
         ("--granularity channel --controls random", "--controls: got random beside --granularity channel"),
     ],

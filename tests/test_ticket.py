@@ -356,6 +356,10 @@ def some_text(path: Path) -> None:
     path.write_text("no ticket, but some other file that is lying about")
 
 
+def exported(path: Path) -> None:
+    safetensors.numpy.save_file({"conv0.weight": np.ones(3)}, path, {"format": "pt", "cs_jax": "{}"})
+
+
 def weights_of_another_library(path: Path) -> None:
     safetensors.numpy.save_file({"weight": np.ones(3)}, path, {"format": "pt"})
 
@@ -422,6 +426,7 @@ def change(path: Path, edit: Callable[[mutate_ticket.Parts], Any]) -> None:
         (os.mkfifo, "got a folder or a device, wanted a file"),
         (empty, "got 0 bytes, 0 of them header, wanted a file of save_ticket"),
         (some_text, r"got 50 bytes, [\d,]+ of them header, wanted a file of save_ticket"),
+        (exported, "got an exported state dict, wanted a ticket: `python -m cs_jax import` makes one of it"),
         (weights_of_another_library, "got no metadata called cs_jax, wanted a file of save_ticket"),
         (a_ticket_of_a_later_format, "format: got 2, wanted 1, or a later version of cs_jax"),
         (a_bit_moved_behind_the_last, "mask 'dense/kernel': got a bit set behind its last entry, wanted zeros"),

@@ -47,7 +47,8 @@ def hold(channels: Channels, scores: PyTree, share: float) -> PyTree:
         Tree like `scores` (structure, shapes, dtypes).
     """
     leaves = channels.selection.score_leaves(scores)
-    values, owners = _flat(leaves)
+    flat = _flat(leaves)
+    values, owners = np.concatenate(flat), np.repeat(np.arange(len(flat)), channels.sizes)
     order = np.argsort(-values, kind="stable")
     low, high = 0, len(order)
     while low < high:
@@ -84,7 +85,7 @@ def keep_highest(
         CollapsedLayerWarning: a layer has only the fewest channels it can have, by reservation.
     """
     leaves = channels.selection.score_leaves(scores)
-    flat = [on_host(leaf).astype(np.float64).ravel() for leaf in leaves]
+    flat = _flat(leaves)
     if share is None:
         counts = [max(int((values > 0).sum()), 1) for values in flat]
         reserved = [values.max() <= 0 for values in flat]
@@ -138,10 +139,9 @@ def _possible_counts(channels: Channels, multiple: int) -> list[np.ndarray]:
     return found
 
 
-def _flat(leaves: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """All scores, and which of the arrays each is of."""
-    flat = [on_host(leaf).astype(np.float64).ravel() for leaf in leaves]
-    return np.concatenate(flat), np.repeat(np.arange(len(flat)), [len(part) for part in flat])
+def _flat(leaves: list[Any]) -> list[np.ndarray]:
+    """The scores of each array, on the host."""
+    return [on_host(leaf).astype(np.float64).ravel() for leaf in leaves]
 
 
 def _fits(channels: Channels, counts: Sequence[int], share: float) -> bool:

@@ -138,8 +138,7 @@ def of_model(model: nn.Module, image_shape: Sequence[int]) -> Channels:
     variables = jax.eval_shape(lambda x: nn.unbox(model.init(jax.random.key(0), x, **modes)), image)
     masked = trees.leaves_by_path(variables.get("masks", {}))
     shapes = {path: array.shape for path, array in trees.leaves_by_path(variables["params"]).items()}
-    kinds = ("params", "batch_stats", "masks")
-    wiring.check_names(net, [f"{kind}/{trees.name(path)}" for kind in kinds for path in _paths(variables, kind)])
+    wiring.check_names(net, map(trees.name, trees.leaves_by_path(variables)))
     owners = _owners(net, output, shapes, masked.keys())
     if not owners:
         raise ValueError(f"{type(model).__name__} has no masked layer with channels that can be taken out")
@@ -150,9 +149,7 @@ def of_model(model: nn.Module, image_shape: Sequence[int]) -> Channels:
         whole=tuple(path for path in masked if path not in {leaf.path for leaf in groups}),
         stays=tuple(owner.makes and _needs_constants(net, owner.space, shapes) for owner in in_order),
         widths=tuple(shapes[owner.path][1] if owner.space < 0 else 1 for owner in in_order),
-        products=tuple(
-            _products(net, [owner.space for owner in in_order], weight_multiply_adds(model, image_shape)),
-        ),
+        products=tuple(_products(net, [owner.space for owner in in_order], weight_multiply_adds(model, image_shape))),
     )
 
 
@@ -171,10 +168,6 @@ class _Owner:
     path: Path
     axis: int
     makes: bool
-
-
-def _paths(variables: Mapping[str, PyTree], kind: str) -> list[Path]:
-    return [*trees.leaves_by_path(variables.get(kind, {}))]
 
 
 def _kernel(name: str) -> Path:

@@ -31,6 +31,18 @@ def check_finite(variables: Mapping[str, PyTree]) -> None:
             raise ConfigError(f"{trees.name(path)}: got entries that are not finite, wanted numbers")
 
 
+def check_takes(model: nn.Module, variables: Mapping[str, PyTree], image_shape: Sequence[int]) -> None:
+    """Raises a ValueError, in one line, unless a network with these variables takes images of a shape."""
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    apply = functools.partial(model.apply, **evaluation_mode(model))
+    try:
+        jax.eval_shape(apply, dict(variables), image)
+    except (TypeError, ValueError, ArithmeticError, LookupError, FlaxError) as error:
+        name, reason = type(model).__name__, str(error).splitlines()[0]
+        message = f"image_shape: got {tuple(image_shape)}, which {name} does not take with these variables: {reason}"
+        raise ValueError(message) from error
+
+
 def check_same(
     model: nn.Module,
     variables: Mapping[str, PyTree],

@@ -22,7 +22,7 @@ def export(arguments: Sequence[str], *, prog: str) -> None:
     parser = command_parser(prog, export)
     parser.add_argument("file", type=Path, metavar="TICKET", help="ticket.safetensors of a run")
     parser.add_argument("--to", required=True, metavar="FORMAT", help=", ".join(formats.FORMATS))
-    parser.add_argument("--out", type=Path, help="file to write (beside the ticket, named for the format)")
+    parser.add_argument("--out", type=Path, help="file to write (TICKET with the ending of the format)")
     parser.add_argument("--keep-shapes", action="store_true", help="take no channels out")
     parser.add_argument("--fold", action="store_true", help="fold BatchNorm into the convolutions before it")
     given = parser.parse_args(arguments)

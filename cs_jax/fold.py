@@ -44,10 +44,11 @@ def fold(
     Raises:
         TypeError: the module has no such fields, or does not say how it is wired.
         ConfigError: an entry is not finite.
-        ValueError: a mask has no weights, or another shape; a BatchNorm does not follow a layer of its own; a masked
-            layer is of no class in those fields; or the wiring is wrong.
+        ValueError: the model takes no such images; a mask has no weights, or another shape; a BatchNorm does not follow
+            a layer of its own; a masked layer is of no class in those fields; or the wiring is wrong.
     """
     agreement.check_finite(variables)
+    agreement.check_takes(model, variables, image_shape)
     params = trees.apply_masks(variables["params"], variables.get("masks", {}))
     batch_stats = variables.get("batch_stats", {})
     served, name = plain(model), type(model).__name__

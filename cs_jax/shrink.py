@@ -44,7 +44,7 @@ def shrink(
     Raises:
         TypeError: the module does not say how it is wired.
         ConfigError: a mask keeps nothing of its layer, or an entry is not finite.
-        ValueError: the wiring does not fit the variables, or is wrong.
+        ValueError: the model takes no such images, or the wiring does not fit the variables, or is wrong.
     """
     agreement.check_finite(variables)
     arrays = {
@@ -53,6 +53,7 @@ def shrink(
         for path, leaf in trees.leaves_by_path(tree).items()
     }
     _check_masks(arrays)
+    agreement.check_takes(model, variables, image_shape)
     net, output = wiring.wiring_of(model)
     network = _Network(net, output, arrays, image_shape[-1])
     while network.shrink_once():

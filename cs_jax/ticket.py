@@ -298,9 +298,10 @@ def _facts(ticket: LoadedTicket, file_size: int | None) -> dict[str, str]:
     total, sizes = sum(weight.size for weight in weights.values()), dense_sizes(ticket)
     dense_bytes = sum(sizes[f"params/{name}"] * weight.dtype.itemsize for name, weight in weights.items())
     masked = sum(math.prod(layer["shape"]) for layer in about["layers"].values())
+    features = ", ".join(f"{name} {size}" for name, size in (model.get("features") or {}).items())
     kept = round(about["density"] * masked)
     facts = {
-        "model": str(model.get("name") or "not named"),
+        "model": str(model.get("name") or "not named") + (f", made smaller: {features}" if features else ""),
         "classes": f"{model['num_classes']:,}" if model.get("num_classes") else "-",
         "images": "×".join(map(str, model.get("image_shape") or ())) or "-",
         "data set": about.get("dataset") or "-",

@@ -112,6 +112,8 @@ def speed(arguments: Sequence[str], *, prog: str) -> None:
     with told_of(given.file):
         forms = speeds.forms(loaded)
     shape, terminal = loaded.metadata["model"]["image_shape"], Console()
+    if loaded.metadata["model"].get("features"):
+        say(terminal, "the ticket was made smaller before: dense is here the smaller network, and not its family's")
     device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}"
     for size in given.batch_sizes:
         try:

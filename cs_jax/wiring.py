@@ -29,6 +29,11 @@ from typing import Any, NewType, Protocol, runtime_checkable
 import jax
 from flax import linen as nn
 
+
+class WiringWarning(UserWarning):
+    """A trained ticket cannot be made smaller, because its network is not wired as it says."""
+
+
 Signal = NewType("Signal", int)
 """What flows between two layers: the number of the node that makes it."""
 

@@ -195,6 +195,14 @@ def test_weights_that_are_not_finite_are_refused_by_name() -> None:
         fold.fold(ThreeNorms(), variables, (5,))
 
 
+@pytest.mark.parametrize("make", [fold.fold, shrink.shrink])
+def test_images_that_the_network_does_not_take_are_refused(make: Any) -> None:
+    model = cs_jax.models.LeNet300100(num_classes=3)
+    with pytest.raises(ValueError, match=r"^image_shape: got \(5, 5, 1\), which LeNet300100 does not take") as caught:
+        make(model, masked(model, (4, 4, 1)), (5, 5, 1))
+    assert "\n" not in str(caught.value)
+
+
 class Doubled(cs_jax.MaskedDense):
     """A masked layer of a user's own, which does more than Flax's and masks its bias too."""
 

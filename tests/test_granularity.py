@@ -424,6 +424,26 @@ def test_what_the_network_cannot_do_is_refused_before_anything_is_written(
     assert "allow-empty-layers" not in said and not (tmp_path / "run").exists()
 
 
+class Miswired(ConvNet):
+    """A network that says of convolutions which pad with zeros that they do not."""
+
+    def wire(self, net: Wiring, x: Signal) -> Signal:
+        conv = net.conv
+        net.conv = lambda source, name, *, zero_padded: conv(source, name, zero_padded=False)  # pyright: ignore[reportAttributeAccessIssue]
+        return super().wire(net, x)
+
+
+def test_a_run_whose_wiring_is_wrong_keeps_its_ticket_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(MODELS, "tiny_resnet", functools.partial(Miswired, widths=(8,)))
+    assert train.main([*COMMAND, "--out", str(tmp_path / "run")]) == 0
+    assert "the ticket cannot be made smaller, and nobody knows what it computes: the wiring" in capsys.readouterr().err
+    ticket = json.loads((tmp_path / "run" / "summary.json").read_text())["ticket"]
+    assert "multiply_adds" not in ticket and ticket["dense_multiply_adds"] > 0
+    assert load_ticket(tmp_path / "run" / "ticket.safetensors").model is not None
+
+
 def test_shuffled_masks_keep_as_many_channels_of_each_layer(by_channel: Problem) -> None:
     config = dataclasses.replace(CHANNEL, target_density=0.5)
     state = search.init_state(config, by_channel)

@@ -372,6 +372,17 @@ def test_a_ticket_with_other_features_than_it_says_is_refused(
         ticket_of(tmp_path / "ticket.safetensors", features=features)
 
 
+def test_a_ticket_that_was_shrunk_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, smaller = ticket_of(tmp_path / "ticket.safetensors"), tmp_path / "smaller.safetensors"
+    assert commands.main(["shrink", str(path), "--out", str(smaller)]) == 0
+    for file, says in ((path, False), (smaller, True)):
+        capsys.readouterr()
+        assert commands.main(["ticket", str(file)]) == 0
+        assert ("hidden0 150" in capsys.readouterr().out) is says
+        assert commands.main(["speed", str(file), "--batch-sizes", "1", "--repeats", "1"]) == 0
+        assert ("the ticket was made smaller before: dense is here" in capsys.readouterr().out) is says
+
+
 @pytest.mark.parametrize("words", [["ticket"], ["export", "--to", "sparse"]])
 def test_a_ticket_that_was_shrunk_is_compared_with_the_network_that_nothing_was_taken_out_of(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -242,6 +242,19 @@ def test_tensors_that_do_not_fit_are_refused_by_name(
         load_state_dict(tmp_path / "file", "lenet300100", image_shape=(4, 4, 1))
 
 
+def test_a_folded_file_is_told_from_others_that_lack_tensors(tmp_path: Path) -> None:
+    model, image_shape = models.MODELS["resnet6"](num_classes=4), (8, 8, 1)
+    folded = fold.fold(model, masked(model, image_shape), image_shape, batch_norm=True)
+    tensors = state_dict.to_tensors(*folded, 1)
+    safetensors.numpy.save_file(tensors, tmp_path / "file")
+    with pytest.raises(ConfigError, match="got no such tensor, .*; BatchNorm is missing, as in an export with --fold"):
+        load_state_dict(tmp_path / "file", "resnet6", image_shape=image_shape)
+    del tensors["conv0.weight"]
+    safetensors.numpy.save_file(tensors, tmp_path / "file")
+    with pytest.raises(ConfigError, match=r"got no such tensor, wanted one of shape \[32\]$"):
+        load_state_dict(tmp_path / "file", "resnet6", image_shape=image_shape)
+
+
 def test_a_file_that_cannot_be_read_is_refused(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no tensors")
     safetensors.numpy.save_file(tensors, tmp_path / "file")

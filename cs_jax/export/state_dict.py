@@ -30,6 +30,8 @@ Tensors = dict[str, np.ndarray]
 
 SUFFIX = ".pytorch.safetensors"
 
+FOLDED = "; BatchNorm is missing, as in an export with --fold, which cannot be read back: wanted one without it"
+
 
 def to_bytes(served: Served) -> bytes:
     """A file with the state dict of the network, and what is known of it as metadata."""
@@ -73,7 +75,10 @@ def from_tensors(tensors: Mapping[str, np.ndarray], entries: Sequence[Entry]) ->
     wanted = {entry.name: entry for entry in entries}
     for name in wanted:
         if name not in tensors:
-            raise ConfigError(f"{name!r}: got no such tensor, wanted one of shape {list(wanted[name].torch_shape)}")
+            hint = FOLDED if _is_folded(tensors, entries) else ""
+            raise ConfigError(
+                f"{name!r}: got no such tensor, wanted one of shape {list(wanted[name].torch_shape)}{hint}"
+            )
     for name, tensor in tensors.items():
         if name in wanted:
             shape, floats = wanted[name].torch_shape, jnp.issubdtype(tensor.dtype, jnp.floating)
@@ -158,6 +163,13 @@ def _model_of(name: str, tensors: Tensors, image_shape: tuple[int, ...]) -> nn.M
     assert isinstance(classifier, Linear)
     model = model.clone(num_classes=width(classifier.name) or 1)  # pyright: ignore[reportCallIssue]
     return model.resize(features) if features else model  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _is_folded(tensors: Mapping[str, np.ndarray], entries: Sequence[Entry]) -> bool:
+    """Whether all kernels are there and no BatchNorm is."""
+    kernels = [entry.name in tensors for entry in entries if entry.path.endswith("/kernel")]
+    norms = [entry.name in tensors for entry in entries if entry.path.startswith("batch_stats/")]
+    return all(kernels) and bool(norms) and not any(norms)
 
 
 def _unmasked(shapes: Shapes) -> dict[str, tuple[int, ...]]:

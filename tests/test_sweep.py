@@ -180,7 +180,8 @@ BASE = 'methods = ["cs", "imp"]\nseeds = [0]\n'
         (BASE + "[settings]\nepoch = 3", "settings: got the key 'epoch', wanted one of * (did you mean epochs?)"),
         (BASE + "[settings]\nlr-schedule = []", "settings: got the key 'lr-schedule', * (did you mean lr_schedule?)"),
         (BASE + "[method.cs]\nround = 1", "method.cs: got the key 'round', wanted one of * (did you mean rounds?)"),
-        (BASE + "[method.imp-c]\nrounds = 1", "method: got the key 'imp-c', wanted one of cs, imp (did you mean imp?)"),
+        (BASE + "[method.impc]\nrounds = 1", "method: got the key 'impc', wanted one of cs, imp (did you mean imp?)"),
+        (BASE + "[method.gmp]\nrounds = 1", "method: got the key 'gmp', wanted it in methods too, or one of cs, imp"),
         (BASE + "[method]\ncs = 3", "method.cs: got 3, wanted a table"),
         (BASE + "settings = 3", "settings: got 3, wanted a table"),
         (BASE + "[settings]\nseed = 3", "settings: got seed, which is not for a table, wanted seeds above the tables*"),
@@ -225,6 +226,11 @@ BASE = 'methods = ["cs", "imp"]\nseeds = [0]\n'
             "spec: got 2 runs that are called cs-density0.123457-seed0, wanted values that differ in their *",
         ),
         (BASE + "densities = [0.1]\ninitial_scores = [0.1]", "initial_scores: got them beside densities, wanted one *"),
+        (
+            "methods = ['imp', 'gmp']\nseeds = [0]\ninitial_scores = [0.1, 0.2]\n[settings]\ntarget_density = 0.1",
+            "initial_scores: got them for imp, gmp, without use for them, "
+            "wanted a method of cs, iss, supermask, supermask-iss",
+        ),
         (BASE + "initial_scores = [inf]", "initial_scores: got inf, wanted finite numbers of a usual size"),
         (BASE + "[settings]\nepochs = 'x'", "cs-seed0: settings have epochs 'x', wanted a whole number"),
         (BASE + "[settings]\nepochs = 0", "cs-seed0: --epochs: got 0, wanted at least 1"),

@@ -104,7 +104,7 @@ def make_spec(name: str, content: Mapping[str, Any]) -> Spec:
     for table in ("settings", "method"):
         if not isinstance(content.get(table, {}), dict):
             raise ConfigError(f"{table}: got {content[table]!r}, wanted a table")
-    _check_keys("method", content.get("method", {}), content["methods"])
+    _check_tables(content.get("method", {}), content["methods"])
     reference = content.get("reference", "imp")
     if "reference" in content and reference not in content["methods"]:
         raise ConfigError(f"reference: got {reference!r}, wanted {one_of(str(reference), content['methods'])}")
@@ -113,6 +113,11 @@ def make_spec(name: str, content: Mapping[str, Any]) -> Spec:
     if most > 1:
         raise ConfigError(
             f"spec: got {most} runs that are called {name_of_most}, wanted values that differ in their first six digits"
+        )
+    if "initial_scores" in content and all(run.dial is None for run in runs):
+        given, able = ", ".join(content["methods"]), [name for name, method in METHODS.items() if method.learns_masks]
+        raise ConfigError(
+            f"initial_scores: got them for {given}, without use for them, wanted a method of {', '.join(able)}"
         )
     return Spec(name, content, runs, reference)
 
@@ -163,6 +168,14 @@ def _axis(content: Mapping[str, Any], method: str) -> list[float | None]:
     if "initial_scores" in content:
         return content["initial_scores"] if METHODS[method].learns_masks else [None]
     return [None]
+
+
+def _check_tables(tables: Mapping[str, Any], methods: list[str]) -> None:
+    """Refuses tables of what is not among the methods."""
+    for name in tables:
+        if name in METHODS and name not in methods:
+            raise ConfigError(f"method: got the key {name!r}, wanted it in methods too, or one of {', '.join(methods)}")
+    _check_keys("method", tables, methods)
 
 
 def _check_keys(table: str, given: Mapping[str, Any], known: Any) -> None:

@@ -347,16 +347,21 @@ class Config:
         """Controls that are trained: with the dense network as the method, itself, none."""
         return () if self.method == DENSE else self.controls
 
-    def without_effect(self) -> list[str]:
-        """Flags, with their values, that are not the preset's and that the method makes no use of."""
-        method, usual = METHODS[self.method], PRESETS.get(self.preset, PRESETS[DEFAULT_PRESET])
-        unused = (
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Settings that the method makes no use of."""
+        method = METHODS[self.method]
+        return (
             *(() if method.learns_masks else ("score_lr", "score_dtype", "lmbda", "mask_initial_value")),
             *(() if method.anneals else ("final_temp", "reset")),
             *(() if method.searches else ("rounds", "rewind_epoch")),
             *(() if method.wants_target is not False else ("scope", "allow_empty_layers")),
         )
-        given = [name for name in unused if getattr(self, name) != getattr(usual, name)]
+
+    def without_effect(self) -> list[str]:
+        """Flags, with their values, that are not the preset's and that the method makes no use of."""
+        usual = PRESETS.get(self.preset, PRESETS[DEFAULT_PRESET])
+        given = [name for name in self.unused if getattr(self, name) != getattr(usual, name)]
         return [f"{flag(name)} {in_words(getattr(self, name))}" for name in given]
 
     @property

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 import cs_jax
+from cs_jax.config import PRESETS
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -39,3 +40,8 @@ def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "api.html").read_text()
     assert "masked_params" in page and "Trains a mask for every selected weight" in page
+
+
+def test_the_guide_of_sweeps_names_every_preset() -> None:
+    (row,) = re.findall(r"^\| `preset` \|.*$", (DOCS / "sweeps.md").read_text(), re.MULTILINE)
+    assert re.findall(r"`([\w-]+)`", row) == ["preset", *PRESETS]

@@ -163,6 +163,18 @@ def test_a_method_may_come_twice_under_names_of_its_own() -> None:
     assert spec.reference == "long"
 
 
+def test_keys_of_a_methods_own_table_that_it_makes_no_use_of_are_told() -> None:
+    tables = {"imp": {"lmbda": 1e-5, "epochs": 20, "final_temp": 50}, "cs": {"lmbda": 0}, "many": {"method": "snip"}}
+    tables["many"]["rounds"] = 3
+    settings = {"score_lr": 0.5, "target_density": 0.1}
+    spec = grid(methods=["imp", "cs", "many"], method=tables, settings=settings)
+    assert spec.without_effect() == [
+        "without effect: lmbda, final_temp of [method.imp], which --method imp makes no use of",
+        "without effect: rounds of [method.many], which --method snip makes no use of",
+    ]
+    assert grid(methods=["imp", "cs"], settings={"lmbda": 0.1}).without_effect() == []
+
+
 def test_the_name_of_the_file_is_the_sweeps(tmp_path: Path) -> None:
     spec = read_spec(written(tmp_path / "a.b.toml", FOUR))
     assert spec.name == "a.b" and len(spec.runs) == 4
@@ -336,9 +348,11 @@ def test_a_spec_with_one_more_seed_trains_that_alone(copied: Path, capsys: pytes
     (copied / "quick.toml").write_text(FOUR.replace("[0, 1]", "[2, 0, 1]").replace('"imp", ', ""))
     assert sweep(copied / "quick.toml") == 2  # without imp it is another sweep
     assert "out: holds another sweep: imp-density0.1-seed0 is not in this one; give another --out" in one_line(capsys)
-    (copied / "quick.toml").write_text(FOUR.replace("[0, 1]", "[2, 0, 1]"))
+    more = FOUR.replace("[0, 1]", "[2, 0, 1]") + "[method.imp]\nlmbda = 1e-5\n"
+    (copied / "quick.toml").write_text(more)
     assert sweep(copied / "quick.toml", "--jobs", "1") == 0
-    lines = capsys.readouterr().out.splitlines()
+    told, *lines = capsys.readouterr().out.splitlines()
+    assert told == "without effect: lmbda of [method.imp], which --method imp makes no use of"
     assert lines[0].startswith("5 of 6  imp-density0.1-seed2: density 10.00%, test ")
     assert lines[1].startswith("6 of 6  random-density0.1-seed2: density 10.00%, test ")
     assert len(lines) == 3
@@ -462,6 +476,7 @@ def test_failures_and_killed_workers_do_not_stop_the_other_runs_and_are_tried_ag
     assert failed == f"2 of 3  wild-density0.1-seed0: failed: {failures['wild-density0.1-seed0']}"
     assert done.startswith("3 of 3  slow-density0.1-seed0: density 10.00%, test ")
     goes_on = f"the same command goes on: python -m cs_jax sweep {spec} --out {out}"
+    goes_on += "; where trying again cannot help, correct the file: runs that have failed may have other settings"
     log = out / "logs" / "wild-density0.1-seed0.txt"
     told = f"1 of 3 runs failed, first wild-density0.1-seed0: see {log}; {goes_on}"
     assert log.read_text().endswith(f"\nfailed: {failures['wild-density0.1-seed0']}\n")

@@ -33,12 +33,13 @@ def sweep(arguments: Sequence[str], *, prog: str) -> None:
     tickets = flags.read_tickets(given.tickets or "auto", auto=True)
     spec, directory = _read_sweep(given)
     hint = f"the same command goes on: {_words('sweep', given)}"
+    advice = "where trying again cannot help, correct the file: runs that have failed may have other settings"
     with Interrupts() as watch:
         failures = _run(spec, directory, given.jobs, tickets, Console(), watch, hint)
     if failures:
         name = next(iter(failures))
         log = directory / scheduler.LOGS_FOLDER / f"{name}.txt"
-        raise OSError(f"{len(failures)} of {len(spec.runs)} runs failed, first {name}: see {log}; {hint}")
+        raise OSError(f"{len(failures)} of {len(spec.runs)} runs failed, first {name}: see {log}; {hint}; {advice}")
     say(Console(), f"{directory}: all {len(spec.runs)} runs are done; {_words('pareto', given)} compares them")
 
 
@@ -56,6 +57,8 @@ def _run(
     jax.config.update("jax_platforms", "cpu")  # the accelerators are the workers': to look is to take their memory
     experiment.check_all(run.config for run in spec.runs)
     waiting = [run for run in spec.runs if not scheduler.is_done(directory, run)]
+    for line in spec.without_effect() if waiting else ():
+        say(terminal, line)
     watch.check()  # a callback of a library may have lost what a signal raised
     with SweepDisplay(terminal, len(spec.runs), waiting) as display:
         try:

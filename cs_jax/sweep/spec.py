@@ -62,6 +62,19 @@ class Spec:
     runs: tuple[Planned, ...]  # method by method, then by density, then by seed
     reference: str  # variant that the others are compared with
 
+    def without_effect(self) -> list[str]:
+        """A line for each table of a method with keys that the method makes no use of.
+
+        Under [settings] there may be any: they are for the methods that use them.
+        """
+        lines = []
+        for variant, config in {run.variant: run.config for run in self.runs}.items():
+            unused = [key for key in self.content.get("method", {}).get(variant, {}) if key in config.unused]
+            if unused:
+                told = f"which --method {config.method} makes no use of"
+                lines.append(f"without effect: {', '.join(unused)} of [method.{variant}], {told}")
+        return lines
+
 
 def read_spec(path: Path) -> Spec:
     """The sweep that a TOML file asks for.

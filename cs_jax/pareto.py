@@ -46,6 +46,7 @@ class Cell(NamedTuple):
     dial: float | None
     n: int  # seeds
     density: float
+    density_deviation: float | None  # as that of the accuracy; 0 where a target was met
     accuracy: float  # on the test set
     deviation: float | None  # of the accuracy, that of a sample; None for one seed
     epochs: float
@@ -168,9 +169,10 @@ def to_json(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 def to_markdown(cells: Sequence[Cell]) -> str:
     """Cells as a table of GitHub's Markdown, one row each.
 
-    Accuracy is mean ± deviation, the difference is followed by its 95% interval in brackets and by what it is to.
-    Epochs are followed by those of the other network where they are not the same. What is compared with nothing
-    has "-"; "no spread" stands where all differences are the same, and a test has nothing to go by.
+    Accuracy is mean ± deviation, and density too where it differs between seeds; the difference is followed by its 95%
+    interval in brackets and by what it is to. Epochs are followed by those of the other network where they are not the
+    same. What is compared with nothing has "-"; "no spread" stands where all differences are the same, and a test has
+    nothing to go by.
     """
     rows = [HEAD, ["---"] * len(HEAD), *(_row(cell, cells) for cell in cells)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
@@ -238,11 +240,12 @@ def _cell(key: Key, groups: Mapping[Key, Mapping[int, Result]], reference: str) 
     other = _counterpart(key, groups, reference)
     comparison = _compare(groups[key], groups[other]) if other else _Comparison(0)
     beside = "" if not other or not comparison.pairs else f"{key.method} ticket" if key.control else reference
-    accuracies = [result.test_accuracy for result in results]
+    accuracies, densities = [result.test_accuracy for result in results], [result.density for result in results]
     return Cell(
         *key,
         n=len(results),
-        density=statistics.fmean(result.density for result in results),
+        density=statistics.fmean(densities),
+        density_deviation=statistics.stdev(densities) if len(results) > 1 else None,
         accuracy=statistics.fmean(accuracies),
         deviation=statistics.stdev(accuracies) if len(results) > 1 else None,
         epochs=statistics.fmean(result.epochs for result in results),
@@ -293,7 +296,7 @@ def _row(cell: Cell, cells: Sequence[Cell]) -> list[str]:
         cell.control or "",
         shown_target(cell.target, cell.dial),
         str(cell.n),
-        f"{cell.density:.4f}",
+        f"{cell.density:.4f}" + (f" ± {cell.density_deviation:.4f}" if cell.density_deviation else ""),
         f"{cell.accuracy:.4f}" + (f" ± {cell.deviation:.4f}" if cell.deviation is not None else ""),
         shown_epochs(cell, cells),
         f"{cell.training_flops:.3g}",

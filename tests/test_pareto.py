@@ -76,14 +76,16 @@ def test_a_cell_has_means_over_seeds_and_the_deviation_of_a_sample():
     assert cell[:5] == ("imp", None, 0.1, None, 3)
     assert (cell.epochs, cell.training_flops, cell.seconds) == (70, 2e12, 30)
     assert cell.density == pytest.approx(0.12, abs=1e-15)
+    assert cell.density_deviation == pytest.approx(0.02, abs=1e-15)
     assert cell.accuracy == pytest.approx(0.92, abs=1e-15)
     assert cell.deviation == pytest.approx(math.sqrt((0.02**2 + 0.01**2 + 0.03**2) / 2), abs=1e-15)
-    assert cell[11:] == ("", 0, None, None, None, None)
+    assert cell[12:] == ("", 0, None, None, None, None)
 
 
 def test_one_seed_has_a_difference_and_no_deviation_interval_or_p():
     _, cell = pareto.summarize([made("imp", 0.90), made("cs", 0.93)])
     assert (cell.n, cell.deviation, cell.beside, cell.pairs) == (1, None, "imp", 1)
+    assert cell.density_deviation is None
     assert cell.difference == pytest.approx(0.03, abs=1e-15)
     assert (cell.interval, cell.p, cell.p_adjusted) == (None, None, None)
 
@@ -111,7 +113,7 @@ def test_pairs_are_of_common_seeds_whatever_their_order():
 
 def test_networks_without_common_seeds_are_not_compared():
     _, cell = pareto.summarize([made("imp", 0.9, seed=0), made("cs", 0.9, seed=1)])
-    assert cell[11:] == ("", 0, None, None, None, None)
+    assert cell[12:] == ("", 0, None, None, None, None)
 
 
 def test_differences_that_are_all_zero_have_p_one():
@@ -262,6 +264,20 @@ def test_markdown_is_the_table_that_a_reader_sees():
 def test_markdown_says_where_pairs_are_fewer_than_seeds():
     text = pareto.to_markdown(pareto.summarize([*IMP[:2], *CS]))
     assert "+0.0150 [-0.0485, +0.0785] beside imp, over 2 of 3 seeds | 0.205 |" in text
+
+
+def test_densities_that_differ_between_seeds_have_their_deviation_everywhere():
+    results = [
+        made("cs", accuracy, seed=seed, target=None, dial=0.05, density=density)
+        for seed, (accuracy, density) in enumerate([(0.9, 0.1), (0.91, 0.12), (0.92, 0.14)])
+    ]
+    cells = pareto.summarize([*IMP, *results])
+    (_, same), (_, found) = ((cell.method, cell.density_deviation) for cell in cells)
+    assert (same, found) == (0, pytest.approx(0.02))
+    assert [row.split(" | ")[4] for row in pareto.to_markdown(cells).splitlines()[2:]] == ["0.1000", "0.1200 ± 0.0200"]
+    assert pareto.to_json(cells)[1]["density_deviation"] == found
+    assert tables(built([*IMP, *results]))["cs"].rows[0][3] == "12.00% ± 2.00%"
+    assert "at density 12.00% ± 2.00%." in built(results).verdict
 
 
 def test_json_has_every_field_and_comes_back():

@@ -97,7 +97,11 @@ def _verdict(cells: Sequence[Cell]) -> str:
 
 
 def _at(cell: Cell) -> str:
-    return f"{_accuracy(cell)} of the test set at density {percent(cell.density)}"
+    return f"{_accuracy(cell)} of the test set at density {_density(cell)}"
+
+
+def _density(cell: Cell) -> str:
+    return percent(cell.density) + (f" ± {percent(cell.density_deviation)}" if cell.density_deviation else "")
 
 
 def _accuracy(cell: Cell) -> str:
@@ -263,7 +267,7 @@ def _best_table(cells: Sequence[Cell]) -> Table:
 def _front_table(cells: Sequence[Cell]) -> Table:
     head = ("Method", "Target", "Density", "Test accuracy", "Epochs")
     rows = [
-        [cell.method, _target(cell), percent(cell.density), _accuracy(cell), shown_epochs(cell, cells)]
+        [cell.method, _target(cell), _density(cell), _accuracy(cell), shown_epochs(cell, cells)]
         for cell in front(cells)
     ]
     return Table("Pareto front: no network is as sparse and more accurate", head, rows, words=2, wide=True)
@@ -324,7 +328,7 @@ def _differences(cells: Sequence[Cell]) -> Section | None:
 
 
 def _difference_row(cell: Cell, cells: Sequence[Cell]) -> list[str]:
-    figures = [cell.control or "ticket", _target(cell), str(cell.n), percent(cell.density), _accuracy(cell)]
+    figures = [cell.control or "ticket", _target(cell), str(cell.n), _density(cell), _accuracy(cell)]
     if cell.difference is None:
         is_reference = cell.control is None and cell.target is not None and cell.method in references(cells)
         return [*figures, "the reference" if is_reference else "-", "-", "-", "-", "-"]

@@ -19,6 +19,7 @@ EQUAL = 1e-6
 HEAD = ("method", "control", "target", "n", "density", "test accuracy", "epochs", "training FLOPs", "seconds",
         "difference", "p (Holm)")  # fmt: skip
 ABSENT = "-"  # of what is compared with nothing
+RETRAINED = "Controls are trained for as long as a ticket's retraining, not as its search and retraining together."
 
 
 class Result(NamedTuple):
@@ -161,6 +162,32 @@ def references(cells: Iterable[Cell]) -> list[str]:
     return [*dict.fromkeys(cell.beside for cell in cells if cell.control is None and cell.beside)]
 
 
+def is_reference(cell: Cell, cells: Iterable[Cell]) -> bool:
+    """Whether tickets of the same target stand, or would stand, beside this one."""
+    return cell.control is None and cell.method in references(cells) and cell.target is not None
+
+
+def has_no_spread(cell: Cell) -> bool:
+    """Whether all differences are the same and not 0, so that there is nothing to test them by."""
+    return cell.p is None and cell.pairs > 1
+
+
+def budgets(cells: Sequence[Cell], is_control: bool) -> dict[str, list[float]]:
+    """Epochs as a ratio to those of what cells stand beside, where they are not the same: "cs beside imp" to [0.5].
+
+    Args:
+        cells: of a sweep.
+        is_control: whether of controls, which are trained as a ticket's retraining is, or of tickets.
+    """
+    found: dict[str, list[float]] = {}
+    for cell in cells:
+        other = peer(cell, cells)
+        if other and other.epochs != cell.epochs and (cell.control is not None) == is_control:
+            name = f"{cell.method}, {cell.control}" if cell.control else cell.method
+            found.setdefault(f"{name} beside {cell.beside}", []).append(cell.epochs / other.epochs)
+    return found
+
+
 def to_json(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Cells as objects of JSON, a field each."""
     return [cell._asdict() for cell in cells]
@@ -290,7 +317,7 @@ def _beats(other: Cell, cell: Cell) -> bool:
 
 
 def _row(cell: Cell, cells: Sequence[Cell]) -> list[str]:
-    compared = cell.control is None and cell.method in references(cells) and cell.target is not None
+    compared = is_reference(cell, cells)
     return [
         cell.method,
         cell.control or "",
@@ -302,13 +329,8 @@ def _row(cell: Cell, cells: Sequence[Cell]) -> list[str]:
         f"{cell.training_flops:.3g}",
         f"{cell.seconds:,.1f}",
         "reference" if compared else _difference(cell),
-        "reference" if compared else "no spread" if _has_no_spread(cell) else shown_p(cell.p_adjusted),
+        "reference" if compared else "no spread" if has_no_spread(cell) else shown_p(cell.p_adjusted),
     ]
-
-
-def _has_no_spread(cell: Cell) -> bool:
-    """Whether all differences are the same, so that there is nothing to test them by."""
-    return cell.p is None and cell.pairs > 1
 
 
 def _difference(cell: Cell) -> str:

@@ -66,6 +66,12 @@ def drawn(page: Page) -> dict[str, Plot]:
     return {part.name: part for section in page.sections for part in section.parts if isinstance(part, Plot)}
 
 
+def cost(page: Page) -> str:
+    """What is said first of costs."""
+    (section,) = (section for section in page.sections if section.title == "Cost")
+    return section.texts[0]
+
+
 def test_a_cell_has_means_over_seeds_and_the_deviation_of_a_sample():
     results = [
         Result("imp", None, 0.1, None, 0, 0.10, 0.90, 0.91, 60, 1e12, 30.0),
@@ -363,14 +369,34 @@ def test_tickets_left_to_the_dial_are_called_best_at_no_target():
 def test_cost_says_that_budgets_differ():
     short, long = trio("imp", (0.9, 0.91, 0.92), epochs=30), trio("imp", (0.9, 0.91, 0.92), target=0.5, epochs=6)
     page = built([*short, *long, *CS, *trio("cs", (0.9, 0.9, 0.91), target=0.5)])
-    (cost,) = [section for section in page.sections if section.title == "Cost"]
-    assert cost.texts[0] == (
+    assert cost(page) == (
         "Budgets differ: a lead may be that of longer training. "
         "Epochs of search and retraining together, as a ratio: cs beside imp 2.00 to 10.00."
     )
     assert page.verdict.endswith("They were not all trained for as long (see Cost).")
-    same = [section for section in built([*IMP, *CS]).sections if section.title == "Cost"]
-    assert same[0].texts[0].startswith("All that is compared was trained for the same number of epochs")
+    caveat = "up and to the left is better; methods were not all trained for as long (see Cost)"
+    assert drawn(page)["accuracy-density"].remark == caveat
+    same = built([*IMP, *CS])
+    assert cost(same).startswith("All that is compared was trained for the same number of epochs")
+    assert drawn(same)["accuracy-density"].remark == "up and to the left is better"
+
+
+def test_cost_says_once_that_controls_are_trained_as_long_as_the_retraining():
+    retrained = "Controls are trained for as long as a ticket's retraining, not as its search and retraining together."
+    controls = [
+        *trio("cs", (0.9, 0.9, 0.9), control="random", epochs=15),
+        *trio("imp", (0.9, 0.9, 0.9), control="random", epochs=15),
+    ]
+    assert cost(built([*IMP, *CS, *controls])) == (
+        "All methods that are compared were trained for the same number of epochs, search and retraining together. "
+        + retrained
+    )
+    assert cost(built([*IMP, *trio("snip", (0.9, 0.9, 0.9), epochs=20), *controls])) == (
+        "Budgets differ: a lead may be that of longer training. "
+        f"Epochs of search and retraining together, as a ratio: snip beside imp 0.33. {retrained}"
+    )
+    assert cost(built([*CS, *controls[:3]])) == retrained
+    assert cost(built(CS)) == "Nothing is compared. Epochs are those of search and retraining together."
 
 
 def test_seeds_and_targets_that_are_missing_are_listed():

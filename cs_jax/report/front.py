@@ -5,7 +5,21 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from cs_jax.controls import DENSE
-from cs_jax.pareto import LEVEL, Cell, Result, count_tests, front, peer, references, shown_epochs, shown_p, shown_target
+from cs_jax.pareto import (
+    LEVEL,
+    RETRAINED,
+    Cell,
+    Result,
+    budgets,
+    count_tests,
+    front,
+    is_reference,
+    peer,
+    references,
+    shown_epochs,
+    shown_p,
+    shown_target,
+)
 from cs_jax.report import overlaps, plots
 from cs_jax.report.overlaps import shown_share
 from cs_jax.report.pages import Page, Plot, Section, Table, percent, plot, points
@@ -141,7 +155,7 @@ def _leads(cells: Sequence[Cell], targets: Sequence[float]) -> list[str]:
     ]
     if told:
         told[-1] += f" ({LEVEL:g} level, Holm's correction for {_counted(tests, 'test')})"
-    if _ratios(_tickets(cells)):
+    if budgets(cells, False):
         told.append("They were not all trained for as long (see Cost)")
     return [f"{sentence}." for sentence in told]
 
@@ -170,12 +184,13 @@ def _front(cells: Sequence[Cell], results: Sequence[Result]) -> Section:
         "Means over seeds; of methods, bars are one standard deviation up and down and dots are single networks. "
         "Networks of one density are drawn side by side. " + ("Grey: dense, mean and deviation." if bands else "")
     )
+    caveat = "; methods were not all trained for as long (see Cost)" if budgets(cells, False) else ""
     if drawn or bands:
-        section.parts.append(_plot("accuracy-density", "Test accuracy against density", drawn, bands))
+        section.parts.append(_plot("accuracy-density", "Test accuracy against density", drawn, bands, caveat=caveat))
     floor = _floor(drawn, bands)
     if floor is not None:
         title = f"The same above {percent(floor)}"
-        section.parts.append(_plot("accuracy-density-closer", title, drawn, bands, floor=floor))
+        section.parts.append(_plot("accuracy-density-closer", title, drawn, bands, floor=floor, caveat=caveat))
     if _targets(cells):
         section.parts.append(_best_table(cells))
     if _tickets(cells):
@@ -183,10 +198,19 @@ def _front(cells: Sequence[Cell], results: Sequence[Result]) -> Section:
     return section
 
 
-def _plot(name: str, title: str, lines: Sequence[Series], bands: Sequence[Band], *, floor: float | None = None) -> Plot:
+def _plot(
+    name: str,
+    title: str,
+    lines: Sequence[Series],
+    bands: Sequence[Band],
+    *,
+    floor: float | None = None,
+    caveat: str = "",
+) -> Plot:
     told = [_told(line) for line in lines] + [f"{band.label}: {percent(band.accuracy)}" for band in bands]
     figure = plots.fronts(lines, bands, floor=floor)
-    return plot(name, title, "up and to the left is better", f"{title}. {'; '.join(told)}.", figure)
+    remark = f"up and to the left is better{caveat}"
+    return plot(name, title, remark, f"{title}. {'; '.join(told)}.", figure)
 
 
 def _told(line: Series) -> str:
@@ -259,7 +283,7 @@ def _best_table(cells: Sequence[Cell]) -> Table:
         for cell in _best(_of_target(cells, target)):
             compared = [cell.beside, points(cell.difference, 0), shown_p(cell.p_adjusted), _worth(cell)]
             if not cell.beside:
-                compared = ["the reference" if cell.method in references(cells) else "-", "-", "-", "-"]
+                compared = ["the reference" if is_reference(cell, cells) else "-", "-", "-", "-"]
             rows.append([shown_share(target), cell.method, _accuracy(cell), str(cell.n), *compared])
     return Table("Best at each target", head, rows, words=2, wide=True)
 
@@ -330,8 +354,7 @@ def _differences(cells: Sequence[Cell]) -> Section | None:
 def _difference_row(cell: Cell, cells: Sequence[Cell]) -> list[str]:
     figures = [cell.control or "ticket", _target(cell), str(cell.n), _density(cell), _accuracy(cell)]
     if cell.difference is None:
-        is_reference = cell.control is None and cell.target is not None and cell.method in references(cells)
-        return [*figures, "the reference" if is_reference else "-", "-", "-", "-", "-"]
+        return [*figures, "the reference" if is_reference(cell, cells) else "-", "-", "-", "-", "-"]
     fewer = f", {cell.pairs} of {cell.n} seeds" if cell.pairs < cell.n else ""
     interval = "-"
     if cell.interval is not None:
@@ -360,24 +383,18 @@ def _budgets(cells: Sequence[Cell]) -> str:
     """Whether networks that are compared were trained for as long."""
     if not any(cell.beside for cell in cells):
         return "Nothing is compared. Epochs are those of search and retraining together."
-    told = [f"{name} {_range(ratios, '{:.2f}'.format)}" for name, ratios in _ratios(cells).items()]
-    if not told:
-        return "All that is compared was trained for the same number of epochs, search and retraining together."
-    return (
-        "Budgets differ: a lead may be that of longer training. Epochs of search and retraining together, as a ratio: "
-        f"{'; '.join(told)}."
-    )
-
-
-def _ratios(cells: Sequence[Cell]) -> dict[str, list[float]]:
-    """Epochs as a ratio to those of what a cell stands beside, where they are not the same."""
-    found: dict[str, list[float]] = {}
-    for cell in cells:
-        other = peer(cell, cells)
-        if other and other.epochs != cell.epochs:
-            name = f"{cell.method}, {cell.control}" if cell.control else cell.method
-            found.setdefault(f"{name} beside {cell.beside}", []).append(cell.epochs / other.epochs)
-    return found
+    ratios, controls = budgets(cells, False), budgets(cells, True)
+    told = [RETRAINED] if controls else []
+    if ratios:
+        shown = [f"{name} {_range(values, '{:.2f}'.format)}" for name, values in ratios.items()]
+        told[:0] = [
+            "Budgets differ: a lead may be that of longer training.",
+            f"Epochs of search and retraining together, as a ratio: {'; '.join(shown)}.",
+        ]
+    elif references(cells) or not controls:
+        what = "All methods that are compared were" if controls else "All that is compared was"
+        told.insert(0, f"{what} trained for the same number of epochs, search and retraining together.")
+    return " ".join(told)
 
 
 def _ranges(cells: Sequence[Cell]) -> list[str]:

@@ -1,6 +1,7 @@
 """Sweeps in figures: means, paired differences, their tests, the front, the table and the page."""
 
 import html
+import io
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats
 
 from cs_jax import pareto
@@ -16,6 +18,7 @@ from cs_jax.pareto import Cell, Result
 from cs_jax.report import front as pareto_page
 from cs_jax.report import pages, plots
 from cs_jax.report.pages import Page, Plot, Table
+from cs_jax.sweep.display import print_cells
 
 
 def made(
@@ -284,6 +287,78 @@ def test_densities_that_differ_between_seeds_have_their_deviation_everywhere():
     assert pareto.to_json(cells)[1]["density_deviation"] == found
     assert tables(built([*IMP, *results]))["cs"].rows[0][3] == "12.00% ± 2.00%"
     assert "at density 12.00% ± 2.00%." in built(results).verdict
+
+
+def test_what_is_not_tested_is_not_adjusted_for():
+    def told(results: list[Result]) -> list[str]:
+        return next(section.texts for section in built(results).sections if section.title == "Figures and differences")
+
+    assert told(CS) == ["Nothing is compared, and so nothing is tested."]
+    assert told([IMP[0], CS[0]])[1] == "No two networks that are compared share two seeds, so nothing is tested."
+    assert "adjusted by Holm for 1 test of tickets. Equal seeds" in told([*IMP, *CS])[0]
+    controls = [*trio("cs", (0.8, 0.81, 0.8), control="random"), *trio("cs", (0.8, 0.81, 0.8), control="reinit")]
+    assert "adjusted by Holm for 2 tests of controls. Equal seeds" in told([*CS, *controls])[0]
+    assert "for 1 test of tickets, and for 2 tests of controls. Equal" in told([*IMP, *CS, *controls])[0]
+
+
+def test_the_verdict_says_why_no_method_is_compared():
+    assert built([*CS, *trio("snip", (0.8, 0.8, 0.9))]).verdict == (
+        "Most accurate on the test set: cs at 10%. "
+        "None of them has been compared: there are no tickets of imp, the sweep's reference."
+    )
+    elsewhere = built([*CS, *trio("snip", (0.8, 0.8, 0.9)), *trio("imp", (0.8, 0.8, 0.9), target=0.5)])
+    assert elsewhere.verdict.endswith("they share no target and seed with those of imp.")
+
+
+def terminal(results: list[Result]) -> list[str]:
+    """What is shown of a sweep where there are 80 columns."""
+    file = io.StringIO()
+    print_cells(Console(file=file, width=80), pareto.summarize(results))
+    return [line.rstrip() for line in file.getvalue().splitlines()]
+
+
+def test_the_terminals_table_tells_the_reference_from_what_cannot_be_tested_and_says_that_budgets_differ():
+    results = [
+        *trio("imp", (0.98, 0.99, 1.0), epochs=180),
+        *trio("magnitude", (0.89, 0.99, 0.94), epochs=1500),
+        *trio("magnitude", (0.92, 0.94, 0.93), control="shuffled"),
+        *trio("snip", (0.97, 0.98, 0.99), epochs=180),
+        *trio("gmp", (0.97, 0.981, 0.992), epochs=180),
+    ]
+    assert terminal(results) == [
+        "method     network   target  n  density        test %  epochs  points          p",
+        "─" * 80,
+        "imp        ticket    0.1     3   10.00%  99.00 ± 1.00     180    ref.",
+        "magnitude  ticket    0.1     3   10.00%  94.00 ± 5.00   1,500   -5.00      0.399",
+        "magnitude  shuffled  0.1     3   10.00%  93.00 ± 1.00      60   -1.00      0.707",
+        "snip       ticket    0.1     3   10.00%  98.00 ± 1.00     180   -1.00  no spread",
+        "gmp        ticket    0.1     3   10.00%  98.10 ± 1.10     180   -0.90     0.012*",
+        "",
+        "test %: accuracy; ± is the standard deviation of a sample. epochs: search and retraining.",
+        "points: of test accuracy, beside imp (ref.) at the same target; of a control, beside the ticket.",
+        "p: of a paired t-test over two seeds at least, adjusted by Holm; * below 0.05. "
+        "no spread: all differences are the same.",
+        "Not trained for as many epochs as what they stand beside: magnitude 1,500 (imp 180).",
+        "Controls are trained for as long as a ticket's retraining, not as its search and retraining together.",
+    ]
+
+
+def test_the_terminals_table_breaks_long_names_and_cuts_nothing_off():
+    results = [
+        made("magnitude-at-once", accuracy, seed=seed, target=None, dial=-0.05, density=density, control=control)
+        for control, accuracy in ((None, 0.9), ("shuffled", 0.7))
+        for seed, density in ((0, 0.1), (1, 0.2))
+    ]
+    assert terminal(results)[:8] == [
+        "method  network   target    n      density        test %  epochs  points          p",
+        "─" * 83,
+        "magnit  ticket    s0 -0.05  2  15.00±7.07%  90.00 ± 0.00      60       -          -",
+        "ude-at",
+        "-once",
+        "magnit  shuffled  s0 -0.05  2  15.00±7.07%  70.00 ± 0.00      60  -20.00  no spread",
+        "ude-at",
+        "-once",
+    ]
 
 
 def test_json_has_every_field_and_comes_back():

@@ -427,6 +427,25 @@ def test_pareto_says_what_is_not_done(copied: Path, capsys: pytest.CaptureFixtur
     assert f"out: has no finished run yet, wanted one at least: {again}\n" in one_line(capsys)
 
 
+def test_pareto_says_that_a_sweep_has_no_reference(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs, spec, out = copied / "out" / "runs", copied / "quick.toml", copied / "out"
+    content = json.loads((out / "sweep.json").read_text())
+    content["methods"], content["method"] = ["random", "other"], {"other": {"method": "imp"}}
+    for run in sorted(runs.glob("imp-*")):
+        run.rename(runs / run.name.replace("imp", "other"))
+    (out / "sweep.json").write_text(json.dumps(content))
+    written(spec, FOUR.replace('["imp", "random"]', '["random", "other"]') + '[method.other]\nmethod = "imp"\n')
+    told = f'the sweep has no imp to compare methods with: reference = "random" in {spec} chooses another\n'
+    assert commands.main(["pareto", str(spec), "--out", str(out)]) == 0
+    assert told in capsys.readouterr().out
+    page = (out / "report.html").read_text()
+    assert "there are no tickets of imp, the sweep&#39;s reference." in page
+    written(spec, 'reference = "random"\n' + spec.read_text())
+    assert commands.main(["pareto", str(spec), "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "beside random (ref.) at the same target" in shown and "chooses another" not in shown
+
+
 class Killing(Watcher):
     """Notes what ends, and kills the workers of some runs: after an epoch and a checkpoint, or, where 0, at the end."""
 

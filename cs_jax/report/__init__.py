@@ -88,7 +88,7 @@ def write_pareto(
     """
     cells = pareto.summarize(results, reference=reference)
     with plots.style():
-        page = front.page(f"Sweep {name}", cells, results, missing, f"{len(results)} networks", tickets)
+        page = front.page(f"Sweep {name}", cells, results, missing, f"{len(results)} networks", tickets, reference)
     written = write(out, page)
     contents = {
         out / TABLE_FILE: pareto.to_markdown(cells).encode(),

@@ -46,6 +46,7 @@ def page(
     missing: Sequence[str],
     lead: str,
     tickets: Sequence[SweptTicket] = (),
+    reference: str = "imp",
 ) -> Page:
     """What a sweep has found, section by section. Called inside `plots.style()`.
 
@@ -56,11 +57,12 @@ def page(
         missing: a line for each run that has not finished.
         lead: stands under the title.
         tickets: whose masks are compared.
+        reference: method that the others are compared with.
     """
     figures = [_front(cells, results), _controls(cells, results), _differences(cells)]
     sections = [*figures, *overlaps.sections(tickets), _cost(cells)]
     gaps = f" {_counted(len(missing), 'run')} of the sweep {'have' if len(missing) > 1 else 'has'} not finished."
-    verdict = _verdict(cells) + gaps * bool(missing)
+    verdict = _verdict(cells, reference) + gaps * bool(missing)
     return Page(title, lead, verdict, [], [*filter(None, sections), _missing(cells, missing)])
 
 
@@ -87,14 +89,14 @@ def _best(tickets: Sequence[Cell]) -> list[Cell]:
     return [cell for cell in tickets if cell.accuracy > highest - TIE]
 
 
-def _verdict(cells: Sequence[Cell]) -> str:
+def _verdict(cells: Sequence[Cell], reference: str) -> str:
     tickets = _tickets(cells)
     if not tickets:
         return "No ticket has been trained yet."
     methods = _methods(tickets)
     contested = [target for target in _targets(cells) if len(_methods(_of_target(cells, target))) > 1]
     if contested:
-        told = [f"Most accurate on the test set: {_winners(cells, contested)}.", *_leads(cells, contested)]
+        told = [f"Most accurate on the test set: {_winners(cells, contested)}.", *_leads(cells, contested, reference)]
     elif len(methods) == 1:
         ends = (max(tickets, key=lambda cell: cell.accuracy), min(tickets, key=lambda cell: cell.density))
         kinds = [f"the most accurate ticket is right on {_at(ends[0])}", f"the sparsest on {_at(ends[1])}"]
@@ -133,11 +135,13 @@ def _joined(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def _leads(cells: Sequence[Cell], targets: Sequence[float]) -> list[str]:
+def _leads(cells: Sequence[Cell], targets: Sequence[float], reference: str) -> list[str]:
     """What the lead of the most accurate tickets over the reference is worth, or the reference's over the next."""
     if not references(cells):
-        return ["None of them has been compared with a reference."]
-    reference, tests = references(cells)[0], count_tests(cells, False)
+        if reference not in _methods(_tickets(cells)):
+            return [f"None of them has been compared: there are no tickets of {reference}, the sweep's reference."]
+        return [f"None of them has been compared: they share no target and seed with those of {reference}."]
+    tests = count_tests(cells, False)
     found: dict[str, dict[str, list[str]]] = {}
     for target in targets:
         tickets = _of_target(cells, target)
@@ -323,16 +327,7 @@ def _differences(cells: Sequence[Cell]) -> Section | None:
     if not cells:
         return None
     section = Section("Figures and differences")
-    tickets, controls, seeds = count_tests(cells, False), count_tests(cells, True), max(cell.n for cell in cells)
-    section.texts += [
-        "Points are the mean difference of test accuracies over the seeds that both networks have, in percentage "
-        "points, with its 95% t interval; p is that of the two-sided paired t-test, then adjusted by Holm for "
-        f"{_counted(tickets, 'test')} of tickets, and for {controls} of controls. Equal seeds share the split, the "
-        "initial weights and, in equal rounds, the order of batches.",
-        f"With {_counted(seeds, 'seed')} only large differences can be told from chance: one that is not "
-        "significant may still be there. Without a p there are fewer than two pairs, or their differences are all "
-        "the same and not 0.",
-    ]
+    section.texts += _tested(cells)
     head = (
         "Network",
         "Target",
@@ -349,6 +344,25 @@ def _differences(cells: Sequence[Cell]) -> Section | None:
         rows = [_difference_row(cell, cells) for cell in cells if cell.method == method]
         section.parts.append(Table(method, head, rows, words=2, wide=True))
     return section
+
+
+def _tested(cells: Sequence[Cell]) -> list[str]:
+    """What differences are, and what they are tested by, as far as there are any."""
+    if not any(cell.beside for cell in cells):
+        return ["Nothing is compared, and so nothing is tested."]
+    counts = {"tickets": count_tests(cells, False), "controls": count_tests(cells, True)}
+    tests = [f"{_counted(count, 'test')} of {kind}" for kind, count in counts.items() if count]
+    points = "Points are the mean difference of test accuracies over the seeds that both have, in percentage points"
+    paired = "Equal seeds share the split, the initial weights and, in equal rounds, the order of batches."
+    if not tests:
+        return [f"{points}. {paired}", "No two networks that are compared share two seeds, so nothing is tested."]
+    return [
+        f"{points}, with its 95% t interval; p is that of the two-sided paired t-test, then adjusted by Holm for "
+        f"{', and for '.join(tests)}. {paired}",
+        f"With {_counted(max(cell.n for cell in cells), 'seed')} only large differences can be told from chance: one "
+        "that is not significant may still be there. Without a p there are fewer than two pairs, or their differences "
+        "are all the same and not 0.",
+    ]
 
 
 def _difference_row(cell: Cell, cells: Sequence[Cell]) -> list[str]:

@@ -85,6 +85,10 @@ def pareto(arguments: Sequence[str], *, prog: str) -> None:
     )
     terminal = Console()
     print_cells(terminal, cells)
+    methods = [*dict.fromkeys(cell.method for cell in cells if cell.control is None and cell.target is not None)]
+    if spec.reference not in spec.content["methods"] and len(methods) > 1:
+        other = f'reference = "{methods[0]}" in {given.spec} chooses another'
+        say(terminal, f"the sweep has no {spec.reference} to compare methods with: {other}")
     for line in missing[:LISTED]:
         say(terminal, f"not done: {line}")
     if len(missing) > LISTED:

@@ -509,3 +509,21 @@ def test_bars_reach_one_deviation_up_and_down_and_dots_are_single_networks():
     assert bar.get_paths()[0].vertices[:, 1] == pytest.approx([0.90, 0.92])
     assert sorted(axes.lines[0].get_ydata()) == [0.90, 0.91, 0.92]
     assert axes.get_xscale() == "log"
+
+
+def test_no_bar_or_band_leaves_the_accuracies_that_there_are():
+    results = [*trio("imp", (0.98, 1.0, 1.0)), *trio("cs", (0.0, 0.0, 0.3))]
+    cells = pareto.summarize(results)
+    with plots.style():
+        figure = plots.fronts(pareto_page._series(cells, results, cells), [plots.Band("dense", 0.99, 0.02)])
+    axes = figure.axes[0]
+    high, low = (bar.get_paths()[0].vertices[:, 1] for bar in axes.collections)
+    assert high == pytest.approx([cells[0].accuracy - (cells[0].deviation or 0), 1])
+    assert low == pytest.approx([0, cells[1].accuracy + (cells[1].deviation or 0)])
+    (band,) = axes.patches
+    assert (band.get_extents().transformed(axes.transData.inverted()).y1) == pytest.approx(1)
+
+
+def test_the_page_says_what_deviations_are_and_where_the_best_were_chosen():
+    text = built([*IMP, *CS]).sections[0].texts[0]
+    assert "the standard deviation of a sample (n - 1)" in text and "chosen on the test set" in text

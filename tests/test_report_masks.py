@@ -343,6 +343,15 @@ def test_each_target_has_its_own_plots_densest_first_and_tickets_without_one_non
     assert built([swept("cs", seed, 0, 20, target=None) for seed in (0, 1)]) == {}
 
 
+def test_figures_name_their_density_where_they_are_looked_at_without_the_page(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    titles = []
+    monkeypatch.setattr(plots, "images", lambda figure: titles.append(figure.axes[0].get_title()) or (b"", b""))
+    built([*CS, *IMP])
+    assert titles == ["Masks shared at density 20%", "Layers at density 20%"]
+
+
 def test_masks_that_are_empty_or_full_everywhere_are_drawn() -> None:
     found = built([swept("cs", 0, 0, 0), swept("cs", 1, 0, 0), swept("imp", 0, 0, 100), swept("imp", 1, 0, 100)])
     assert [row[-1] for row in table(found["Overlap of masks"])] == ["-", "-", "-"]

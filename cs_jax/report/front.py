@@ -185,7 +185,9 @@ def _front(cells: Sequence[Cell], results: Sequence[Result]) -> Section:
     drawn = [*lines, *(controls if len(controls) <= FEW_CONTROLS else [])]
     bands = _bands(cells)
     section.texts.append(
-        "Means over seeds; of methods, bars are one standard deviation up and down and dots are single networks. "
+        "Means over seeds; of methods, bars are one standard deviation up and down, at most to 100%, and dots are "
+        "single networks. ± and bars are the standard deviation of a sample (n - 1). What is most accurate, and the "
+        "front, are chosen on the test set, which is optimistic: on other images they would do a little worse. "
         "Networks of one density are drawn side by side. " + ("Grey: dense, mean and deviation." if bands else "")
     )
     caveat = "; methods were not all trained for as long (see Cost)" if budgets(cells, False) else ""

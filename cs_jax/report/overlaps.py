@@ -106,7 +106,8 @@ def _overlap_plot(name: str, target: str, methods: Sequence[str], found: Sequenc
     labels = plots.short(methods, length=LABEL, kind="method")
     told = [f"{one.method} and {one.other} {percent(one.shared)}, by chance {percent(one.chance)}" for one in found]
     title, remark = f"Masks shared at {target}", "in brackets: by chance; diagonal: between seeds"
-    return plot(name, title, remark, f"{title}: {'; '.join(told)}.", plots.matrix(labels, labels, shares, texts))
+    figure = plots.matrix(labels, labels, shares, texts, title=title)
+    return plot(name, title, remark, f"{title}: {'; '.join(told)}.", figure)
 
 
 def _whole(share: float) -> str:
@@ -130,8 +131,8 @@ def _density_plot(name: str, target: str, tickets: Sequence[SweptTicket]) -> Plo
     ends = [(float(np.nanmin(column)), float(np.nanmax(column))) for column in shares.T]
     told = [f"{method} {percent(low)} to {percent(high)}" for method, (low, high) in zip(methods, ends, strict=True)]
     labels = plots.short(methods, length=LABEL, kind="method")
-    figure = plots.matrix(plots.layer_labels(layers), labels, shares, texts, log=True)
     title, remark = f"Layers at {target}", "weights kept, from input to output"
+    figure = plots.matrix(plots.layer_labels(layers), labels, shares, texts, log=True, title=title)
     return plot(name, title, remark, f"{title}, lowest to highest density: {'; '.join(told)}.", figure)
 
 

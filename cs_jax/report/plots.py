@@ -293,7 +293,13 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
 
 
 def matrix(
-    rows: Sequence[str], columns: Sequence[str], shares: np.ndarray, texts: np.ndarray, *, log: bool = False
+    rows: Sequence[str],
+    columns: Sequence[str],
+    shares: np.ndarray,
+    texts: np.ndarray,
+    *,
+    log: bool = False,
+    title: str = "",
 ) -> Figure:
     """A table of shares in [0, 1] as colours, with a text in each cell where there is room.
 
@@ -303,10 +309,12 @@ def matrix(
         shares: (rows, columns); NaN leaves a cell empty.
         texts: of the cells, (rows, columns).
         log: colours go by the logarithm, from the least share above 0.
+        title: stands above, for a figure that is looked at without its page.
     """
     crowded = len(rows) > MANY_LAYERS or len(columns) > 10
     lines = max(text.count("\n") + 1 for text in texts.flat)
     figure, axes = _axes(1.2 + len(rows) * (0.09 if len(rows) > MANY_LAYERS else 0.12 + 0.16 * lines))
+    axes.set_title(title, fontsize=10)
     known = shares[shares > 0]
     low, high = (known.min(), known.max()) if log and known.size else (0.0, 1.0)
     norm = colors.LogNorm(low, high * (1 + 1e-9)) if log and known.size else colors.Normalize(low, high)
@@ -384,7 +392,7 @@ def fronts(series: Sequence[Series], bands: Sequence[Band], *, floor: float | No
         _draw(axes, one, lambda density, shift=shift: np.asarray(density, float) * shift)
     for band, dashes in zip(bands, itertools.cycle(["--", ":", "-."]), strict=False):
         axes.axhline(band.accuracy, color=GREY, linestyle=dashes, linewidth=1.4, label=band.label, zorder=1)
-        low, high = band.accuracy - band.deviation, band.accuracy + band.deviation
+        low, high = max(0.0, band.accuracy - band.deviation), min(1.0, band.accuracy + band.deviation)
         axes.axhspan(low, high, color=GREY, alpha=0.13, linewidth=0, zorder=0)
     if log:
         _log_densities(axes, everything)
@@ -414,8 +422,10 @@ def _draw(axes: Axes, series: Series, place: Callable[[Any], np.ndarray]) -> Non
     if series.seeds:
         densities, accuracies = zip(*series.seeds, strict=True)
         axes.plot(place(densities), accuracies, "o", color=series.color, markersize=2.4, alpha=0.45, zorder=3)
+    accuracies, deviations = np.asarray(series.accuracies), np.asarray(series.deviations)
+    inside = [np.minimum(deviations, accuracies), np.minimum(deviations, 1 - accuracies)]  # no accuracy is above 100%
     axes.errorbar(
-        place(series.densities), series.accuracies, series.deviations, fmt="none", ecolor=series.color,
+        place(series.densities), accuracies, inside, fmt="none", ecolor=series.color,
         elinewidth=1.1, capsize=2.2, zorder=4,
     )  # fmt: skip
     axes.plot(

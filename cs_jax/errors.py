@@ -17,12 +17,12 @@ def out_of_memory(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def told_of(file: Path) -> Iterator[None]:
-    """Puts the name of a file before what is said of its content."""
+def told_of(file: Path, *others: type[Exception]) -> Iterator[None]:
+    """Puts the name of a file before what is said of its content, by a ConfigError or one of others."""
     try:
         yield
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from error
+    except (ConfigError, *others) as error:
+        raise ConfigError(f"{file}: {str(error).splitlines()[0]}") from error
 
 
 def one_of(value: str, choices: Any) -> str:

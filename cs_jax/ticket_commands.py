@@ -86,7 +86,7 @@ def shrink(arguments: Sequence[str], *, prog: str) -> None:
     out = given.out or given.file.with_name(f"{given.file.stem}-shrunk.safetensors")
     files.check_out(out, source=given.file)
     loaded = tickets.load_ticket(given.file)
-    with told_of(given.file):
+    with told_of(given.file, TypeError, ValueError):  # of a model whose wiring is missing or wrong
         smaller = shrinking.shrink_ticket(loaded)
     tickets.save_ticket(out, **smaller.variables, metadata=smaller.metadata)
     terminal = Console()
@@ -109,7 +109,7 @@ def speed(arguments: Sequence[str], *, prog: str) -> None:
             if value < 1:
                 raise ConfigError(f"{name}: got {value}, wanted at least 1")
     loaded = tickets.load_ticket(given.file)
-    with told_of(given.file):
+    with told_of(given.file, TypeError, ValueError):  # of a model whose wiring is missing or wrong
         forms = speeds.forms(loaded)
     shape, terminal = loaded.metadata["model"]["image_shape"], Console()
     if loaded.metadata["model"].get("features"):

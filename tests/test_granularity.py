@@ -436,8 +436,9 @@ class Miswired(ConvNet):
 def test_a_run_whose_wiring_is_wrong_keeps_its_ticket_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(MODELS, "tiny_resnet", functools.partial(Miswired, widths=(8,)))
-    assert train.main([*COMMAND, "--out", str(tmp_path / "run")]) == 0
+    monkeypatch.setitem(MODELS, "miswired", functools.partial(Miswired, widths=(8,)))
+    command = [word.replace("tiny_resnet", "miswired") for word in COMMAND]
+    assert train.main([*command, "--out", str(tmp_path / "run")]) == 0
     assert "the ticket cannot be made smaller, and nobody knows what it computes: the wiring" in capsys.readouterr().err
     ticket = json.loads((tmp_path / "run" / "summary.json").read_text())["ticket"]
     assert "multiply_adds" not in ticket and ticket["dense_multiply_adds"] > 0

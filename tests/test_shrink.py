@@ -17,7 +17,7 @@ from cs_jax.agreement import outputs
 from cs_jax.errors import ConfigError
 from cs_jax.images import ImageSet
 from cs_jax.layers import MaskedConv, MaskedDense
-from cs_jax.models import VGG, BottleneckResNet, ConvNet, LeNet300100, ResNet, VisionTransformer
+from cs_jax.models import MODELS, VGG, BottleneckResNet, ConvNet, LeNet300100, ResNet, VisionTransformer
 from cs_jax.multiply_adds import evaluation_mode, multiply_adds
 from cs_jax.shrink import shrink
 from cs_jax.ticket import load_ticket, save_ticket
@@ -370,6 +370,30 @@ def test_a_ticket_with_other_features_than_it_says_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         ticket_of(tmp_path / "ticket.safetensors", features=features)
+
+
+class Unwired(nn.Module):
+    """A network that does not say how it is wired."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(self.num_classes)(MaskedDense(3)(x.reshape(x.shape[0], -1)))
+
+
+@pytest.mark.parametrize("command", ["shrink", "speed"])
+def test_a_ticket_of_a_network_that_does_not_tell_is_refused_in_a_line(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(MODELS, "unwired", Unwired)
+    variables = Unwired(2).init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
+    about = {"name": "unwired", "num_classes": 2, "image_shape": [4, 4, 1]}
+    save_ticket(tmp_path / "ticket", **variables, batch_stats={}, metadata={"model": about})
+    assert commands.main([command, str(tmp_path / "ticket")]) == 2
+    shown = capsys.readouterr().err
+    assert "ticket: model: got Unwired, which does not say how it is wired; wanted methods" in shown
+    assert shown.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["ticket"]
 
 
 def test_a_ticket_that_was_shrunk_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,7 +129,7 @@ class Config:
     """Epochs of a round from which both learning rates drop, increasing; those after the last epoch do nothing."""
 
     lr_drops: tuple[float, ...] = (0.1, 0.1)
-    """Factors of the drops, one for each epoch of --lr-schedule."""
+    """Factors of the drops, one for each epoch of --lr-schedule; if that alone is given, the preset's last for each."""
 
     decay: float = 1e-4
     """L2 weight decay of all weights, BatchNorm and biases included; scores do not decay."""
@@ -304,7 +304,7 @@ class Config:
         increasing = all(early < late for early, late in zip(boundaries, boundaries[1:], strict=False))
         self._check("lr_schedule", increasing and min(boundaries, default=0) >= 0, "increasing epochs, from 0")
         self._check("lr_drops", all(map(_is_positive, drops)), "finite numbers above 0")
-        as_many = f"{len(boundaries)} values, as many as --lr-schedule has"
+        as_many = f"{len(boundaries)} of them, as many epochs as --lr-schedule has"
         self._check("lr_drops", len(drops) == len(boundaries), as_many)
 
     def _check_choice(self, name: str, choices: Any) -> None:

@@ -53,6 +53,7 @@ def parse(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> 
         preset = arguments.pop(0) if arguments and not arguments[0].startswith("-") else DEFAULT_PRESET
         if preset not in PRESETS:
             raise ConfigError(f"preset: got {preset!r}, wanted {one_of(preset, PRESETS)}")
+        _add_drops(arguments, PRESETS[preset])
         prog, default, description = f"{prog} {preset}", PRESETS[preset], _description(preset, prog)
     complaint = io.StringIO()
     try:
@@ -65,6 +66,16 @@ def parse(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> 
     if directory is not None and parsed.out != directory:
         raise ConfigError(f"--out: got {parsed.out} beside --resume {directory}, wanted one of them")
     return parsed
+
+
+def _add_drops(arguments: list[str], preset: Config) -> None:
+    """Adds a drop for each epoch of a schedule that is given without them: the last of the preset's."""
+    names = [word.partition("=")[0] for word in arguments]
+    if "--lr-schedule" in names and "--lr-drops" not in names:
+        start = names.index("--lr-schedule")
+        values = itertools.takewhile(lambda word: not word.startswith("--"), arguments[start + 1 :])
+        count = "=" in arguments[start] or len([*values])
+        arguments += ["--lr-drops", *[f"{preset.lr_drops[-1]:g}"] * count]
 
 
 def pop_processes(arguments: list[str]) -> tuple[str | None, int | None, int | None]:

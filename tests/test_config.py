@@ -107,6 +107,23 @@ def test_drops_after_the_last_epoch_and_no_drops_are_allowed() -> None:
 
 
 @pytest.mark.parametrize(
+    "words, drops",
+    [
+        ("--lr-schedule 3 --seed 1", (0.1,)),
+        ("--lr-schedule=3", (0.1,)),
+        ("--seed 1 --lr-schedule 3 4 5", (0.1, 0.1, 0.1)),
+        ("--lr-schedule", ()),
+        ("--lr-schedule 3 --lr-drops 0.5", (0.5,)),
+        ("--seed 1", (0.1, 0.1)),
+    ],
+)
+def test_a_schedule_alone_has_the_presets_last_drop_for_each_of_its_epochs(
+    words: str, drops: tuple[float, ...]
+) -> None:
+    assert parse(words.split()).lr_drops == drops
+
+
+@pytest.mark.parametrize(
     "words, message",
     [
         (
@@ -214,7 +231,7 @@ def test_drops_after_the_last_epoch_and_no_drops_are_allowed() -> None:
         ("--lr-schedule 3 3", "--lr-schedule: got 3 3, wanted increasing epochs, from 0"),
         ("--lr-schedule -1 3", "--lr-schedule: got -1 3, wanted increasing epochs, from 0"),
         ("--lr-schedule 1 x", "--lr-schedule: got 1 x, wanted whole numbers"),
-        ("--lr-drops 0.1", "--lr-drops: got 0.1, wanted 2 values, as many as --lr-schedule has"),
+        ("--lr-drops 0.1", "--lr-drops: got 0.1, wanted 2 of them, as many epochs as --lr-schedule has"),
         ("--lr-drops 0.1 0", "--lr-drops: got 0.1 0.0, wanted finite numbers above 0"),
         ("--seed -1", "--seed: got -1, wanted 0 to 4294967295"),
         ("--seed 4294967296", "--seed: got 4294967296, wanted 0 to 4294967295"),

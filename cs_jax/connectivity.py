@@ -108,6 +108,19 @@ def error_barrier(errors: Sequence[float]) -> float:
     return max(errors) - (errors[0] + errors[-1]) / 2
 
 
+def ends_highest(points: Sequence[Mapping[str, Any]]) -> str:
+    """Of what the barrier is no barrier: the figures along a line that are highest at an end of it; "" if none is."""
+    found = []
+    for name in ("error", "loss"):
+        values = [point[name] for point in points]
+        if max(values) in (values[0], values[-1]):
+            found.append(name)
+    if not found:
+        return ""
+    what = f"the {' and the '.join(found)} {'are' if len(found) > 1 else 'is'} highest at an end"
+    return f"{what}, so this is half the difference of the ends"
+
+
 def connect(
     model: nn.Module,
     ends: tuple[Snapshot, Snapshot],
@@ -285,9 +298,8 @@ def describe(found: Mapping[str, Any]) -> RenderableType:
     accuracies = " and ".join(f"{child['test_accuracy']:.2%}" for child in found["children"])
     children = f"children: right on {accuracies} of the test set"
     barrier = f"barrier: {100 * found['barrier']:.2f} points of error, {found['loss_barrier']:.4f} of loss"
-    errors = [point["error"] for point in found["points"]]
-    if max(errors) in (errors[0], errors[-1]):
-        barrier += "; the error is highest at an end, so this is half the difference of the ends"
+    at_end = ends_highest(found["points"])
+    barrier += at_end and f"; {at_end}"
     return Group(table, children, barrier)
 
 

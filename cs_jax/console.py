@@ -157,7 +157,7 @@ def print_result(console: Console, summary: dict[str, Any]) -> None:
     for record in summary["search"]:
         accuracies = (percent(record["soft_accuracy"]), percent(record["hard_accuracy"]))
         rounds.add_row(str(record["round"]), f"{record['density']:.2%}", *accuracies)
-    networks = _table("Result", "network", "weights kept", "density", "val", "test")
+    networks = _table("Result", "network", "epochs", "weights kept", "density", "val", "test")
     ticket, dense = summary["ticket"], summary["dense"]
     trained = {"dense": dense} if dense is not None else {}
     for name, network in {**trained, "ticket": ticket, **summary["controls"]}.items():
@@ -203,6 +203,7 @@ def _table(title: str, first: str, *others: str) -> Table:
 
 def _network_row(network: dict[str, Any]) -> list[str]:
     return [
+        f"{network['epochs']:,}",
         f"{network['num_weights']:,}",
         f"{network['density']:.2%}",
         percent(network["val_accuracy"]),

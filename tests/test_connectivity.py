@@ -121,6 +121,26 @@ def magnitude_network(first: int, second: int) -> dict[str, Any]:
     return params
 
 
+@pytest.mark.parametrize(
+    "errors, losses, said",
+    [
+        ([0.1, 0.3, 0.2], [1, 3, 2], ""),
+        ([0.4, 0.3, 0.2], [1, 3, 2], "the error is highest at an end, so this is half the difference of the ends"),
+        ([0.1, 0.3, 0.2], [1, 1, 2], "the loss is highest at an end, so this is half the difference of the ends"),
+        (
+            [0.2, 0.2],
+            [2, 1],
+            "the error and the loss are highest at an end, so this is half the difference of the ends",
+        ),
+    ],
+)
+def test_what_is_highest_at_an_end_is_told_to_be_no_barrier(
+    errors: list[float], losses: list[float], said: str
+) -> None:
+    points = [{"error": error, "loss": loss} for error, loss in zip(errors, losses, strict=True)]
+    assert connectivity.ends_highest(points) == said
+
+
 def test_swapped_hidden_units_are_the_same_network_behind_a_barrier() -> None:
     model, data = LeNet300100(num_classes=2), pixels([[0], [2], [1], [1.25]], [1, 1, 0, 0])
     masks = {"hidden0": {"kernel": jnp.ones((1, 300))}, "hidden1": {"kernel": jnp.ones((300, 100))}}

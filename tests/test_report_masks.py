@@ -14,7 +14,8 @@ from test_report import edit, files, make_run, page, words
 
 from cs_jax import commands, report, save_ticket
 from cs_jax.errors import ConfigError
-from cs_jax.report import overlaps, plots
+from cs_jax.report import overlaps, plots, recorded
+from cs_jax.report.epochs import spans
 from cs_jax.report.pages import Plot, Section, Table
 from cs_jax.run_directory import MASKS_FILE, METRICS_FILE, SUMMARY_FILE, TICKET_FILE
 from cs_jax.sweep import scheduler
@@ -125,6 +126,38 @@ def test_a_method_without_scores_has_no_section_on_them(run: Path) -> None:
     report.write_report(run)
     text = words(page(run))
     assert "scores.json" not in text and "Scores" not in text
+
+
+def test_a_method_without_scores_whose_file_has_no_round_has_no_section_on_them(run: Path) -> None:
+    edit(run / "scores.json", rounds=[])
+    report.write_report(run)
+    assert "scores.json is missing or has no round yet" in words(page(run))
+    edit(run / "config.json", method="imp")
+    report.write_report(run)
+    assert "Scores" not in words(page(run)) and "scores.json" not in words(page(run))
+
+
+def test_a_page_says_of_rounds_and_scores_what_is_true_of_its_method(run: Path) -> None:
+    said = {}
+    for method in ("cs", "iss", "gmp", "imp"):
+        edit(run / "config.json", method=method, **({} if method in ("cs", "iss") else {"target_density": 0.1}))
+        report.write_report(run)
+        said[method] = words(page(run)), (run / "scores-round-1.png").read_bytes()
+    for method, (text, _) in said.items():
+        assert ("A weight is kept where its score is above 0" in text) is (method != "iss")
+        assert ("Soft masks are those of the round" in text) is (method == "cs")
+        assert ("Weights are pruned at the end of every epoch" in text) is (method == "gmp")
+        assert ("weights are pruned at the end of its last epoch" in text) is (method == "imp")
+        assert ("a weight is kept with the probability sigmoid(score)" in text) is (method == "iss")
+    assert said["iss"][1] != said["cs"][1] == said["imp"][1]  # no line at 0, and one colour
+
+
+def test_what_follows_a_search_without_retraining_is_not_called_that(run: Path) -> None:
+    lines = [line for line in (run / METRICS_FILE).read_text().splitlines() if '"ticket"' not in line]
+    for kept, labels in ((None, "retraining"), (lines, "controls")):
+        if kept is not None:
+            (run / METRICS_FILE).write_text("\n".join(kept) + "\n")
+        assert [span.label for span in spans(recorded.read(run))] == ["round 0", "round 1", labels]
 
 
 def test_without_scores_the_ticket_tells_how_many_weights_each_layer_has(run: Path) -> None:

@@ -29,6 +29,9 @@ class ContinuousSparsification(Method):
     """
 
     learns_masks = True
+    says_of_rounds = (
+        "Soft masks are those of the round's temperature; hard masks keep a weight or not, as the ticket does."
+    )
     anneals = True
     takes_channels = True
 

@@ -26,6 +26,10 @@ class GradualMagnitudePruning(Method):
 
     wants_target = True
     takes_channels = True
+    says_of_rounds = (
+        "Weights are pruned at the end of every epoch, until the target is reached three quarters through the search. "
+        "An epoch's accuracy is that of the network just after."
+    )
 
     def density(self, config: "Config", round: int) -> float | None:
         return self._density(config, (round + 1) * config.epochs)

@@ -43,6 +43,9 @@ class Method:
         searches: whether there are rounds; otherwise masks are found before any training.
         learns_masks: whether a step trains scores; otherwise masks are fixed in it, and there is no penalty.
         anneals: whether masks have a temperature.
+        says_of_rounds: what a reader has to know of the densities and accuracies at their ends.
+        says_of_scores: what they decide, where there are some.
+        cuts_at_zero: whether the weights with scores above 0 are those that are kept.
     """
 
     afters: ClassVar[tuple[str, ...]] = AFTERS
@@ -53,6 +56,12 @@ class Method:
     searches: ClassVar[bool] = True
     learns_masks: ClassVar[bool] = False
     anneals: ClassVar[bool] = False
+    says_of_rounds: ClassVar[str] = (
+        "A round's weights are pruned at the end of its last epoch, and their accuracy is that of the network as it "
+        "then stands: BatchNorm's averages are those of the network before, and nothing has been trained since."
+    )
+    says_of_scores: ClassVar[str] = "A weight is kept where its score is above 0 (dotted line)."
+    cuts_at_zero: ClassVar[bool] = True
 
     def density(self, config: "Config", round: int) -> float | None:
         """Density that a round ends with; None where that is left to the search.

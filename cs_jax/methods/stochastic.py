@@ -36,6 +36,15 @@ class IterativeStochasticSparsification(Method):
     """
 
     learns_masks = True
+    says_of_rounds = (
+        "Soft masks are the means of those that steps draw, sigmoid(score). Hard masks keep what has not been "
+        "pruned, whole, which no step has trained with: their accuracy may be that of guessing."
+    )
+    says_of_scores = (
+        "In each step a weight is kept with the probability sigmoid(score). At the end of a round those with the "
+        "lowest scores are pruned for good: they are at the left edge."
+    )
+    cuts_at_zero = False
 
     def density(self, config: "Config", round: int) -> float | None:
         return round_density(config, round)

@@ -13,6 +13,9 @@ from cs_jax.report.plots import Line, Span
 from cs_jax.report.recorded import Run
 from cs_jax.run_directory import METRICS_FILE
 
+AFTERWARDS = ("retraining", "controls")
+"""What the span behind the search is called."""
+
 
 def curves(run: Run) -> Section:
     section = Section("Epoch by epoch")
@@ -69,4 +72,4 @@ def spans(run: Run) -> list[Span]:
         spans.append(Span(f"round {number}", start, start + length - 1))
         start += length
     length = max(len(run.phase(phase)) for phase in (TICKET, *run.controls))
-    return spans + ([Span("retraining", start, start + length - 1)] if length else [])
+    return spans + ([Span(AFTERWARDS[not run.phase(TICKET)], start, start + length - 1)] if length else [])

@@ -7,10 +7,11 @@ import numpy as np
 
 from cs_jax import analysis
 from cs_jax.analysis import Overlap
+from cs_jax.connectivity import ends_highest
 from cs_jax.progress import SEARCH, TICKET
 from cs_jax.report import plots
 from cs_jax.report.arrays import Bits, Masks
-from cs_jax.report.epochs import spans
+from cs_jax.report.epochs import AFTERWARDS, spans
 from cs_jax.report.pages import Plot, Section, Table, percent, plot, told
 from cs_jax.report.plots import Line
 from cs_jax.report.recorded import Epoch, Run
@@ -50,7 +51,7 @@ def _layer_shares(epoch: Epoch) -> dict[str, float]:
 def _layers_by_epoch(run: Run, names: Sequence[str]) -> Plot:
     by_epoch = [_layer_shares(epoch) for epoch in run.phase(SEARCH)]
     table = np.array([[shares.get(name, math.nan) for shares in by_epoch] for name in names])
-    figure = plots.heat(names, table, [span for span in spans(run) if span.label != "retraining"])
+    figure = plots.heat(names, table, [span for span in spans(run) if span.label not in AFTERWARDS])
     alt = f"The density of {len(names)} layers as colours, over {len(by_epoch)} epochs of the search."
     title, remark = "Density of each layer over the search", "hard masks; brighter keeps more"
     return plot("layers-by-epoch", title, remark, alt, figure)
@@ -146,11 +147,13 @@ def connectivity(run: Run) -> Section | None:
         return None
     section = Section("Linear mode connectivity")
     accuracies = " and ".join(percent(child["test_accuracy"]) for child in found["children"])
+    at_end = ends_highest(found["points"])
     section.texts.append(
         "The ticket was trained twice more, with other batches and augmentation and all else alike; the children are "
         f"right on {accuracies} of the test set. The barrier is how far the worst network on the line between them is "
         f"above the mean of its ends: {100 * found['barrier']:.2f} points of error, {found['loss_barrier']:.4f} of "
-        "loss. With next to none, batches do not decide where the training of this ticket ends."
+        f"loss{at_end and f' ({at_end})'}. With next to none, batches do not decide where the training of this ticket "
+        "ends."
     )
     shares, errors, losses = ([point[name] for point in found["points"]] for name in ("share", "error", "loss"))
     told_errors = f"{percent(errors[0])} and {percent(errors[-1])} at the ends, {percent(max(errors))} at most"
@@ -164,15 +167,15 @@ def connectivity(run: Run) -> Section | None:
 
 def scores(run: Run) -> Section | None:
     """How scores lie at each round's start and end; None where the method has none."""
-    if run.scores is None and not run.found_by.learns_masks:
+    if not run.found_by.learns_masks and not (run.scores and run.scores.rounds):
         return None
     section = Section("Scores")
     if run.scores is None or not run.scores.rounds:
         section.notes.append(f"{SCORES_FILE} is missing or has no round yet.")
         return section
     section.texts.append(
-        "A weight is kept where its score is above 0 (dotted line). Before: at the round's start, after the reset. "
-        "After: at its end, before the next reset."
+        f"{run.found_by.says_of_scores} Before: at the round's start, after the reset. After: at its end, before the "
+        "next reset."
     )
     edges, rounds, _ = run.scores
     counts = [counts for entry in rounds for counts in (entry.before, entry.after) if counts is not None]
@@ -181,7 +184,7 @@ def scores(run: Run) -> Section | None:
     for number, before, after in rounds:
         if after is None:
             section.notes.append(f"Round {number} has not ended: its scores are those of its start.")
-        figure = plots.histogram(edges, before, after, bins)
+        figure = plots.histogram(edges, before, after, bins, cut=run.found_by.cuts_at_zero)
         alt = f"Histogram of {before.sum():,} scores in round {number}. {_kept(edges, before, after)}"
         section.parts.append(plot(f"scores-round-{number}", f"Round {number}", "weights by score", alt, figure))
     return section

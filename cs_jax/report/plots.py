@@ -224,24 +224,30 @@ def heat(names: Sequence[str], shares: np.ndarray, spans: Sequence[Span]) -> Fig
     return figure
 
 
-def histogram(edges: np.ndarray, before: np.ndarray, after: np.ndarray | None, shown: tuple[int, int]) -> Figure:
-    """Numbers of scores between edges, before a round and after it, removed and kept ones in different colours.
+def histogram(
+    edges: np.ndarray, before: np.ndarray, after: np.ndarray | None, shown: tuple[int, int], *, cut: bool
+) -> Figure:
+    """Numbers of scores between edges, before a round and after it.
 
     Args:
         edges: (bins + 1,), increasing; drawn at equal distances.
         before: (bins,) counts.
         after: (bins,) counts; None where the round has not ended.
         shown: first and last bin on the x axis.
+        cut: whether scores above 0 are those that are kept: then they and the others have different colours.
     """
     figure, axes = _axes(2.9)
     places = np.arange(len(edges))
-    if after is not None:
+    if after is not None and not cut:
+        axes.stairs(after, places, fill=True, color=BLUE, label="after")
+    elif after is not None:
         for kept, color, label in ((False, ORANGE, "after: removed"), (True, BLUE, "after: kept")):
             counts = np.where((edges[1:] > 0) == kept, after, 0)
             axes.stairs(counts, places, fill=True, color=color, label=f"{label} ({counts.sum():,})")
     axes.stairs(before, places, color=INK, linewidth=1.2, label="before")
     zero = np.interp(0.0, edges, places)
-    axes.axvline(zero, color=INK, linestyle=":", linewidth=1)
+    if cut:
+        axes.axvline(zero, color=INK, linestyle=":", linewidth=1)
     most = max(before.max(initial=1), 1 if after is None else after.max(initial=1))
     _log_scale(axes)
     axes.set_ylim(0.7, most * 2)

@@ -91,23 +91,14 @@ def _results(run: Run) -> Section:
     if times:
         head = ("Phase", "Epochs", "Seconds", "Images a second")
         rows = [_time_row(phase, epochs) for phase, epochs in times]
-        rows += [["whole run", "", f"{run.summary['seconds']:,.1f}", ""]] if run.summary else []
+        rows += [["all epochs", "", f"{run.summary['seconds']:,.1f}", ""]] if run.summary else []
         section.parts.append(Table("Time", head, rows))
     ends = [list(group)[-1] for _, group in itertools.groupby(run.phase(SEARCH), key=lambda epoch: epoch["round"])]
     if ends:
-        if any(end["soft_accuracy"] is not None for end in ends):
-            section.texts.append(
-                "Soft masks are those of the round's temperature; hard masks keep a weight or not, as the ticket does."
-            )
+        section.texts.append(run.found_by.says_of_rounds)
         head = ("Round", "Epochs", "Density", "Soft masks", "Hard masks")
         caption = "Search: density and validation accuracy at the end of each round"
         section.parts.append(Table(caption, head, [_round_row(run, end) for end in ends]))
-        if any(epoch["soft_accuracy"] is None for epoch in ends):
-            section.texts.append(
-                "A round's weights are pruned at the end of its last epoch, and their accuracy is that of the network "
-                "as it then stands: BatchNorm's averages are those of the network before, and nothing has been trained "
-                "since."
-            )
     return section
 
 

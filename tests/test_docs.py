@@ -15,11 +15,12 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 @pytest.mark.slow
-def test_the_guide_runs_from_top_to_bottom_and_prints_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("page", ["sparsify.md", "shrink.md"])
+def test_guides_run_from_top_to_bottom_and_print_what_they_show(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     namespace: dict = {}
     printed = ""
     with jax.numpy_rank_promotion("allow"):
-        for kind, block in re.findall(r"```(python|text)\n(.*?)```", (DOCS / "sparsify.md").read_text(), re.DOTALL):
+        for kind, block in re.findall(r"```(python|text)\n(.*?)```", (DOCS / page).read_text(), re.DOTALL):
             if kind == "python":
                 exec(block, namespace)
                 printed = capsys.readouterr().out

@@ -21,6 +21,7 @@ from cs_jax.config import Config
 from cs_jax.health import StuckDensityWarning
 from cs_jax.progress import EpochRecord, Observer, Progress
 from cs_jax.tracking import TrackerWarning
+from cs_jax.wiring import WiringWarning
 
 REFRESH_SECONDS = 0.5
 
@@ -31,6 +32,7 @@ _WARNINGS = (
     StuckDensityWarning,
     TrackerWarning,
     UnfinishedSearchWarning,
+    WiringWarning,
 )
 
 _HEADER = "phase     epoch     loss      lr   temp  density  val soft  val hard  seconds"

@@ -425,11 +425,11 @@ def test_what_the_network_cannot_do_is_refused_before_anything_is_written(
 
 
 class Miswired(ConvNet):
-    """A network that says of convolutions which pad with zeros that they do not."""
+    """A network that says that a hidden unit without weights gives one, where it gives none."""
 
     def wire(self, net: Wiring, x: Signal) -> Signal:
-        conv = net.conv
-        net.conv = lambda source, name, *, zero_padded: conv(source, name, zero_padded=False)  # pyright: ignore[reportAttributeAccessIssue]
+        activation = net.activation
+        net.activation = lambda source, function: activation(source, lambda value: function(value) + 1)  # pyright: ignore[reportAttributeAccessIssue]
         return super().wire(net, x)
 
 
@@ -439,7 +439,8 @@ def test_a_run_whose_wiring_is_wrong_keeps_its_ticket_and_says_so(
     monkeypatch.setitem(MODELS, "miswired", functools.partial(Miswired, widths=(8,)))
     command = [word.replace("tiny_resnet", "miswired") for word in COMMAND]
     assert train.main([*command, "--out", str(tmp_path / "run")]) == 0
-    assert "the ticket cannot be made smaller, and nobody knows what it computes: the wiring" in capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "warning: the ticket cannot be made smaller, and nobody knows what it computes: the wiring" in said
     ticket = json.loads((tmp_path / "run" / "summary.json").read_text())["ticket"]
     assert "multiply_adds" not in ticket and ticket["dense_multiply_adds"] > 0
     assert load_ticket(tmp_path / "run" / "ticket.safetensors").model is not None

@@ -22,13 +22,14 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from cs_jax import masks, trees
+from cs_jax.errors import CsJaxWarning
 from cs_jax.selection import Budget, Selection
 from cs_jax.sharding import on_host
 
 PyTree = Any
 
 
-class CollapsedLayerWarning(UserWarning):
+class CollapsedLayerWarning(CsJaxWarning):
     """Masked arrays are left without weights, or would be if their highest score had not been kept all the same."""
 
     def __init__(self, message: str, layers: tuple[str, ...] = ()) -> None:
@@ -36,11 +37,11 @@ class CollapsedLayerWarning(UserWarning):
         self.layers = layers
 
 
-class DensityWarning(UserWarning):
+class DensityWarning(CsJaxWarning):
     """Groups are too coarse for the density that was asked for: the ticket's is off by more than 1%."""
 
 
-class UnfinishedSearchWarning(UserWarning):
+class UnfinishedSearchWarning(CsJaxWarning):
     """A search ended with soft masks: before the final temperature, or with scores that have hardly moved."""
 
 

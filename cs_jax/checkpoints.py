@@ -32,7 +32,7 @@ import orbax.checkpoint as ocp
 
 from cs_jax import files, methods, processes, records, search, training, trees
 from cs_jax.config import Config
-from cs_jax.errors import ConfigError
+from cs_jax.errors import ConfigError, CsJaxWarning
 from cs_jax.methods import REWIND
 from cs_jax.methods.method import first_scores
 from cs_jax.progress import SEARCH, EpochRecord, Observer, Progress, Snapshot
@@ -53,7 +53,7 @@ MAX_WAIT = 0.02
 """Share of its time that training may wait for checkpoints inside a phase."""
 
 
-class DamagedCheckpointWarning(UserWarning):
+class DamagedCheckpointWarning(CsJaxWarning):
     """A checkpoint is not as it was written, and an earlier one is used."""
 
 

@@ -15,25 +15,11 @@ from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
 
-from cs_jax.budget import CollapsedLayerWarning, DensityWarning, UnfinishedSearchWarning
-from cs_jax.checkpoints import DamagedCheckpointWarning
 from cs_jax.config import Config
-from cs_jax.health import StuckDensityWarning
+from cs_jax.errors import CsJaxWarning
 from cs_jax.progress import EpochRecord, Observer, Progress
-from cs_jax.tracking import TrackerWarning
-from cs_jax.wiring import WiringWarning
 
 REFRESH_SECONDS = 0.5
-
-_WARNINGS = (
-    CollapsedLayerWarning,
-    DamagedCheckpointWarning,
-    DensityWarning,
-    StuckDensityWarning,
-    TrackerWarning,
-    UnfinishedSearchWarning,
-    WiringWarning,
-)
 
 _HEADER = "phase     epoch     loss      lr   temp  density  val soft  val hard  seconds"
 
@@ -81,8 +67,7 @@ def warnings_as_lines(console: Console) -> Iterator[None]:
         _shown_by_thread.get(threading.get_ident(), show)(*warning, **options)
 
     with warnings.catch_warnings():  # which is the whole process's
-        for kind in _WARNINGS:
-            warnings.simplefilter("always", kind)
+        warnings.simplefilter("always", CsJaxWarning)
         warnings.filterwarnings("ignore", "Corrupt EXIF data")  # in some photographs, whose pixels are whole
         warnings.showwarning = dispatch
         yield

@@ -1,4 +1,4 @@
-"""What a user gave and cannot be used, told in one line."""
+"""What a user is told in one line: what was given and cannot be used, and what to beware of."""
 
 import contextlib
 import difflib
@@ -9,6 +9,10 @@ from typing import Any
 
 class ConfigError(ValueError):
     """A flag or file cannot be used as it was given; says which, what came and what was wanted, in one line."""
+
+
+class CsJaxWarning(UserWarning):
+    """What every warning of this package is: a run shows each of them, every time."""
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from cs_jax import methods
 from cs_jax.budget import CollapsedLayerWarning, UnfinishedSearchWarning
 from cs_jax.config import Config
+from cs_jax.errors import CsJaxWarning
 from cs_jax.methods.continuous import ContinuousSparsification
 from cs_jax.progress import SEARCH, EpochRecord, Observer, Progress
 
@@ -18,7 +19,7 @@ ACCURACY_GAP = 0.02
 preset, over seeds 0 to 5, and 0.88 or more after round 0 where the final temperature is 50, 20 or 5 in place of 200."""
 
 
-class StuckDensityWarning(UserWarning):
+class StuckDensityWarning(CsJaxWarning):
     """A round ended without a weight, or pruned next to none; `layers` are those without."""
 
     def __init__(self, message: str, layers: tuple[str, ...] = ()) -> None:

@@ -15,12 +15,13 @@ import numpy as np
 
 from cs_jax import sharding, trees
 from cs_jax.config import Config
+from cs_jax.errors import CsJaxWarning
 from cs_jax.progress import EpochRecord, Observer, Progress
 
 HISTOGRAM_BUCKETS = 64
 
 
-class TrackerWarning(UserWarning):
+class TrackerWarning(CsJaxWarning):
     """A tracker failed, and the run goes on without it."""
 
 

@@ -29,8 +29,10 @@ from typing import Any, NewType, Protocol, runtime_checkable
 import jax
 from flax import linen as nn
 
+from cs_jax.errors import CsJaxWarning
 
-class WiringWarning(UserWarning):
+
+class WiringWarning(CsJaxWarning):
     """A trained ticket cannot be made smaller, because its network is not wired as it says."""
 
 

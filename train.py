@@ -21,8 +21,8 @@ if is_loading:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one experiment, or what is left of it, and returns the exit code."""
-    return commands.answer("train.py", commands.train, sys.argv[1:] if arguments is None else arguments)
+    return commands.run_command("train.py", commands.train.train, sys.argv[1:] if arguments is None else arguments)
 
 
 if __name__ == "__main__":
-    commands.leave(main())
+    commands.exit_process(main())

@@ -14,10 +14,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from cs_jax import trees
+from cs_jax.core import trees
 from cs_jax.models import MODELS
-from cs_jax.multiply_adds import multiply_adds
-from cs_jax.shrink import shrink
+from cs_jax.models.multiply_adds import multiply_adds
+from cs_jax.tickets.shrink import shrink
 
 IMAGE_SHAPE = (32, 32, 3)
 

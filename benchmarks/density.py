@@ -17,9 +17,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cs_jax import commands
-from cs_jax.config import PRESETS
-from cs_jax.controls import DENSE
+from cs_jax.experiment.presets import PRESETS
+from cs_jax.experiment.run import run
+from cs_jax.methods.controls import DENSE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ def main(settings: Settings) -> None:
                 PRESETS[settings.preset], seed=seed, target_density=target, controls=() if seed in dense else (DENSE,)
             )
             with tempfile.TemporaryDirectory() as folder:
-                summary = commands.run(dataclasses.replace(config, out=Path(folder)), terminal=Console(quiet=True))
+                summary = run(dataclasses.replace(config, out=Path(folder)), terminal=Console(quiet=True))
             results[target].append(summary["ticket"])
             if summary["dense"]:
                 dense[seed] = summary["dense"]["test_accuracy"]

@@ -22,13 +22,18 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cs_jax import budget, executor, experiment, masks, methods, programs, records, search
-from cs_jax.config import PRESETS, Config
-from cs_jax.methods.method import selection
-from cs_jax.progress import SEARCH, Observer, Ticket
-from cs_jax.search import Problem
-from cs_jax.streaming import Images
-from cs_jax.training import TrainState
+from cs_jax import methods
+from cs_jax.core import masks, target_density
+from cs_jax.data.stream import Images
+from cs_jax.experiment import metrics, search
+from cs_jax.experiment.config import SEARCH, Config
+from cs_jax.experiment.prepare import prepare
+from cs_jax.experiment.presets import PRESETS
+from cs_jax.experiment.progress import Observer
+from cs_jax.methods.base import selection
+from cs_jax.training import compiled, executor
+from cs_jax.training.problem import Problem, Ticket
+from cs_jax.training.step import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    warnings.simplefilter("ignore", budget.CollapsedLayerWarning)
+    warnings.simplefilter("ignore", target_density.CollapsedLayerWarning)
     title = f"digits, seeds {' '.join(map(str, settings.seeds))}, {jax.devices()[0].device_kind}, jax {jax.__version__}"
     table = Table("target", "control", "above 0 at the end", "val before rewind", "test accuracy", title=title)
     for target in settings.targets:
@@ -63,7 +68,7 @@ def main(settings: Settings) -> None:
 def run(target: float, rate: float | None, seed: int) -> tuple[float, float, float]:
     """Share of scores above 0, validation accuracy before the rewind, and test accuracy of the ticket."""
     config = dataclasses.replace(PRESETS["digits"], seed=seed, target_density=target, controls=())
-    problem, data = experiment.prepare(config)
+    problem, data = prepare(config)
     assert problem.validation is not None
     if rate is None:
         last: list[Any] = []
@@ -81,14 +86,14 @@ def run(target: float, rate: float | None, seed: int) -> tuple[float, float, flo
 
 
 def accuracy(config: Config, problem: Problem, state: TrainState, ticket: Ticket, images: Images) -> float:
-    logits = records.logits(config, problem, state, ticket.masks, images, Observer())
+    logits = metrics.logits(config, problem, state, ticket.masks, images, Observer())
     return executor.share_right(logits, images)
 
 
 def search_by_dual_ascent(config: Config, problem: Problem, target: float, rate: float) -> tuple[Ticket, TrainState]:
     state, weight, snapshot = search.init_state(config, problem), 0.0, None
     for round in range(config.rounds):
-        wanted = budget.round_density(target, round, config.rounds)
+        wanted = target_density.round_density(target, round, config.rounds)
         state = state.replace(step=jnp.zeros_like(state.step))
         key = jax.random.fold_in(problem.key, round)
         for epoch in range(config.epochs):
@@ -99,13 +104,15 @@ def search_by_dual_ascent(config: Config, problem: Problem, target: float, rate:
             for start in range(0, len(order), config.batch_size):
                 hyper = hyper._replace(penalty_weight=jnp.asarray(weight, float))
                 indices = order[start : start + config.batch_size]
-                state, _ = programs.compiled_step(problem.recipe, state, problem.train, indices, key, hyper)
+                state, _ = compiled.compiled_step(problem.recipe, state, problem.train, indices, key, hyper)
                 weight += rate * (float(_mean_mask(state.scores, hyper.temperature)) - wanted)
         if round < config.rounds - 1:
-            state = methods.of(config).next_round(config, problem, state, None)
+            state = methods.of(config).begin_round(config, problem, state, None)
     assert snapshot is not None
     chosen = selection(config, state.scores, target)
-    return Ticket(snapshot, budget.ticket_masks(chosen, state.scores, init_value=config.mask_initial_value)), state
+    return Ticket(
+        snapshot, target_density.ticket_masks(chosen, state.scores, init_value=config.mask_initial_value)
+    ), state
 
 
 def _mean(values: tuple[float, ...]) -> str:

@@ -29,14 +29,17 @@ from rich.console import Console
 from rich.table import Table
 from timing import Timed, check_positive, interleave, median_ratio, start
 
-from cs_jax import commands, experiment, flags, run_directory, search
-from cs_jax.config import Config
-from cs_jax.executor import Executor
-from cs_jax.images import ImageSet
+from cs_jax.commands import parser
+from cs_jax.data.images import ImageSet
+from cs_jax.experiment import search
+from cs_jax.experiment.config import SEARCH, Config
+from cs_jax.experiment.prepare import prepare
+from cs_jax.experiment.run import run
+from cs_jax.experiment.storage import paths
 from cs_jax.models import MODELS
-from cs_jax.multiply_adds import multiply_adds
-from cs_jax.progress import SEARCH
-from cs_jax.training import Recipe
+from cs_jax.models.multiply_adds import multiply_adds
+from cs_jax.training.executor import Executor
+from cs_jax.training.step import Recipe
 
 BATCH_SIZE, IMAGE_SIZE = 128, 32
 
@@ -79,7 +82,7 @@ class Steps:
         self._recipe, self._state = network
         self._data, self._steps = data, steps
         self._order = np.arange(steps * BATCH_SIZE) % len(data)
-        self._hyper = search.hyperparams(flags.parse(["cifar10"]), SEARCH, 3)
+        self._hyper = search.hyperparams(parser.parse(["cifar10"]), SEARCH, 3)
 
     def run(self) -> float:
         """Seconds of a step."""
@@ -102,7 +105,7 @@ class Steps:
 def main(settings: Settings) -> None:
     device = jax.devices()[0].device_kind
     CONSOLE.print(f"{device}, {os.cpu_count()} cores, jax {jax.__version__}, {time.strftime('%Y-%m-%d')}")
-    experiment.prepare(whole_run(settings))  # a set that is missing is told at once
+    prepare(whole_run(settings))  # a set that is missing is told at once
     recipe = Recipe(MODELS[settings.model](), augment="flip-crop")
     networks = make_networks(recipe, make_data(BATCH_SIZE, IMAGE_SIZE))
     seconds = print_steps(settings, networks)
@@ -165,9 +168,9 @@ def print_experiment(settings: Settings) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(whole_run(settings), out=Path(folder))
         started = time.perf_counter()
-        summary = commands.run(config)
+        summary = run(config)
         seconds = time.perf_counter() - started
-        lines = (Path(folder) / run_directory.METRICS_FILE).read_text().splitlines()
+        lines = (Path(folder) / paths.METRICS_FILE).read_text().splitlines()
     epochs = [json.loads(line) for line in lines]
     each = statistics.median(epoch["seconds"] for epoch in epochs)
     rate = statistics.median(epoch["images_per_second"] for epoch in epochs)
@@ -180,7 +183,7 @@ def print_experiment(settings: Settings) -> None:
 
 def whole_run(settings: Settings) -> Config:
     small = ["digits", "--epochs", "3", "--rewind-epoch", "1", "--lr-schedule", "--lr-drops"]
-    return flags.parse([*(small if settings.small else ["cifar10"]), "--no-report"])
+    return parser.parse([*(small if settings.small else ["cifar10"]), "--no-report"])
 
 
 if __name__ == "__main__":

@@ -27,14 +27,16 @@ from rich.console import Console
 from rich.table import Table
 from timing import check_positive, interleave, start
 
-from cs_jax import data, masks, training
-from cs_jax.config import Config
-from cs_jax.executor import Executor
-from cs_jax.images import RESIZED_CROP, ImageSet
+from cs_jax.core import masks
+from cs_jax.data.images import RESIZED_CROP, ImageSet
+from cs_jax.data.load import load_data
+from cs_jax.data.stream import ImageStream, default_threads
+from cs_jax.experiment.config import Config
 from cs_jax.models import MODELS
-from cs_jax.programs import compiled_step
-from cs_jax.streaming import ImageStream, default_threads
-from cs_jax.training import Hyperparams, Recipe, TrainState
+from cs_jax.training import step
+from cs_jax.training.compiled import compiled_step
+from cs_jax.training.executor import Executor
+from cs_jax.training.step import Hyperparams, Recipe, TrainState
 
 CLASSES, SHARDS = 1000, 4
 
@@ -121,9 +123,9 @@ class Run:
 
 
 def search_state(recipe: Recipe, images: ImageSet) -> TrainState:
-    variables = training.init_variables(recipe, jax.random.key(0), images.image_shape)
+    variables = step.init_variables(recipe, jax.random.key(0), images.image_shape)
     scores = masks.init_scores(variables["masks"], 0.0)
-    return training.init_state(recipe, variables["params"], variables["batch_stats"], scores=scores, masks={})
+    return step.init_state(recipe, variables["params"], variables["batch_stats"], scores=scores, masks={})
 
 
 def make_stream(settings: Settings, folder: Path) -> ImageStream:
@@ -139,7 +141,7 @@ def make_stream(settings: Settings, folder: Path) -> ImageStream:
         val_set_size=0,
         batch_size=1,
     )
-    stream = data.load(config).train
+    stream = load_data(config).train
     assert isinstance(stream, ImageStream)
     return stream
 

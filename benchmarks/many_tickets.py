@@ -14,14 +14,15 @@ import statistics
 
 import jax
 
-from cs_jax import experiment, flags
-from cs_jax.trial import seconds_at_once, seconds_in_turn
+from cs_jax.commands.parser import parse
+from cs_jax.experiment.prepare import prepare
+from cs_jax.sweep.autotune import seconds_at_once, seconds_in_turn
 
 
 def main(tickets: int, repeats: int, model: str, dataset: str) -> None:
     preset = {"digits": "digits", "fashion_mnist": "fashion-mnist", "cifar10": "cifar10"}[dataset]
-    config = flags.parse([preset, "--model", model])
-    problem, _ = experiment.prepare(config)
+    config = parse([preset, "--model", model])
+    problem, _ = prepare(config)
 
     def both() -> tuple[float, float]:
         return seconds_in_turn(config, problem, tickets), seconds_at_once(config, problem, tickets)

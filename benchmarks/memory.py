@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from timing import Stepper, check_positive, interleave, median_ratio, start
 
-from cs_jax import experiment
-from cs_jax.config import Config
-from cs_jax.images import ImageSet
+from cs_jax.data.images import ImageSet
+from cs_jax.experiment.config import Config
+from cs_jax.experiment.prepare import make_recipe
 
 AS_IT_IS = "as it is"
 FLAGS: dict[str, dict[str, Any]] = {
@@ -73,7 +73,7 @@ def main(settings: Settings) -> None:
 def networks(settings: Settings, data: ImageSet, flag: str) -> dict[str, Network]:
     """The three networks as a flag makes them."""
     config = Config(model=settings.model, batch_size=settings.batch_size, **FLAGS[flag])
-    return make_networks(experiment.make_recipe(config, 10), data, score_dtype=config.score_dtype)
+    return make_networks(make_recipe(config, 10), data, score_dtype=config.score_dtype)
 
 
 def state_table(settings: Settings, made: dict[str, Network]) -> Table:

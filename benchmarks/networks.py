@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 from timing import Stepper
 
-from cs_jax import fold, masks, programs, training
-from cs_jax.images import ImageSet
-from cs_jax.precision import DTYPES
-from cs_jax.training import Hyperparams, Recipe, TrainState
+from cs_jax.core import masks
+from cs_jax.core.arrays import DTYPES
+from cs_jax.data.images import ImageSet
+from cs_jax.tickets import fold
+from cs_jax.training import compiled as compiled_programs
+from cs_jax.training import step
+from cs_jax.training.step import Hyperparams, Recipe, TrainState
 
 Network = tuple[Recipe, TrainState]
 
@@ -28,11 +31,11 @@ def make_networks(recipe: Recipe, data: ImageSet, *, score_dtype: str = "float32
 
     The dense one is made of Flax's own layers, without masks.
     """
-    variables = training.init_variables(recipe, jax.random.key(0), data.images.shape[1:])
+    variables = step.init_variables(recipe, jax.random.key(0), data.images.shape[1:])
 
     def network(recipe: Recipe, scores: Any, fixed: Any) -> Network:
         params, batch_stats = jax.tree.map(jnp.copy, (variables["params"], variables["batch_stats"]))
-        return recipe, training.init_state(recipe, params, batch_stats, scores=scores, masks=fixed)
+        return recipe, step.init_state(recipe, params, batch_stats, scores=scores, masks=fixed)
 
     scores = masks.init_scores(variables["masks"], 0.0, dtype=DTYPES[score_dtype])
     kept = jax.tree.map(lambda mask: 2.0 * jax.random.bernoulli(jax.random.key(2), 0.2, mask.shape), scores)
@@ -47,5 +50,5 @@ def make_step(recipe: Recipe, state: TrainState, data: ImageSet) -> Stepper:
     """The compiled step on all of `data`, from a state that is donated."""
     order, key = jnp.arange(len(data)), jax.random.key(1)
     hyper = Hyperparams(*(jnp.asarray(value, float) for value in (3.0, 0.0, 0.01, 0.01, 1e-8)))
-    compiled = programs.compiled(recipe)[0].lower(recipe, state, data, order, key, hyper).compile()
+    compiled = compiled_programs.compiled(recipe)[0].lower(recipe, state, data, order, key, hyper).compile()
     return Stepper(compiled, state, (data, order, key, hyper))

@@ -20,22 +20,27 @@ from rich.console import Console
 from rich.table import Table
 from timing import median_ratio
 
-from cs_jax import commands, experiment, flags, run_directory
-from cs_jax.checkpoints import Checkpoints
-from cs_jax.config import Config
-from cs_jax.data import Data
-from cs_jax.interrupts import Interrupts
-from cs_jax.progress import Observer
-from cs_jax.run_directory import CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER, RunDirectory
-from cs_jax.search import Problem
-from cs_jax.tracking import TensorBoard, Tracking
+from cs_jax.commands.parser import parse
+from cs_jax.data.load import Data
+from cs_jax.experiment import pipeline
+from cs_jax.experiment.config import Config
+from cs_jax.experiment.observers.interrupts import Interrupts
+from cs_jax.experiment.observers.tracking import TensorBoard, Tracking
+from cs_jax.experiment.prepare import prepare
+from cs_jax.experiment.progress import Observer
+from cs_jax.experiment.run import go_on
+from cs_jax.experiment.storage import run_directory
+from cs_jax.experiment.storage.checkpoints import Checkpoints
+from cs_jax.experiment.storage.paths import CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER
+from cs_jax.experiment.storage.run_directory import RunDirectory
+from cs_jax.training.problem import Problem
 
 BARE, CHECKPOINTS, EVERYTHING = "bare", "checkpoints", "everything"
 
 
 def main(repeats: int, words: list[str]) -> None:
-    settings = flags.parse(words)
-    problem, data = experiment.prepare(settings)
+    settings = parse(words)
+    problem, data = prepare(settings)
     seconds: dict[str, list[float]] = {BARE: [], CHECKPOINTS: [], EVERYTHING: []}
     waiting = []
     for repeat in range(repeats + 1):
@@ -73,16 +78,16 @@ def measure(kind: str, settings: Config, problem: Problem, data: Data) -> tuple[
 
 def run(kind: str, settings: Config, problem: Problem, data: Data, directory: RunDirectory) -> float:
     if kind == BARE:
-        experiment.run(settings, problem, data, directory, Observer())
+        pipeline.run(settings, problem, data, directory, Observer())
     elif kind == CHECKPOINTS:
         with Checkpoints(settings, problem, directory.path / CHECKPOINTS_FOLDER) as checkpoints:
-            experiment.run(settings, problem, data, directory, checkpoints)
+            pipeline.run(settings, problem, data, directory, checkpoints)
         return checkpoints.waited
     else:
         figures = TensorBoard(directory.path / TENSORBOARD_FOLDER)
         with open(os.devnull, "w") as nowhere, Interrupts() as watch, Tracking(settings, [figures]) as tracking:
             terminal = Console(file=nowhere, force_terminal=True)
-            commands.go_on(settings, problem, data, directory, tracking, watch, terminal, new=True)
+            go_on(settings, problem, data, directory, tracking, watch, terminal, new=True)
     return 0.0
 
 

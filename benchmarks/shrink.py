@@ -18,14 +18,14 @@ from flax import linen as nn
 from rich.console import Console
 from rich.table import Table
 
-from cs_jax import data
-from cs_jax.config import Config
-from cs_jax.errors import ConfigError
-from cs_jax.executor import Executor
-from cs_jax.multiply_adds import multiply_adds
-from cs_jax.shrink import shrink
-from cs_jax.streaming import Images
-from cs_jax.ticket import LoadedTicket, load_ticket
+from cs_jax.core.errors import ConfigError
+from cs_jax.data.load import load_test
+from cs_jax.data.stream import Images
+from cs_jax.experiment.config import Config
+from cs_jax.models.multiply_adds import multiply_adds
+from cs_jax.tickets.shrink import shrink
+from cs_jax.tickets.ticket import LoadedTicket, load_ticket
+from cs_jax.training.executor import Executor
 
 COLUMNS = ("test images", "differs by", "in float64", "other predictions", "weights", "multiply-adds")
 
@@ -43,7 +43,7 @@ def row(ticket: LoadedTicket, data_dir: Path | None) -> list[str]:
     """Figures of a ticket, in the order of the columns."""
     assert ticket.model is not None
     about, constants = ticket.metadata, ticket.metadata["normalization"]
-    images, _ = data.load_test(Config(dataset=about["dataset"], data_dir=data_dir), constants["mean"], constants["std"])
+    images, _ = load_test(Config(dataset=about["dataset"], data_dir=data_dir), constants["mean"], constants["std"])
     shape = about["model"]["image_shape"]
     smaller, found = shrink(ticket.model, ticket.variables, shape)
     single = outputs(ticket.model, ticket.variables, images), outputs(smaller, found, images)

@@ -18,7 +18,7 @@ from rich.table import Table
 from timing import Stepper, interleave, median_ratio
 
 from cs_jax.models import MODELS
-from cs_jax.training import Recipe
+from cs_jax.training.step import Recipe
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import jax
 import tyro
 
-from cs_jax.errors import ConfigError
+from cs_jax.core.errors import ConfigError
 
 
 def start(main: Callable[[Any], None], settings: type, about: str | None) -> None:

@@ -5,9 +5,16 @@ temperature into masks; `search` runs the rounds.
 """
 
 from cs_jax import models
-from cs_jax.budget import CollapsedLayerWarning, DensityWarning, UnfinishedSearchWarning
-from cs_jax.groups import NM, Axes, Block, Head
-from cs_jax.layers import (
+from cs_jax.core.describe import describe
+from cs_jax.core.groups import NM, Axes, Block, Head
+from cs_jax.core.masks import density, hard_mask, init_scores, mask_penalty, prune_scores, soft_mask
+from cs_jax.core.rules import Rule, select
+from cs_jax.core.schedules import temperature
+from cs_jax.core.selection import Selection
+from cs_jax.core.target_density import CollapsedLayerWarning, DensityWarning, UnfinishedSearchWarning
+from cs_jax.core.trees import apply_masks
+from cs_jax.core.version import __version__ as __version__
+from cs_jax.layers.masked import (
     Masked,
     MaskedConv,
     MaskedConvLocal,
@@ -19,25 +26,11 @@ from cs_jax.layers import (
     SpectralNorm,
     WeightNorm,
 )
-from cs_jax.masks import (
-    density,
-    hard_mask,
-    init_scores,
-    mask_penalty,
-    prune_scores,
-    soft_mask,
-)
-from cs_jax.optim import continuous_sparsification, masked_params
-from cs_jax.rounds import freeze_ticket, next_round, rewind, ticket_masks
-from cs_jax.rules import Rule, describe, select
-from cs_jax.schedules import temperature
-from cs_jax.selection import Selection
-from cs_jax.sparsify import sparsify
-from cs_jax.state import SparsificationState, current_masks
-from cs_jax.ticket import LoadedTicket, TicketError, load_ticket, save_ticket
-from cs_jax.trees import apply_masks
-
-__version__ = "0.1.0"
+from cs_jax.layers.sparsify import sparsify
+from cs_jax.optim.rounds import freeze_ticket, next_round, rewind, ticket_masks
+from cs_jax.optim.state import SparsificationState, current_masks
+from cs_jax.optim.transformation import continuous_sparsification, masked_params
+from cs_jax.tickets.ticket import LoadedTicket, TicketError, load_ticket, save_ticket
 
 __all__ = [
     "Axes",

@@ -2,15 +2,15 @@
 
 import signal
 
+from cs_jax import commands  # noqa: E402
+
 # As in train.py: Ctrl-C ends the process at once until libraries are loaded.
 is_loading = __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 if is_loading:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from cs_jax import commands  # noqa: E402
-
 if is_loading:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if __name__ == "__main__":
-    commands.leave(commands.main())
+    commands.exit_process(commands.main())

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
 
-from cs_jax import trees
-from cs_jax.rules import Where, select
+from cs_jax.core import trees
+from cs_jax.core.rules import Where, select
 
 M = TypeVar("M", bound=nnx.Module)
 Keys = tuple[Any, ...]

@@ -6,16 +6,18 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cs_jax.images import ImageSet
+from cs_jax.data.images import ImageSet
 from cs_jax.models import LeNet300100
-from cs_jax.search import Problem
-from cs_jax.training import Recipe
+from cs_jax.training import compile_cache
+from cs_jax.training.problem import Problem
+from cs_jax.training.step import Recipe
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it in the background
@@ -23,7 +25,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it in
 jax.config.update("jax_platforms", "cpu")  # the tests count one call a step, and float64 parity
 jax.config.update("jax_num_cpu_devices", 8)  # simulated ones, for the tests of several
 
-# Processes that the tests start keep their programs for each other, and leave the user's alone.
+# Compiled programs are kept from one run of the tests to the next, in a folder for each JAX version and kind of
+# processor. JAX reads its folder from an environment variable, which the processes that tests start inherit.
+KIND = f"jax-{jax.__version__}-{compile_cache.processor()}"
+PROGRAMS = Path(__file__).parents[1] / ".pytest_cache" / "programs" / KIND
+os.environ.setdefault(compile_cache.VARIABLE, str(PROGRAMS))
+jax.config.update("jax_compilation_cache_dir", os.environ[compile_cache.VARIABLE])
+for name in ("jax_persistent_cache_min_compile_time_secs", "jax_persistent_cache_min_entry_size_bytes"):
+    os.environ[name.upper()] = "0"
+    jax.config.update(name, 0)
+
+# Nothing is read from the user's own cache, or written there.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 

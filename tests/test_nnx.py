@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 
 import cs_jax
-from cs_jax import trees
+from cs_jax.core import trees
 from cs_jax.nnx import Mask, sparsify
 
 X = jax.random.normal(jax.random.key(1), (5, 4))

@@ -2,19 +2,19 @@
 
 from typing import TYPE_CHECKING
 
+from cs_jax.methods.base import FINETUNE, LR_REWIND, NONE, RETRAININGS, REWIND, Method
 from cs_jax.methods.continuous import ContinuousSparsification
 from cs_jax.methods.dense import Dense
 from cs_jax.methods.gradual_magnitude import GradualMagnitudePruning
 from cs_jax.methods.iterative_magnitude import ContinuedMagnitudePruning, IterativeMagnitudePruning
 from cs_jax.methods.magnitude import OneShotMagnitudePruning
-from cs_jax.methods.method import AFTERS, FINETUNE, LR_REWIND, NONE, REWIND, Method
 from cs_jax.methods.random import RandomPruning
 from cs_jax.methods.snip import Snip
 from cs_jax.methods.stochastic import IterativeStochasticSparsification
 from cs_jax.methods.supermask import StochasticSupermask, Supermask
 
 if TYPE_CHECKING:
-    from cs_jax.config import Config
+    from cs_jax.experiment.config import Config
 
 METHODS: dict[str, Method] = {
     "cs": ContinuousSparsification(),
@@ -37,4 +37,4 @@ def of(config: "Config") -> Method:
     return METHODS[config.method]
 
 
-__all__ = ["AFTERS", "FINETUNE", "LR_REWIND", "METHODS", "NONE", "REWIND", "Method", "of"]
+__all__ = ["RETRAININGS", "FINETUNE", "LR_REWIND", "METHODS", "NONE", "REWIND", "Method", "of"]

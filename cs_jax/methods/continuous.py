@@ -1,19 +1,18 @@
 """Continuous Sparsification."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
-from cs_jax import budget, masks, schedules
-from cs_jax.methods.method import Method, first_scores, hold, round_density, selection, ticket_of
-from cs_jax.progress import Snapshot
-from cs_jax.training import Hyperparams, TrainState, spread
+from cs_jax.core import masks, schedules, target_density
+from cs_jax.methods.base import Method, first_scores, round_density, selection, ticket_of, track_target
+from cs_jax.training.problem import Snapshot
+from cs_jax.training.step import Hyperparams, TrainState, expand
 
 if TYPE_CHECKING:
-    from cs_jax.config import Config
-    from cs_jax.search import Problem
-
-PyTree = Any
+    from cs_jax.experiment.config import Config
+    from cs_jax.training.problem import Problem
 
 
 class ContinuousSparsification(Method):
@@ -42,9 +41,9 @@ class ContinuousSparsification(Method):
         return first_scores(config, variables["masks"], problem.recipe.channels), {}
 
     def end_epoch(self, config: "Config", state: TrainState, round: int, epoch: int) -> TrainState:
-        return state.replace(scores=hold(config, state, round))
+        return state.replace(scores=track_target(config, state, round))
 
-    def next_round(
+    def begin_round(
         self, config: "Config", problem: "Problem", state: TrainState, snapshot: Snapshot | None
     ) -> TrainState:
         """Scores reset, all else as it is.
@@ -58,10 +57,10 @@ class ContinuousSparsification(Method):
 
     def soft_masks(self, state: TrainState, hyper: Hyperparams) -> PyTree | None:
         soft = masks.soft_mask(state.wide_scores, hyper.temperature, init_value=hyper.init_value)
-        return spread(state.channels, soft)
+        return expand(state.channels, soft)
 
     def hard_masks(self, state: TrainState, hyper: Hyperparams) -> PyTree:
-        return spread(state.channels, masks.hard_mask(state.wide_scores, init_value=hyper.init_value))
+        return expand(state.channels, masks.hard_mask(state.wide_scores, init_value=hyper.init_value))
 
     def ticket_masks(self, config: "Config", state: TrainState) -> PyTree:
         """Hard masks of the target density, or of the scores above 0.
@@ -71,7 +70,9 @@ class ContinuousSparsification(Method):
             UnfinishedSearchWarning: a target density cuts through masks that are still soft.
         """
         if config.target is not None:
-            budget.warn_if_soft(selection(config, state.scores, None, state.channels), state.scores, config.final_temp)
+            target_density.warn_if_soft(
+                selection(config, state.scores, None, state.channels), state.scores, config.final_temp
+            )
         scores, init_value = state.wide_scores, config.mask_initial_value
         return ticket_of(config, scores, config.target, state.channels, init_value=init_value)
 

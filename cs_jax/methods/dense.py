@@ -1,6 +1,6 @@
 """No pruning."""
 
-from cs_jax.methods.method import AtInitialization
+from cs_jax.methods.base import AtInitialization
 
 
 class Dense(AtInitialization):

@@ -3,12 +3,12 @@
 import math
 from typing import TYPE_CHECKING
 
+from cs_jax.methods.base import Method, keep_highest
 from cs_jax.methods.magnitude import magnitudes
-from cs_jax.methods.method import Method, keep_highest
-from cs_jax.training import TrainState
+from cs_jax.training.step import TrainState
 
 if TYPE_CHECKING:
-    from cs_jax.config import Config
+    from cs_jax.experiment.config import Config
 
 PRUNING_SHARE = 0.75
 """Of the search's epochs, after which the target is reached; the rest lets the network recover."""

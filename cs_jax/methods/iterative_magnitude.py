@@ -1,18 +1,16 @@
 """Iterative magnitude pruning, with and without rewinding between rounds."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cs_jax import training
+from cs_jax.methods.base import Method, keep_highest, round_density
 from cs_jax.methods.magnitude import magnitudes
-from cs_jax.methods.method import Method, keep_highest, round_density
-from cs_jax.progress import Snapshot
-from cs_jax.training import TrainState
+from cs_jax.training import step
+from cs_jax.training.problem import Snapshot
+from cs_jax.training.step import TrainState
 
 if TYPE_CHECKING:
-    from cs_jax.config import Config
-    from cs_jax.search import Problem
-
-PyTree = Any
+    from cs_jax.experiment.config import Config
+    from cs_jax.training.problem import Problem
 
 DEFAULT_RATE = 0.2
 """Of the paper, for fully connected and residual networks."""
@@ -47,12 +45,12 @@ class IterativeMagnitudePruning(Method):
         assert density is not None
         return state.replace(masks=keep_highest(config, magnitudes(state), density, state.channels))
 
-    def next_round(
+    def begin_round(
         self, config: "Config", problem: "Problem", state: TrainState, snapshot: Snapshot | None
     ) -> TrainState:
         assert snapshot is not None
         early = problem.executor.copy(snapshot)  # the state is donated, and the snapshot is wanted again
-        return training.init_state(problem.recipe, *early, scores={}, masks=state.masks)
+        return step.init_state(problem.recipe, *early, scores={}, masks=state.masks)
 
 
 class ContinuedMagnitudePruning(IterativeMagnitudePruning):
@@ -62,7 +60,7 @@ class ContinuedMagnitudePruning(IterativeMagnitudePruning):
         Savarese, Silva and Maire, NeurIPS 2020, arXiv:1912.04427, section 5, where it is IMP-C.
     """
 
-    def next_round(
+    def begin_round(
         self, config: "Config", problem: "Problem", state: TrainState, snapshot: Snapshot | None
     ) -> TrainState:
         return state

@@ -1,18 +1,17 @@
 """Magnitude pruning in one shot, and what all pruning by magnitude ranks."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
-from cs_jax import trees
-from cs_jax.methods.method import Method, keep_highest
-from cs_jax.training import TrainState
+from cs_jax.core import trees
+from cs_jax.methods.base import Method, keep_highest
+from cs_jax.training.step import TrainState
 
 if TYPE_CHECKING:
-    from cs_jax.config import Config
-
-PyTree = Any
+    from cs_jax.experiment.config import Config
 
 
 class OneShotMagnitudePruning(Method):

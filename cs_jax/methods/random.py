@@ -1,17 +1,16 @@
 """Random masks."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
+from jaxtyping import PyTree
 
-from cs_jax import trees
-from cs_jax.methods.method import AtInitialization, keep_highest
+from cs_jax.core import trees
+from cs_jax.methods.base import AtInitialization, keep_highest
 
 if TYPE_CHECKING:
-    from cs_jax.config import Config
-    from cs_jax.search import Problem
-
-PyTree = Any
+    from cs_jax.experiment.config import Config
+    from cs_jax.training.problem import Problem
 
 
 class RandomPruning(AtInitialization):

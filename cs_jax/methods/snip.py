@@ -1,23 +1,22 @@
 """SNIP: connection sensitivity at initialisation."""
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
-from cs_jax import training
-from cs_jax.accumulation import mean_over_parts
-from cs_jax.images import ImageSet, normalize
-from cs_jax.methods.method import AtInitialization, keep_highest
-from cs_jax.training import Recipe
+from cs_jax.data.images import ImageSet, normalize
+from cs_jax.methods.base import AtInitialization, keep_highest
+from cs_jax.training import step
+from cs_jax.training.accumulation import mean_over_parts
+from cs_jax.training.step import Recipe
 
 if TYPE_CHECKING:
-    from cs_jax.config import Config
-    from cs_jax.search import Problem
-
-PyTree = Any
+    from cs_jax.experiment.config import Config
+    from cs_jax.training.problem import Problem
 
 MAX_BATCHES = 10
 """Batches whose gradients are added up: one, as in the paper, ranks many weights by chance."""
@@ -55,7 +54,7 @@ def _mask_gradient(recipe: Recipe, variables: dict[str, PyTree], data: ImageSet,
 
     def loss(masks: PyTree, images: jax.Array, labels: jax.Array) -> jax.Array:
         inputs = normalize(images, data.mean, data.std)
-        cross_entropy, _ = training.cross_entropy(recipe, {**variables, "masks": masks}, inputs, labels)
+        cross_entropy, _ = step.cross_entropy(recipe, {**variables, "masks": masks}, inputs, labels)
         return cross_entropy
 
     def compute(carry: None, images: jax.Array, labels: jax.Array) -> tuple[None, PyTree]:

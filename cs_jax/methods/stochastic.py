@@ -1,23 +1,22 @@
 """Iterative Stochastic Sparsification."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jaxtyping import PyTree
 
-from cs_jax import budget, trees
-from cs_jax.methods.method import Method, first_scores, keep_highest, round_density
-from cs_jax.progress import Snapshot
-from cs_jax.training import Hyperparams, Recipe, TrainState
+from cs_jax.core import target_density, trees
+from cs_jax.methods.base import Method, first_scores, keep_highest, round_density
+from cs_jax.training.problem import Snapshot
+from cs_jax.training.step import Hyperparams, Recipe, TrainState
 
 if TYPE_CHECKING:
-    from cs_jax.config import Config
-    from cs_jax.search import Problem
-
-PyTree = Any
+    from cs_jax.experiment.config import Config
+    from cs_jax.training.problem import Problem
 
 PRUNED = -1e4
 """Score of a weight that is gone: its probability and the gradient of that are 0 in every float type."""
@@ -69,7 +68,7 @@ class IterativeStochasticSparsification(Method):
         trace = jax.tree.map(lambda value, keep: jnp.where(keep, value, 0), momentum.trace, left)
         return state.replace(scores=scores, score_momentum=momentum._replace(trace=trace))
 
-    def next_round(
+    def begin_round(
         self, config: "Config", problem: "Problem", state: TrainState, snapshot: Snapshot | None
     ) -> TrainState:
         scores = jax.tree.map(
@@ -94,7 +93,7 @@ class IterativeStochasticSparsification(Method):
         """
         ticket = _left(state.scores)
         if config.target_density is None:
-            budget.warn_if_empty(ticket)
+            target_density.warn_if_empty(ticket)
         return ticket
 
 

@@ -2,10 +2,10 @@
 
 import dataclasses
 
+from cs_jax.methods.base import NONE
 from cs_jax.methods.continuous import ContinuousSparsification
-from cs_jax.methods.method import NONE
 from cs_jax.methods.stochastic import IterativeStochasticSparsification
-from cs_jax.training import Recipe
+from cs_jax.training.step import Recipe
 
 
 class Supermask(ContinuousSparsification):
@@ -18,7 +18,7 @@ class Supermask(ContinuousSparsification):
         arXiv:1905.01067; Savarese, Silva and Maire, NeurIPS 2020, arXiv:1912.04427, section 5, for their comparison.
     """
 
-    afters = (NONE,)
+    retrainings = (NONE,)
     why_these = "whose weights are frozen"
     takes_channels = False
 
@@ -33,7 +33,7 @@ class StochasticSupermask(IterativeStochasticSparsification):
         Zhou, Lan, Liu and Yosinski, NeurIPS 2019, arXiv:1905.01067, section 5, where masks are drawn as here.
     """
 
-    afters = (NONE,)
+    retrainings = (NONE,)
     why_these = "whose weights are frozen"
 
     def recipe(self, recipe: Recipe) -> Recipe:

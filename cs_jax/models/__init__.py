@@ -6,7 +6,8 @@ from collections.abc import Callable
 from flax import linen as nn
 from flax.core import FrozenDict
 
-from cs_jax.models.batch_norm import BatchNorm
+from cs_jax.core.arrays import DTYPES
+from cs_jax.layers.batch_norm import BatchNorm
 from cs_jax.models.conv import Conv2, Conv4, Conv6, ConvNet
 from cs_jax.models.features import NONE, Features
 from cs_jax.models.lenet import LeNet300100
@@ -24,7 +25,6 @@ from cs_jax.models.resnet import (
 )
 from cs_jax.models.vgg import VGG, VGG16
 from cs_jax.models.vit import TransformerBlock, VisionTransformer, ViTTiny
-from cs_jax.precision import DTYPES
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet20": ResNet20,

@@ -10,11 +10,11 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
-from cs_jax.layers import MaskedConv, MaskedDense
+from cs_jax.core.arrays import of_logits
+from cs_jax.layers.masked import MaskedConv, MaskedDense
 from cs_jax.models.features import NONE, Features
 from cs_jax.models.lenet import xavier_normal
-from cs_jax.precision import of_logits
-from cs_jax.wiring import Signal, Wiring
+from cs_jax.models.wiring import Signal, Wiring
 
 
 class ConvNet(nn.Module):

@@ -6,10 +6,10 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
-from cs_jax.layers import MaskedDense
+from cs_jax.core.arrays import of_logits
+from cs_jax.layers.masked import MaskedDense
 from cs_jax.models.features import NONE, Features
-from cs_jax.precision import of_logits
-from cs_jax.wiring import Signal, Wiring
+from cs_jax.models.wiring import Signal, Wiring
 
 xavier_normal = nn.initializers.xavier_normal()
 

@@ -11,12 +11,12 @@ from flax.core import FrozenDict
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from cs_jax import convolution
-from cs_jax.layers import MaskedConv
-from cs_jax.models.batch_norm import BatchNorm
+from cs_jax.core.arrays import of_logits
+from cs_jax.layers import convolution
+from cs_jax.layers.batch_norm import BatchNorm
+from cs_jax.layers.masked import MaskedConv
 from cs_jax.models.features import NONE, Features, within
-from cs_jax.precision import of_logits
-from cs_jax.wiring import Signal, Wiring
+from cs_jax.models.wiring import Signal, Wiring
 
 # As PyTorch draws them: not truncated.
 xavier_normal = nn.initializers.variance_scaling(1.0, "fan_avg", "normal")

@@ -10,13 +10,13 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
-from cs_jax.layers import MaskedConv
-from cs_jax.models.batch_norm import BatchNorm
+from cs_jax.core.arrays import of_logits
+from cs_jax.layers.batch_norm import BatchNorm
+from cs_jax.layers.masked import MaskedConv
 from cs_jax.models.conv import check_pools
 from cs_jax.models.features import NONE, Features
 from cs_jax.models.resnet import he_normal_fan_out
-from cs_jax.precision import of_logits
-from cs_jax.wiring import Signal, Wiring
+from cs_jax.models.wiring import Signal, Wiring
 
 
 class VGG(nn.Module):

@@ -9,10 +9,10 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
-from cs_jax.layers import MaskedDenseGeneral
+from cs_jax.core.arrays import of_logits
+from cs_jax.layers.masked import MaskedDenseGeneral
 from cs_jax.models.features import NONE, Features, within
-from cs_jax.precision import of_logits
-from cs_jax.wiring import Signal, Wiring
+from cs_jax.models.wiring import Signal, Wiring
 
 # DeiT truncates at 100 deviations, which is not at all.
 narrow_normal = nn.initializers.normal(0.02)

@@ -5,14 +5,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from cs_jax import files, pareto
-from cs_jax.errors import ConfigError
-from cs_jax.pareto import Cell, Result
-from cs_jax.report import comparison, front, plots, single
+from cs_jax.core import files
+from cs_jax.core.errors import ConfigError
+from cs_jax.experiment.storage.run_directory import CONFIG_FILE
+from cs_jax.report import comparison_page, plots, run_page, sweep_page
 from cs_jax.report.pages import write
-from cs_jax.report.recorded import read
-from cs_jax.run_directory import CONFIG_FILE
+from cs_jax.report.read_run import read
+from cs_jax.sweep import statistics
 from cs_jax.sweep.results import SweptTicket
+from cs_jax.sweep.statistics import Cell, Result
 
 TABLE_FILE = "pareto.md"
 FIGURES_FILE = "pareto.json"
@@ -35,7 +36,7 @@ def write_report(run: Path) -> list[Path]:
         ConfigError: no run, a damaged file, or a folder that cannot be written; nothing is written then.
     """
     with plots.style():
-        page = single.page(read(run))
+        page = run_page.page(read(run))
     return write(run, page)
 
 
@@ -60,7 +61,7 @@ def write_comparison(runs: Sequence[Path], out: Path) -> list[Path]:
     if os.path.exists(out / CONFIG_FILE):
         raise ConfigError(f"--out: got {out}, which is a run, wanted another folder")
     with plots.style():
-        page = comparison.compare([read(run) for run in runs])
+        page = comparison_page.compare([read(run) for run in runs])
     return write(out, page)
 
 
@@ -86,13 +87,13 @@ def write_pareto(
     Raises:
         ConfigError: the folder cannot be written.
     """
-    cells = pareto.summarize(results, reference=reference)
+    cells = statistics.summarize(results, reference=reference)
     with plots.style():
-        page = front.page(f"Sweep {name}", cells, results, missing, f"{len(results)} networks", tickets, reference)
+        page = sweep_page.page(f"Sweep {name}", cells, results, missing, f"{len(results)} networks", tickets, reference)
     written = write(out, page)
     contents = {
-        out / TABLE_FILE: pareto.to_markdown(cells).encode(),
-        out / FIGURES_FILE: (json.dumps(pareto.to_json(cells), indent=2) + "\n").encode(),
+        out / TABLE_FILE: statistics.to_markdown(cells).encode(),
+        out / FIGURES_FILE: (json.dumps(statistics.to_json(cells), indent=2) + "\n").encode(),
     }
     files.write_all(contents)
     return [*written, *contents], cells

@@ -11,14 +11,12 @@ from typing import Any, NamedTuple
 import jinja2
 from matplotlib.figure import Figure
 
-import cs_jax
-from cs_jax import files
-from cs_jax.errors import ConfigError
+from cs_jax.core import files
+from cs_jax.core.errors import ConfigError
+from cs_jax.core.version import __version__
+from cs_jax.experiment.storage.paths import REPORT_FILE
 from cs_jax.report import plots
 from cs_jax.report.plots import Line
-from cs_jax.run_directory import (
-    REPORT_FILE,
-)
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ def _html(page: Page) -> bytes:
     )
     environment.filters["base64"] = lambda content: base64.b64encode(content).decode()
     template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
-    return template.render(page=page, version=cs_jax.__version__).encode("utf-8", "replace")
+    return template.render(page=page, version=__version__).encode("utf-8", "replace")
 
 
 def plot(name: str, title: str, remark: str, alt: str, figure: Figure) -> Plot:
@@ -139,7 +137,7 @@ def numbers(epochs: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     return [math.nan if epoch[key] is None else float(epoch[key]) for epoch in epochs]
 
 
-def told(lines: Sequence[Line], *, percents: bool) -> str:
+def describe_lines(lines: Sequence[Line], *, percents: bool) -> str:
     """Lines in words: where each starts and ends."""
     show = percent if percents else "{:.4g}".format
     parts = []

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cs_jax import trees
-from cs_jax.controls import DENSE
-from cs_jax.errors import ConfigError
-from cs_jax.pareto import Result
-from cs_jax.run_directory import SUMMARY_FILE, TICKET_FILE
+from cs_jax.core import trees
+from cs_jax.core.errors import ConfigError
+from cs_jax.experiment.storage.paths import SUMMARY_FILE, TICKET_FILE
+from cs_jax.methods.controls import DENSE
 from cs_jax.sweep import scheduler
 from cs_jax.sweep.spec import Planned, Spec
-from cs_jax.ticket import load_ticket
+from cs_jax.sweep.statistics import Result
+from cs_jax.tickets.ticket import load_ticket
 
 
 class SweptTicket(NamedTuple):
@@ -37,7 +37,7 @@ def read_results(spec: Spec, directory: Path) -> tuple[list[Result], list[str]]:
     Raises:
         ConfigError: the directory holds another sweep, or a run's result is damaged.
     """
-    scheduler.check_same(directory, spec)
+    scheduler.check_same_spec(directory, spec)
     failures = scheduler.read_failures(directory)
     results: list[Result] = []
     missing: list[str] = []

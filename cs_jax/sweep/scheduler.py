@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cs_jax import files, run_directory, stored_config
-from cs_jax.errors import ConfigError
-from cs_jax.lock import Lock
+from cs_jax.core import files
+from cs_jax.core.errors import ConfigError
+from cs_jax.core.lock import Lock
+from cs_jax.experiment.storage import config_file, paths, run_directory
 from cs_jax.sweep.spec import Planned, Spec, make_spec
 
 SPEC_FILE = "sweep.json"
@@ -72,7 +73,7 @@ def is_done(directory: Path, run: Planned) -> bool:
     return run_directory.read_summary(folder_of(directory, run)) is not None
 
 
-def check_same(directory: Path, spec: Spec) -> None:
+def check_same_spec(directory: Path, spec: Spec) -> None:
     """Refuses a directory that holds another sweep. One that holds a part of this sweep may be gone on with.
 
     Runs that have failed, or not begun, may have other settings now, or be gone from the spec.
@@ -107,8 +108,8 @@ def _changed_runs(directory: Path, spec: Spec) -> Iterator[tuple[Planned, str]]:
         if run.name not in planned:
             yield run, "is not in this one"
             continue
-        before, now = (stored_config.to_json(config) for config in (run.config, planned[run.name]))
-        differences = stored_config.differences(before, now)
+        before, now = (config_file.to_json(config) for config in (run.config, planned[run.name]))
+        differences = config_file.differences(before, now)
         if differences:
             yield run, f"has {differences}"
 
@@ -152,13 +153,13 @@ def run_sweep(
         OSError: it cannot be written.
         Whatever a signal raises: runs under way are saved before.
     """
-    check_same(directory, spec)
+    check_same_spec(directory, spec)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out: got {directory}, which cannot be made: {error.strerror}") from error
     with Lock(directory / LOCK_FILE):
-        check_same(directory, spec)  # again: another process may have begun one meanwhile
+        check_same_spec(directory, spec)  # again: another process may have begun one meanwhile
         for run, _ in _changed_runs(directory, spec):  # that have failed as they were
             shutil.rmtree(folder_of(directory, run), ignore_errors=True)
             _note_failure(directory, run, "")
@@ -183,7 +184,7 @@ def run_sweep(
 
 def _forget_checkpoints(directory: Path, run: Planned) -> None:
     """Of a run that is done: nothing is left to go on from."""
-    shutil.rmtree(folder_of(directory, run) / run_directory.CHECKPOINTS_FOLDER, ignore_errors=True)
+    shutil.rmtree(folder_of(directory, run) / paths.CHECKPOINTS_FOLDER, ignore_errors=True)
 
 
 class _Pool:
@@ -260,8 +261,8 @@ class _Pool:
         idle = sum(not key.data.runs for key in self._selector.get_map().values())
         most = self._tickets or (MOST if worker.place.accelerator else 1)
         most = min(most, -(-(len(self._waiting) + 1) // idle))
-        program = stored_config.of_program(first.config)
-        alike = [run for run in self._waiting if stored_config.of_program(run.config) == program][: most - 1]
+        program = config_file.of_program(first.config)
+        alike = [run for run in self._waiting if config_file.of_program(run.config) == program][: most - 1]
         for run in alike:
             self._waiting.remove(run)
         return [first, *alike]
@@ -298,7 +299,7 @@ class _Worker:
         self.may_give_back = False  # it has runs of which it has not said how many it takes at once
         self.has_answered = False
         self.log = directory / LOGS_FOLDER / f"worker{number}.txt"
-        words = [sys.executable, "-m", "cs_jax.sweep.worker"]
+        words = [sys.executable, "-m", "cs_jax.commands.worker"]
         with open(self.log, "ab") as log:
             self._process = subprocess.Popen(
                 words,
@@ -323,7 +324,7 @@ class _Worker:
             self._process.stdin.flush()
 
     def _described(self, run: Planned) -> dict[str, Any]:
-        settings = {**stored_config.to_json(run.config), "out": str(folder_of(self._directory, run))}
+        settings = {**config_file.to_json(run.config), "out": str(folder_of(self._directory, run))}
         return {"name": run.name, "config": settings, "log": str(self._directory / LOGS_FOLDER / f"{run.name}.txt")}
 
     def read(self, hear: Callable[["_Worker", dict[str, Any]], None]) -> bool:

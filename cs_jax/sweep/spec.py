@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cs_jax import stored_config
-from cs_jax.config import DEFAULT_PRESET, PRESETS, Config
-from cs_jax.errors import ConfigError, one_of
+from cs_jax.core.errors import ConfigError, one_of
+from cs_jax.experiment.config import Config
+from cs_jax.experiment.presets import DEFAULT_PRESET, PRESETS
+from cs_jax.experiment.storage import config_file
 from cs_jax.methods import METHODS
 
 LISTS: dict[str, tuple[type, ...]] = {
@@ -149,13 +150,13 @@ def _runs(content: Mapping[str, Any], preset: str, variant: str) -> Iterator[Pla
         raise ConfigError(f"methods: got {method!r}, {wanted}")
     settings = {**content.get("settings", {}), **own}
     taken = OF_THE_GRID | {DIALS[axis]: f"{axis} alone, which are there" for axis in DIALS if axis in content}
-    known = [name for name in stored_config.to_json(Config()) if name not in taken]
+    known = [name for name in config_file.to_json(Config()) if name not in taken]
     for table, given in (("settings", content.get("settings", {})), (f"method.{variant}", own)):
         for key in filter(taken.__contains__, given):
             raise ConfigError(f"{table}: got {key}, which is not for a table, wanted {taken[key]}")
         _check_keys(table, given, known)
     base = {
-        **stored_config.to_json(PRESETS[preset]),
+        **config_file.to_json(PRESETS[preset]),
         "controls": [],
         "report": False,
         "keep": 1,
@@ -168,7 +169,7 @@ def _runs(content: Mapping[str, Any], preset: str, variant: str) -> Iterator[Pla
         middle = "" if value is None else f"-{shown}{value:g}"
         name = f"{variant}{middle}-seed{seed}"
         try:
-            config = stored_config.from_json({**base, **given, "seed": seed}, "settings")
+            config = config_file.from_json({**base, **given, "seed": seed}, "settings")
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
         yield Planned(name, variant, given.get("mask_initial_value"), config)

@@ -1,0 +1,1 @@
+"""Masks, schedules, groups, rules and target density; arrays, trees, files and errors."""

@@ -1,0 +1,65 @@
+"""A table of which weights a rule masks."""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import PyTree
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cs_jax.core import trees
+from cs_jax.core.default_rules import is_float
+from cs_jax.core.groups import Grouping
+from cs_jax.core.rules import Where, select
+
+
+def describe(
+    params: PyTree, where: Where = None, *, target_density: float | None = None, allow_empty_layers: bool = False
+) -> None:
+    """Prints what rules do to a model: every float array, whether it is masked, its entries and share of all weights.
+
+    "no" stands for arrays of two or more axes that are left alone, "-" for others.
+
+    Args:
+        params: weights, as for `select`.
+        where: rules, as for `select`.
+        target_density: as for `select`.
+        allow_empty_layers: as for `select`.
+
+    Raises:
+        TypeError, ValueError: as `select`.
+    """
+    leaves = {path: leaf for path, leaf in trees.leaves_by_path(params).items() if is_float(leaf)}
+    selection = select(params, where, target_density=target_density, allow_empty_layers=allow_empty_layers)
+    masked = {leaf.path: leaf for leaf in selection.masked}
+    sizes = {path: math.prod(jnp.shape(leaf)) for path, leaf in leaves.items()}
+    total = sum(sizes.values())
+    table = Table("path", "shape", "masked", "scores", "entries", "share", box=box.SIMPLE)
+    table.columns[0].overflow = "fold"
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for path, size in sizes.items():
+        shape = "×".join(map(str, jnp.shape(leaves[path]))) or "scalar"
+        scores = f"{math.prod(masked[path].score_shape):,}" if path in masked else ""
+        kind = _kind(masked[path]) if path in masked else "no" if jnp.ndim(leaves[path]) >= 2 else "-"
+        table.add_row(escape(trees.name(path)), shape, kind, scores, f"{size:,}", f"{size / total:.1%}")
+    console = Console()
+    console.print(table, soft_wrap=True)
+    console.print(
+        f"{selection.size:,} of {total:,} weights masked ({selection.size / total:.1%}), in {len(masked)} arrays",
+        highlight=False,
+    )
+    for budget in selection.budgets:
+        names = f"all {len(masked)}" if len(budget.members) == len(masked) else f"{len(budget.members)}"
+        console.print(
+            f"{budget.keep:,} of {budget.size:,} weights to keep in {names} arrays (density {budget.density:.4g})",
+            highlight=False,
+        )
+
+
+def _kind(leaf: Grouping) -> str:
+    if leaf.pattern is not None:
+        return f"{leaf.pattern.n}:{leaf.pattern.m}"
+    return "yes" if leaf.group_size == 1 else "by " + "×".join(map(str, leaf.block))

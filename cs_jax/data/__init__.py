@@ -1,0 +1,1 @@
+"""Data sets as images on the device, or as a stream."""

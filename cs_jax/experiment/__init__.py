@@ -1,0 +1,1 @@
+"""Config, search, metrics, and one run."""

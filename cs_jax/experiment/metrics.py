@@ -1,0 +1,137 @@
+"""What is reported of an epoch: losses, accuracies, and how its masks are made up."""
+
+import functools
+import time
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import PyTree
+
+from cs_jax import methods
+from cs_jax.core import trees
+from cs_jax.core.arrays import on_host
+from cs_jax.data.stream import Images
+from cs_jax.experiment.config import SEARCH, Config
+from cs_jax.experiment.progress import EpochRecord, Observer, Progress
+from cs_jax.methods import Method
+from cs_jax.training import step
+from cs_jax.training.executor import share_right
+from cs_jax.training.step import Hyperparams, StepMetrics, TrainState
+
+if TYPE_CHECKING:
+    from cs_jax.training.problem import Problem
+
+
+def of_epoch(
+    config: Config,
+    problem: "Problem",
+    progress: Progress,
+    state: TrainState,
+    hyper: Hyperparams,
+    started: float,
+    observer: Observer,
+) -> tuple[EpochRecord, PyTree]:
+    """What is reported of an epoch, and which entries its masks keep, as bits on the device, for the next one.
+
+    Args:
+        config: method and batch size.
+        problem: model and data.
+        progress: the epoch's steps.
+        state: at its end.
+        hyper: its hyperparameters.
+        started: time at which its steps were done, by `time.perf_counter`.
+        observer: told of every batch that is evaluated.
+    """
+    metrics = step_figures(progress)
+    sizes = np.full(metrics.loss.shape, config.batch_size)
+    sizes[-1] = len(problem.train) - sizes[:-1].sum()
+    searching = progress.phase == SEARCH
+    soft_masks, hard_masks = _search_masks(methods.of(config), state, hyper) if searching else (None, state.masks)
+    counts, kept, flips = _mask_figures(hard_masks, progress.kept if searching else None)
+    layer_density = _layer_density(hard_masks, counts)
+    size = sum(mask.size for mask in jax.tree.leaves(hard_masks))
+    density = sum(int(rows.sum()) for rows in jax.tree.leaves(counts)) / size
+    has_hard = soft_masks is None or density > 0  # those that are learned may be empty for a while
+    soft, hard = _evaluate(config, problem, state, soft_masks, hard_masks if has_hard else None, observer)
+    record = EpochRecord(
+        phase=progress.phase,
+        round=progress.round,
+        epoch=progress.epoch,
+        temperature=float(hyper.temperature) if searching and methods.of(config).anneals else None,
+        learning_rate=float(hyper.learning_rate),
+        loss=float(np.average(metrics.loss, weights=sizes)),
+        penalty=float(np.average(metrics.penalty, weights=sizes)),
+        density=density,
+        layer_density=layer_density,
+        flip_rate=None if flips is None else sum(map(int, jax.tree.leaves(flips))) / size,
+        soft_accuracy=soft,
+        hard_accuracy=hard,
+        images_per_second=len(problem.train) / progress.seconds,
+        seconds=progress.seconds + time.perf_counter() - started,
+    )
+    return record, kept if searching else None
+
+
+def step_figures(progress: Progress) -> StepMetrics:
+    """Figures of the epoch's steps so far, on the host; waits until they have been computed."""
+    figures = jax.device_get(progress.figures)
+    return jax.tree.map(lambda *calls: np.concatenate([np.atleast_1d(call) for call in calls]), *figures)
+
+
+def _evaluate(
+    config: Config, problem: "Problem", state: TrainState, soft_masks: PyTree, hard_masks: PyTree, observer: Observer
+) -> tuple[float | None, float | None]:
+    """Validation accuracy with soft masks and with hard ones; None where there are none."""
+    images = problem.validation
+    if images is None:
+        return None, None
+
+    def measure(some_masks: PyTree) -> float | None:
+        if some_masks is None:
+            return None
+        return share_right(logits(config, problem, state, some_masks, images, observer), images)
+
+    return measure(soft_masks), measure(hard_masks)
+
+
+def logits(
+    config: Config, problem: "Problem", state: TrainState, some_masks: PyTree, images: Images, observer: Observer
+) -> jax.Array:
+    """What the state's weights make of `images` under `some_masks`: (examples, classes)."""
+    variables = step.network(state.channels, state.params, state.batch_stats, some_masks)
+    return problem.executor.predict(
+        problem.recipe.model, variables, images, batch_size=config.batch_size, on_batch=observer.on_batch
+    )
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _search_masks(method: Method, state: TrainState, hyper: Hyperparams) -> tuple[PyTree | None, PyTree]:
+    """Soft and hard masks of a search's state."""
+    return method.soft_masks(state, hyper), method.hard_masks(state, hyper)
+
+
+def _mask_figures(hard_masks: PyTree, kept_before: PyTree | None) -> tuple[PyTree, PyTree, PyTree | None]:
+    """Entries kept, row by row, and entries flipped, on the host; which ones are kept, as bits on the device."""
+    counts, kept, flips = _count(hard_masks, kept_before)
+    counts, flips = on_host((counts, flips))
+    return jax.tree.map(lambda rows: rows.astype(np.int64), counts), kept, flips  # no 32-bit count can overflow
+
+
+@jax.jit
+def _count(hard_masks: PyTree, kept_before: PyTree | None) -> tuple[PyTree, PyTree, PyTree | None]:
+    counts = jax.tree.map(lambda mask: jnp.count_nonzero(mask, axis=-1 if mask.ndim else None), hard_masks)
+    kept = jax.tree.map(lambda mask: jnp.packbits((mask != 0).ravel()), hard_masks)
+    if kept_before is None:
+        return counts, kept, None
+    flips = jax.tree.map(lambda a, b: jnp.sum(lax.population_count(a ^ b).astype(jnp.int32)), kept, kept_before)
+    return counts, kept, flips
+
+
+def _layer_density(hard_masks: PyTree, counts: PyTree) -> dict[str, float]:
+    """Density of each masked array, by its name."""
+    rows = trees.leaves_by_path(counts)
+    sizes = {path: mask.size for path, mask in trees.leaves_by_path(hard_masks).items()}
+    return {trees.name(path): int(rows[path].sum()) / size for path, size in sizes.items()}

@@ -1,0 +1,1 @@
+"""Observers of a run: terminal, trackers, health checks, signals."""

@@ -1,0 +1,202 @@
+"""What a person sees of a run: a progress bar on a terminal, plain lines elsewhere, and the table at the end."""
+
+import contextlib
+import statistics
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich import progress as bars
+from rich.console import Console
+from rich.table import Table
+
+from cs_jax.core.errors import CsJaxWarning
+from cs_jax.experiment.config import Config
+from cs_jax.experiment.progress import EpochRecord, Observer, Progress
+
+REFRESH_SECONDS = 0.5
+
+_HEADER = "phase     epoch     loss      lr   temp  density  val soft  val hard  seconds"
+
+
+class Terminal(Console):
+    """A console that tells when nobody reads on, as with `| head`, instead of ending the process."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def print_line(terminal: Console, line: str) -> None:
+    """Prints a line as it is."""
+    terminal.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+_shown_by_thread: dict[int, Callable[..., None]] = {}
+"""How the warnings of a thread are shown that runs one of several runs; those of other threads are the main one's."""
+
+
+@contextlib.contextmanager
+def warnings_as_lines(console: Console) -> Iterator[None]:
+    """Shows warnings as lines between those of the epochs: those of this package every time, but no layer twice.
+
+    In a thread that is not the main one, its own warnings alone; the main thread has to be inside one of these too.
+    """
+    told: set[str] = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        layers = getattr(message, "layers", ())
+        if not layers or not told.issuperset(layers):
+            console.print(f"warning: {message}", markup=False, highlight=False, soft_wrap=True)
+        told.update(layers)
+
+    thread = threading.get_ident()
+    if thread != threading.main_thread().ident:
+        _shown_by_thread[thread] = show
+        try:
+            yield
+        finally:
+            del _shown_by_thread[thread]
+        return
+
+    def dispatch(*warning: Any, **options: Any) -> None:
+        _shown_by_thread.get(threading.get_ident(), show)(*warning, **options)
+
+    with warnings.catch_warnings():  # which is the whole process's
+        warnings.simplefilter("always", CsJaxWarning)
+        warnings.filterwarnings("ignore", "Corrupt EXIF data")  # in some photographs, whose pixels are whole
+        warnings.showwarning = dispatch
+        yield
+
+
+def progress_bars(console: Console, *, width: int) -> bars.Progress:
+    """Bars that are drawn on a terminal alone, with what has gone by and what is left, and vanish at the end."""
+    return bars.Progress(
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(bar_width=width),
+        bars.TaskProgressColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TextColumn("left"),
+        bars.TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        refresh_per_second=1 / REFRESH_SECONDS,
+        transient=True,
+    )
+
+
+class ProgressDisplay(Observer):
+    """Prints a line an epoch and, on a terminal, a bar below with the current step.
+
+    A context manager, so that the bar is gone at the end.
+    """
+
+    def __init__(self, config: Config, console: Console) -> None:
+        self._config, self._console = config, console
+        self._next_refresh = 0.0
+        self._bar = progress_bars(console, width=16)
+        phases = config.search_rounds + len(config.retrainings)
+        self._task = self._bar.add_task("starting", total=config.epochs * phases)
+
+    def __enter__(self) -> "ProgressDisplay":
+        self._print(_HEADER)
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def on_phase_start(self, progress: Progress) -> None:
+        if not self._bar.tasks[0].completed:  # what an earlier process did says nothing of the time left
+            self._bar.reset(self._task, completed=progress.epochs_done(self._config))
+
+    def on_steps(self, progress: Progress, total: int) -> None:
+        if self._bar.disable or time.monotonic() < self._next_refresh:
+            return
+        loss = np.asarray(progress.figures[-2:][0].loss).flat[-1]  # of the call before, which has been computed
+        self._next_refresh = time.monotonic() + REFRESH_SECONDS
+        description = f"{progress.phase_name()} epoch {progress.epoch} step {progress.step}/{total} loss {loss:.4f}"
+        completed = progress.epochs_done(self._config) + progress.step / total
+        self._bar.update(self._task, completed=completed, description=description)
+
+    def on_epoch_end(self, record: EpochRecord, progress: Progress) -> None:
+        self._bar.update(self._task, completed=progress.epochs_done(self._config))
+        temperature = "-" if record.temperature is None else f"{record.temperature:.1f}"
+        self._print(
+            f"{progress.phase_name():<9} {record.epoch:>5} {record.loss:>8.4f} {record.learning_rate:>7g} "
+            f"{temperature:>6} {record.density:>8.2%} {percent(record.soft_accuracy):>9} "
+            f"{percent(record.hard_accuracy):>9} {record.seconds:>8.1f}"
+        )
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+
+def print_result(console: Console, summary: dict[str, Any]) -> None:
+    """What each round did, and the ticket beside the dense network where that was trained."""
+    rounds = _table("Search", "round", "density", "val soft", "val hard")
+    for record in summary["search"]:
+        accuracies = (percent(record["soft_accuracy"]), percent(record["hard_accuracy"]))
+        rounds.add_row(str(record["round"]), f"{record['density']:.2%}", *accuracies)
+    networks = _table("Result", "network", "epochs", "weights kept", "density", "val", "test")
+    ticket, dense = summary["ticket"], summary["dense"]
+    trained = {"dense": dense} if dense is not None else {}
+    for name, network in {**trained, "ticket": ticket, **summary["controls"]}.items():
+        networks.add_row(name, *_network_row(network))
+    for table in (rounds, networks) if summary["search"] else (networks,):
+        console.print(table, width=max(60, console.width), crop=False)
+    if "multiply_adds" in ticket:
+        few, all_of_them = ticket["multiply_adds"], ticket["dense_multiply_adds"]
+        line = f"Made smaller, the ticket computes {few:,} of {all_of_them:,} multiply-adds ({few / all_of_them:.2%})."
+        console.print(line, highlight=False, soft_wrap=True)
+    if ticket["density"] == 0:
+        dials = "--target-density or, without it, --mask-initial-value or --score-lr"
+        console.print(f"The ticket is empty: no maskable weight is left. Raise {dials}.", soft_wrap=True)
+
+
+def print_tickets(console: Console, summaries: Sequence[dict[str, Any]]) -> None:
+    """A line for each of several tickets that differ in their seeds, and their mean and standard deviation."""
+    table = _table("Tickets", "seed", "density", "test", "dense test")
+    rows = [
+        (
+            summary["ticket"]["density"],
+            summary["ticket"]["test_accuracy"],
+            (summary["dense"] or {}).get("test_accuracy"),
+        )
+        for summary in summaries
+    ]
+    for summary, row in zip(summaries, rows, strict=True):
+        table.add_row(str(summary["seed"]), *map(percent, row))
+    columns = [*zip(*rows, strict=True)]
+    if len(rows) > 1:
+        table.add_section()
+        for name, measure in (("mean", statistics.mean), ("deviation", statistics.stdev)):
+            table.add_row(name, *(percent(None if None in column else measure(column)) for column in columns))
+    console.print(table, width=max(60, console.width), crop=False)
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    table = Table(first, title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for header in others:
+        table.add_column(header, justify="right")
+    return table
+
+
+def _network_row(network: dict[str, Any]) -> list[str]:
+    return [
+        f"{network['epochs']:,}",
+        f"{network['num_weights']:,}",
+        f"{network['density']:.2%}",
+        percent(network["val_accuracy"]),
+        percent(network["test_accuracy"]),
+    ]
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2%}"

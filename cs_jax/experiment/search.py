@@ -1,0 +1,255 @@
+"""Rounds of search, the ticket, its rewind and retraining: the same for every method.
+
+References:
+    Savarese, Silva and Maire, "Winning the Lottery with Continuous Sparsification", NeurIPS 2020, arXiv:1912.04427,
+    algorithm 2.
+"""
+
+import contextlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from cs_jax import methods
+from cs_jax.core import schedules
+from cs_jax.core.arrays import on_host
+from cs_jax.experiment.config import SEARCH, TICKET, Config
+from cs_jax.experiment.metrics import of_epoch
+from cs_jax.experiment.progress import EpochRecord, Observer, Progress
+from cs_jax.methods import FINETUNE, NONE, REWIND
+from cs_jax.methods.controls import FRESH
+from cs_jax.training import step as training_step
+from cs_jax.training.problem import Problem, Snapshot, Ticket
+from cs_jax.training.step import Hyperparams, StepMetrics, TrainState
+
+
+class NonFiniteLossError(ArithmeticError):
+    """Loss or weights are no longer finite; says in which phase, round, epoch and step."""
+
+
+def init_state(config: Config, problem: Problem) -> TrainState:
+    """State before the search's first step: a fresh network, with the scores or masks that the method begins with."""
+    variables = problem.init_variables()
+    scores, fixed = methods.of(config).begin(config, problem, variables)
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    state = training_step.init_state(problem.recipe, params, batch_stats, scores=scores, masks=fixed)
+    return problem.executor.place(state)
+
+
+def begin_search(state: TrainState) -> Progress:
+    """The search's start from a state that `init_state` makes, which is donated."""
+    return Progress(SEARCH, 0, 0, 0, state, snapshot=None)
+
+
+def search_ticket(
+    config: Config, problem: Problem, progress: Progress, observer: Observer
+) -> tuple[Ticket, tuple[EpochRecord, ...]]:
+    """Trains over all rounds of the method, and takes its masks.
+
+    Args:
+        config: method, rounds, epochs, schedules and the rest.
+        problem: model and data.
+        progress: `begin_search`, or where an earlier search stood; its state is donated, not to be used again.
+        observer: told of every phase, step and epoch.
+
+    Returns:
+        The ticket, with the weights that its retraining begins with: those of the snapshot if the config rewinds, or
+        the trained ones. Where nothing follows, BatchNorm statistics are those of the ticket's masks. And the record of
+        each round's last epoch.
+
+    Raises:
+        NonFiniteLossError: in which round, epoch and step.
+
+    Warns:
+        CollapsedLayerWarning: the ticket leaves a layer without weights.
+        UnfinishedSearchWarning: a target density cuts through masks that are still soft.
+    """
+    if config.search_rounds:
+        progress = _phase(config, problem, progress, observer)
+    while len(progress.round_ends) < config.search_rounds:
+        progress = _phase(config, problem, begin_next_round(config, problem, progress), observer)
+    state = progress.state
+    found = methods.of(config).ticket_masks(config, state)
+    start = Snapshot(state.params, state.batch_stats)
+    if config.search_rounds and config.retraining == REWIND:
+        assert progress.snapshot is not None
+        start = progress.snapshot
+    if config.retraining == NONE:  # the last masks may be others than those of the running averages
+        model, batch_size = problem.recipe.model, config.batch_size
+        masks = training_step.network(problem.recipe.channels, *start, found)["masks"]
+        statistics = problem.executor.estimate_statistics(model, *start, masks, problem.train, batch_size=batch_size)
+        start = start._replace(batch_stats=statistics)
+    return Ticket(start, found), progress.round_ends
+
+
+def begin_next_round(config: Config, problem: Problem, progress: Progress) -> Progress:
+    """The next round's start, from a round's end."""
+    assert progress.round is not None
+    state = methods.of(config).begin_round(config, problem, progress.state, progress.snapshot)
+    state = problem.executor.place(state.replace(step=jnp.zeros_like(state.step)))
+    return progress._replace(round=progress.round + 1, epoch=0, state=state)
+
+
+def take_snapshot(state: TrainState) -> Snapshot:
+    """A copy of weights and BatchNorm state on the host: a device needs them again at the rewind alone."""
+    return Snapshot(*jax.tree.map(np.array, on_host((state.params, state.batch_stats))))
+
+
+def begin_retraining(
+    problem: Problem, ticket: Ticket, *, phase: str = TICKET, round_ends: tuple[EpochRecord, ...] = ()
+) -> Progress:
+    """The retraining's start: the ticket's weights, fixed masks, a new optimizer.
+
+    Args:
+        problem: model and data.
+        ticket: its arrays are copied, not donated.
+        phase: `TICKET` or a control.
+        round_ends: what the search gave; carried along.
+    """
+    return Progress(
+        phase, None, 0, 0, fixed_state(problem, ticket), ticket.start if phase == TICKET else None, round_ends
+    )
+
+
+def fixed_state(problem: Problem, ticket: Ticket) -> TrainState:
+    """State of a ticket that has not been trained, of copies of its arrays."""
+    (params, batch_stats), fixed = problem.executor.copy(tuple(ticket))
+    state = training_step.init_state(problem.recipe, params, batch_stats, scores={}, masks=fixed)
+    return problem.executor.place(state)
+
+
+def retrain(config: Config, problem: Problem, progress: Progress, observer: Observer) -> TrainState:
+    """Trains a ticket's weights for as many epochs as a round has; its masks stay fixed.
+
+    Controls, retrained the same way, see the same batches.
+
+    Args:
+        config: epochs, schedules and the rest.
+        problem: model and data.
+        progress: `begin_retraining`, or where an earlier retraining stood; its state is donated.
+        observer: told of the phase, its steps and epochs.
+
+    Raises:
+        NonFiniteLossError: in which epoch and step.
+    """
+    return _phase(config, problem, progress, observer).state
+
+
+def _phase(config: Config, problem: Problem, progress: Progress, observer: Observer) -> Progress:
+    """What is left of a round or retraining."""
+    observer.on_phase_start(progress)
+    while progress.epoch < config.epochs:
+        progress = _epoch(config, problem, progress, observer)
+    observer.on_phase_end(progress)
+    return progress
+
+
+def _epoch(config: Config, problem: Problem, progress: Progress, observer: Observer) -> Progress:
+    """What is left of an epoch, and its evaluation."""
+    if progress.round == 0 and progress.epoch == config.rewind_epoch and progress.snapshot is None:
+        progress = progress._replace(snapshot=take_snapshot(progress.state))
+    progress = _steps(config, problem, progress, observer)
+    started, state = time.perf_counter(), progress.state
+    if progress.round is not None:
+        state = methods.of(config).end_epoch(config, state, progress.round, progress.epoch)
+        state = problem.executor.place(state)
+    hyper = hyperparams(config, progress.phase, progress.epoch)
+    record, kept = of_epoch(config, problem, progress, state, hyper, started, observer)
+    epoch, ends = progress.epoch + 1, progress.round_ends
+    if progress.phase == SEARCH and epoch == config.epochs:
+        ends = (*ends, record)
+    progress = progress._replace(epoch=epoch, step=0, state=state, round_ends=ends, figures=(), seconds=0.0, kept=kept)
+    observer.on_epoch_end(record, progress)
+    return progress
+
+
+def _steps(config: Config, problem: Problem, progress: Progress, observer: Observer) -> Progress:
+    """What is left of an epoch's steps."""
+    started = time.perf_counter() - progress.seconds
+    number = min(progress.number(config), config.search_rounds)  # controls see the ticket's batches
+    recipe = methods.of(config).recipe(problem.recipe) if progress.phase == SEARCH else problem.recipe
+    order = problem.epoch_order(number, progress.epoch)
+    num_steps = -(-len(order) // config.batch_size)
+    calls = problem.executor.train_epoch(
+        recipe,
+        progress.state,
+        problem.train,
+        order,
+        problem.key_for("augment", number),
+        hyperparams(config, progress.phase, progress.epoch),
+        batch_size=config.batch_size,
+        first_step=progress.step,
+    )
+    with contextlib.closing(calls):  # a signal may end the run here
+        for done, state, metrics in calls:
+            if progress.figures:
+                _check_loss(progress, progress.figures[-1], progress.step)
+            seconds = time.perf_counter() - started
+            figures = (*progress.figures, metrics)
+            progress = progress._replace(step=done, state=state, figures=figures, seconds=seconds)
+            observer.on_steps(progress, num_steps)
+    check_finite(progress)
+    return progress._replace(seconds=time.perf_counter() - started)
+
+
+def hyperparams(config: Config, phase: str, epoch: int) -> Hyperparams:
+    """The scalars of an epoch, on the device. A ticket's penalty is constant; that of other fixed masks is left out."""
+    score_lr = config.lr if config.score_lr is None else config.score_lr
+    values = dict(
+        temperature=schedules.temperature(epoch, config.epochs, config.final_temp),
+        init_value=config.mask_initial_value,
+        learning_rate=learning_rate(config, phase, epoch),
+        score_learning_rate=_scheduled(config, epoch, score_lr),
+        penalty_weight=config.lmbda if methods.of(config).learns_masks and phase in (SEARCH, TICKET) else 0.0,
+    )
+    return Hyperparams(**{name: jnp.asarray(value, float) for name, value in values.items()})
+
+
+def learning_rate(config: Config, phase: str, epoch: int) -> float:
+    """That of the weights: of the schedule; where the ticket is fine-tuned, for trained weights the last of it."""
+    finetunes = config.retraining == FINETUNE and phase not in (SEARCH, *FRESH)
+    return _scheduled(config, config.epochs - 1 if finetunes else epoch, config.lr)
+
+
+def _scheduled(config: Config, epoch: int, base: float) -> float:
+    return schedules.learning_rate(epoch, base, config.lr_schedule, config.lr_drops)
+
+
+def check_finite(progress: Progress) -> None:
+    """Refuses a progress whose losses, weights or scores are not finite; waits for its steps.
+
+    A step's loss is that before its update, so what the last update made is looked at too.
+
+    Raises:
+        NonFiniteLossError: in which round, epoch and step.
+    """
+    if progress.figures:
+        _check_loss(progress, progress.figures[-1], progress.step)
+    if not _all_finite((progress.state.params, progress.state.scores)):
+        raise NonFiniteLossError(
+            f"weights or scores are no longer finite in {_where(progress)}, epoch {progress.epoch}, "
+            f"after step {progress.step - 1}"
+        )
+
+
+def _check_loss(progress: Progress, metrics: StepMetrics, done: int) -> None:
+    """Refuses the figures of a call that ended with `done` steps of the epoch."""
+    losses = np.atleast_1d(StepMetrics(*jax.device_get(tuple(metrics))).loss)  # added up on the host: no dispatch
+    bad = np.flatnonzero(~np.isfinite(losses))
+    if bad.size:
+        step = done - len(losses) + bad[0]
+        raise NonFiniteLossError(
+            f"loss is {float(losses[bad[0]])} in {_where(progress)}, epoch {progress.epoch}, step {step}"
+        )
+
+
+def _where(progress: Progress) -> str:
+    return f"the {progress.phase}'s training" if progress.round is None else f"round {progress.round}"
+
+
+@jax.jit
+def _all_finite(tree: PyTree) -> jax.Array:
+    return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()

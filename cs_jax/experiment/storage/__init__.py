@@ -1,0 +1,1 @@
+"""Files of a run: config, metrics, checkpoints."""

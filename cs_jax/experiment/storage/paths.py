@@ -1,0 +1,20 @@
+"""Names of the files in a run directory."""
+
+METRICS_FILE = "metrics.jsonl"
+SCORES_FILE = "scores.json"
+MASKS_FILE = "masks.safetensors"
+CHECKPOINTS_FOLDER = "checkpoints"
+TENSORBOARD_FOLDER = "tensorboard"
+TICKET_FILE = "ticket.safetensors"
+PREDICTIONS_FILE = "predictions.safetensors"
+CONTROLS_FILE = "controls.json"
+SUMMARY_FILE = "summary.json"
+REPORT_FILE = "report.html"
+CONNECTIVITY_FILE = "connectivity.json"
+LOCK_FILE = "run.lock"
+LOG_FILE = "log.txt"
+"""What a run that is one of several would have printed."""
+
+
+CONFIG_FILE = "config.json"
+"""In a run directory: what was asked. The other names are in `run_directory`."""

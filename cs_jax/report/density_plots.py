@@ -1,0 +1,118 @@
+"""Plots of accuracy against density."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from cs_jax.report.plots import CYCLE, GREY, MARKERS, Band, Point, Series, new_axes, percent_tick
+
+
+def trade_off(points: Sequence[Point]) -> Figure:
+    """Accuracy against density, with dense networks as squares at 100 %."""
+    figure, axes = new_axes(3.3 + 0.2 * len(points))
+    for index, (label, density, accuracy, dense) in enumerate(points):
+        color, _ = CYCLE[index % len(CYCLE)]
+        marker = MARKERS[index // len({color for color, _ in CYCLE}) % len(MARKERS)]
+        axes.plot(density, accuracy, marker, color=color, markersize=8, label=label, clip_on=False)
+        if dense is not None:
+            axes.plot(1.0, dense, "s", color=color, markersize=7, fillstyle="none", clip_on=False)
+            axes.axhline(dense, color=color, linestyle=":", linewidth=1)
+    if all(point.density > 0 for point in points):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.08, y=0.12)
+    axes.xaxis.set_major_formatter(FuncFormatter(percent_tick))
+    axes.yaxis.set_major_formatter(FuncFormatter(percent_tick))
+    axes.set_xlabel("density: weights kept (square: dense network)")
+    axes.set_ylabel("test accuracy")
+    figure.legend(loc="outside lower center", ncols=1)
+    return figure
+
+
+def fronts(series: Sequence[Series], bands: Sequence[Band], *, floor: float | None = None) -> Figure:
+    """Accuracy against density of several methods, with a deviation up and down, and single seeds as dots.
+
+    Points at one density are drawn side by side, or error bars of several methods would hide each other.
+
+    Args:
+        series: what is drawn, and listed in the legend.
+        bands: drawn from side to side.
+        floor: the accuracy at which the y axis begins; None shows all.
+    """
+    rows = -(-(len(series) + len(bands)) // 2)
+    figure, axes = new_axes(3.9 + 0.22 * rows)
+    everything = np.array([density for one in series for density in one.densities])
+    log = bool((everything > 0).all()) and everything.size > 0
+    for one, shift in zip(series, _shifts(series, log), strict=True):
+        _draw(axes, one, lambda density, shift=shift: np.asarray(density, float) * shift)
+    for band, dashes in zip(bands, itertools.cycle(["--", ":", "-."]), strict=False):
+        axes.axhline(band.accuracy, color=GREY, linestyle=dashes, linewidth=1.4, label=band.label, zorder=1)
+        low, high = max(0.0, band.accuracy - band.deviation), min(1.0, band.accuracy + band.deviation)
+        axes.axhspan(low, high, color=GREY, alpha=0.13, linewidth=0, zorder=0)
+    if log:
+        _log_densities(axes, everything)
+    bottom, top = axes.get_ylim()
+    if floor is not None:
+        bottom, top = floor, axes.dataLim.y1 + 0.06 * (axes.dataLim.y1 - floor)
+    axes.set_ylim(bottom, min(top, 1 + 0.03 * (1 - bottom)))
+    axes.xaxis.set_major_formatter(FuncFormatter(percent_tick))
+    axes.yaxis.set_major_formatter(FuncFormatter(percent_tick))
+    axes.set_xlabel("density: weights kept")
+    axes.set_ylabel("test accuracy")
+    handles = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=2, handlelength=2.8, columnspacing=1.4, fontsize=9.5
+    )
+    return figure
+
+
+def _draw(axes: Axes, series: Series, place: Callable[[Any], np.ndarray]) -> None:
+    look: dict[str, Any] = {"color": series.color, "marker": series.marker, "linestyle": series.dashes}
+    if series.thin:
+        axes.plot(
+            place(series.densities), series.accuracies, **look, label=series.label,
+            linewidth=1, markersize=4, markerfacecolor="white", markeredgewidth=0.8, zorder=2,
+        )  # fmt: skip
+        return
+    if series.seeds:
+        densities, accuracies = zip(*series.seeds, strict=True)
+        axes.plot(place(densities), accuracies, "o", color=series.color, markersize=2.4, alpha=0.45, zorder=3)
+    accuracies, deviations = np.asarray(series.accuracies), np.asarray(series.deviations)
+    inside = [np.minimum(deviations, accuracies), np.minimum(deviations, 1 - accuracies)]  # no accuracy is above 100%
+    axes.errorbar(
+        place(series.densities), accuracies, inside, fmt="none", ecolor=series.color,
+        elinewidth=1.1, capsize=2.2, zorder=4,
+    )  # fmt: skip
+    axes.plot(
+        place(series.densities), series.accuracies, **look, label=series.label,
+        markersize=5.5 + 1.5 * (series.marker in "PX*"), markeredgecolor="white", markeredgewidth=0.4, zorder=5,
+    )  # fmt: skip
+
+
+def _shifts(series: Sequence[Series], log: bool) -> list[float]:
+    """By what each series' densities are multiplied, so that the marks of one density stand side by side."""
+    side_by_side = [index for index, one in enumerate(series) if not one.thin]
+    shifts = [1.0] * len(series)
+    if not log or len(side_by_side) < 2:
+        return shifts
+    known = np.unique(np.round(np.log10([density for one in series for density in one.densities]), 1))
+    nearest = float(np.diff(known).min()) if len(known) > 1 else 0.3
+    width = min(0.009 * max(1.0, float(np.ptp(known))), 0.5 * nearest / (len(side_by_side) - 1))
+    for place, index in enumerate(side_by_side):
+        shifts[index] = 10 ** (width * (place - (len(side_by_side) - 1) / 2))
+    return shifts
+
+
+def _log_densities(axes: Axes, densities: np.ndarray) -> None:
+    axes.set_xscale("log")
+    low, high = float(densities.min()), float(densities.max())
+    axes.set_xlim(low / 1.35, high * 1.35)
+    decades = np.log10(high / low)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
+    axes.xaxis.set_minor_locator(NullLocator())

@@ -1,0 +1,201 @@
+"""What a run's page says of masks: the layers' densities, their flips, the overlap of rounds, and scores."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from cs_jax.experiment.config import SEARCH, TICKET
+from cs_jax.experiment.connectivity import ends_highest
+from cs_jax.experiment.storage.paths import MASKS_FILE, METRICS_FILE, SCORES_FILE
+from cs_jax.report import heatmaps, plots
+from cs_jax.report.epoch_sections import AFTERWARDS, spans
+from cs_jax.report.pages import Plot, Section, Table, describe_lines, percent, plot
+from cs_jax.report.plots import Line
+from cs_jax.report.read_arrays import Bits, Masks
+from cs_jax.report.read_run import Epoch, Run
+from cs_jax.tickets import overlap as mask_overlap
+from cs_jax.tickets.overlap import Overlap
+
+LONG_TABLE = 12  # rows; longer ones are folded
+DECADES = 10.0  # from this ratio of the highest to the lowest on, a curve is drawn on a logarithmic scale
+
+
+def layers(run: Run) -> Section:
+    section = Section("Layers")
+    of_ticket = [epoch for epoch in run.epochs if epoch["phase"] in (SEARCH, TICKET)]
+    known = [(epoch, shares) for epoch in of_ticket if (shares := _layer_shares(epoch))]
+    if not known:
+        section.notes.append(f"{METRICS_FILE} holds no densities by layer.")
+        return section
+    last, shares = known[-1]
+    empty = [name for name, share in shares.items() if share == 0]
+    if empty:
+        named = ", ".join(empty[:10]) + " …" * (len(empty) > 10)
+        section.notes.append(f"{len(empty)} of {len(shares)} layers keep no weight: {named}.")
+    title = "the ticket" if last["phase"] == TICKET or run.summary else f"round {last['round']}, epoch {last['epoch']}"
+    alt = f"Bars of the weights that {len(shares)} layers keep: {percent(min(shares.values()))} to "
+    alt += f"{percent(max(shares.values()))}."
+    figure = heatmaps.bars([*shares], [*shares.values()])
+    section.parts.append(plot("layers", f"Density of each layer, {title}", "from input to output", alt, figure))
+    if run.phase(SEARCH):
+        section.parts.append(_layers_by_epoch(run, [*shares]))
+    section.parts.append(_layer_table(run, shares))
+    return section
+
+
+def _layer_shares(epoch: Epoch) -> dict[str, float]:
+    return {name: share for name, share in epoch.get("layer_density", {}).items() if share is not None}
+
+
+def _layers_by_epoch(run: Run, names: Sequence[str]) -> Plot:
+    by_epoch = [_layer_shares(epoch) for epoch in run.phase(SEARCH)]
+    table = np.array([[shares.get(name, math.nan) for shares in by_epoch] for name in names])
+    figure = heatmaps.heat(names, table, [span for span in spans(run) if span.label not in AFTERWARDS])
+    alt = f"The density of {len(names)} layers as colours, over {len(by_epoch)} epochs of the search."
+    title, remark = "Density of each layer over the search", "hard masks; brighter keeps more"
+    return plot("layers-by-epoch", title, remark, alt, figure)
+
+
+def _layer_table(run: Run, shares: Mapping[str, float]) -> Table:
+    sizes = (run.masks and run.masks.sizes) or (run.scores and run.scores.sizes) or {}
+
+    def row(name: str) -> list[str]:
+        kept = f"{round(shares[name] * sizes[name]):,} of {sizes[name]:,}" if name in sizes else "-"
+        return [name, kept, percent(shares[name])]
+
+    folded = len(shares) > LONG_TABLE
+    return Table("All layers in figures", ("Layer", "Weights kept", "Density"), [*map(row, shares)], folded=folded)
+
+
+def masks(run: Run) -> Section:
+    """How masks moved over the search, and how far those of its rounds and of the ticket are the same."""
+    section = Section("Masks")
+    flips = _flips(run)
+    if flips is not None:
+        section.parts.append(flips)
+    if run.masks is None or not run.masks.rounds:
+        if run.search_epochs:
+            section.notes.append(f"{MASKS_FILE} is missing: no round has ended, or the run is of an earlier version.")
+        else:
+            section.texts.append("The ticket's masks were made before any training: there is no search to follow.")
+        return section
+    if run.masks.sizes is None:
+        section.notes.append("The sizes of layers are known once there is a ticket: rounds are not compared yet.")
+        return section
+    rows = _overlap_rows(run.masks, run.masks.sizes)
+    if rows:
+        section.texts.append(
+            "Both keep: weights that are in both masks; shared: their share of the smaller mask. By chance: what masks "
+            "share on average that are drawn at random and keep as many weights in each layer; z: how many standard "
+            "deviations these are above that. Flipped: weights that one of the two keeps alone."
+        )
+        head = ("Masks of", "And of", "Both keep", "Shared", "By chance", "z", "Flipped")
+        caption = "Overlap between the ends of rounds and the ticket"
+        section.parts.append(Table(caption, head, rows, words=2, wide=True, folded=len(rows) > LONG_TABLE))
+    return section
+
+
+def _flips(run: Run) -> Plot | None:
+    epochs = run.phase(SEARCH)
+    rates = [rate if (rate := epoch.get("flip_rate")) is not None else math.nan for epoch in epochs]
+    known = [rate for rate in rates if math.isfinite(rate)]
+    if not known:
+        return None
+    flipped = [rate for rate in known if rate > 0]
+    log = bool(flipped) and max(flipped) >= DECADES * min(flipped)
+    remark = "share of weights that enter or leave the hard masks in an epoch" + ", on a logarithmic axis" * log
+    if log and len(flipped) < len(known):
+        remark += f"; {len(known) - len(flipped)} epochs without a flip have no point"
+        rates = [rate if rate > 0 else math.nan for rate in rates]
+    line = Line("search", [1.0 + index for index in range(len(rates))], rates)
+    figure = plots.curves(
+        [line], x_label="epoch", y_label="flip rate", percent=True, log=log, from_zero=not log, spans=spans(run)
+    )
+    return plot(
+        "flip-rate", "Flip rate", remark, f"Flip rate by epoch. {describe_lines([line], percents=True)}", figure
+    )
+
+
+def _overlap_rows(masks: Masks, sizes: Mapping[str, int]) -> list[list[str]]:
+    """Each two rounds, then the last round and the ticket."""
+    rounds = {f"round {number}": _unpacked(bits, sizes) for number, bits in masks.rounds.items()}
+    pairs = [(line.name, line.other, line.overlap) for line in mask_overlap.overlap_table(rounds)]
+    if masks.ticket is not None and rounds:
+        last, kept = [*rounds.items()][-1]
+        pairs.append((last, "ticket", mask_overlap.overlap(kept, _unpacked(masks.ticket, sizes))))
+    return [[name, other, *_overlap_row(overlap, sum(sizes.values()))] for name, other, overlap in pairs]
+
+
+def _unpacked(bits: Bits, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+    return {name: np.unpackbits(bits[name], count=size) for name, size in sizes.items()}
+
+
+def _overlap_row(overlap: Overlap, size: int) -> list[str]:
+    flipped = (sum(overlap.of) - 2 * overlap.kept) / max(1, size)
+    shares = [percent(overlap.shared), percent(overlap.chance), shown_z(overlap.z), percent(flipped)]
+    return [f"{overlap.kept:,}", *shares]
+
+
+def shown_z(z: float | None) -> str:
+    """Standard deviations above chance, with their sign; "-" where chance leaves no choice."""
+    return "-" if z is None else f"{z:+,.1f}".replace("-", "−")
+
+
+def connectivity(run: Run) -> Section | None:
+    """The line between two trainings of the ticket; None where it has not been measured."""
+    found = run.connectivity
+    if found is None:
+        return None
+    section = Section("Linear mode connectivity")
+    accuracies = " and ".join(percent(child["test_accuracy"]) for child in found["children"])
+    at_end = ends_highest(found["points"])
+    section.texts.append(
+        "The ticket was trained twice more, with other batches and augmentation and all else alike; the children are "
+        f"right on {accuracies} of the test set. The barrier is how far the worst network on the line between them is "
+        f"above the mean of its ends: {100 * found['barrier']:.2f} points of error, {found['loss_barrier']:.4f} of "
+        f"loss{at_end and f' ({at_end})'}. With next to none, batches do not decide where the training of this ticket "
+        "ends."
+    )
+    shares, errors, losses = ([point[name] for point in found["points"]] for name in ("share", "error", "loss"))
+    told_errors = f"{percent(errors[0])} and {percent(errors[-1])} at the ends, {percent(max(errors))} at most"
+    alt = f"Test error and loss of {len(shares)} networks on the line: error {told_errors}; "
+    alt += f"loss {losses[0]:.4g} and {losses[-1]:.4g} at the ends, {max(losses):.4g} at most."
+    figure = plots.line_between(shares, errors, losses)
+    title, remark = "Linear mode connectivity", "test set; dotted: mean of the two ends"
+    section.parts.append(plot("connectivity", title, remark, alt, figure))
+    return section
+
+
+def scores(run: Run) -> Section | None:
+    """How scores lie at each round's start and end; None where the method has none."""
+    if not run.found_by.learns_masks and not (run.scores and run.scores.rounds):
+        return None
+    section = Section("Scores")
+    if run.scores is None or not run.scores.rounds:
+        section.notes.append(f"{SCORES_FILE} is missing or has no round yet.")
+        return section
+    section.texts.append(
+        f"{run.found_by.says_of_scores} Before: at the round's start, after the reset. After: at its end, before the "
+        "next reset."
+    )
+    edges, rounds, _ = run.scores
+    counts = [counts for entry in rounds for counts in (entry.before, entry.after) if counts is not None]
+    filled = np.flatnonzero(np.sum(counts, axis=0))
+    bins = (int(filled[0]), int(filled[-1])) if filled.size else (0, len(edges) - 2)
+    for number, before, after in rounds:
+        if after is None:
+            section.notes.append(f"Round {number} has not ended: its scores are those of its start.")
+        figure = plots.histogram(edges, before, after, bins, cut=run.found_by.cuts_at_zero)
+        alt = f"Histogram of {before.sum():,} scores in round {number}. {_kept(edges, before, after)}"
+        section.parts.append(plot(f"scores-round-{number}", f"Round {number}", "weights by score", alt, figure))
+    return section
+
+
+def _kept(edges: np.ndarray, before: np.ndarray, after: np.ndarray | None) -> str:
+    shares = [
+        f"{percent(counts[edges[1:] > 0].sum() / max(1, counts.sum()))} above 0 {when}"
+        for counts, when in ((before, "before"), (after, "after"))
+        if counts is not None
+    ]
+    return ", ".join(shares) + "."

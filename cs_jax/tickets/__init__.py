@@ -1,0 +1,1 @@
+"""Ticket files; tickets as smaller networks; speed, overlap and export."""

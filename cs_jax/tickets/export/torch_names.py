@@ -1,0 +1,131 @@
+"""Names and layouts that PyTorch has for the arrays of a network, and the way between the two.
+
+A `ResNet` is called as the authors' release calls it, a `BottleneckResNet` as torchvision calls its ResNets, and others
+as `ResNet`: the path of the layer with dots, after a stage too. Kernels are (out, in, height, width) and (out, in).
+PyTorch flattens images with the channels first: a dense layer after that reads its input in another order.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from flax import linen as nn
+
+from cs_jax.models import BottleneckResNet, wiring
+from cs_jax.models.wiring import Attention, Input, Linear
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of arrays by collection and path, "params/conv0/kernel"."""
+
+LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+"""PyTorch's names of leaves that it calls otherwise."""
+
+COUNTER = "num_batches_tracked"
+"""What PyTorch's BatchNorm has besides, an int64 scalar."""
+
+TORCHVISION = {
+    "conv0": "conv1",
+    "bn0": "bn1",
+    "classifier": "fc",
+    **{f"conv_{letter}": f"conv{number}" for number, letter in enumerate("abc", start=1)},
+    **{f"bn_{letter}": f"bn{number}" for number, letter in enumerate("abc", start=1)},
+    "downsample": "downsample.0",
+    "bn_downsample": "downsample.1",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One array, under both names."""
+
+    path: str  # ours, "params/conv0/kernel"
+    name: str  # PyTorch's
+    shape: tuple[int, ...]  # ours
+    axes_in: int | None = None  # of a kernel, how many axes, after the window's, are inputs; None for others
+    channels: int | None = None  # of a kernel that reads flattened images
+
+    @property
+    def torch_shape(self) -> tuple[int, ...]:
+        return self.to_torch(np.broadcast_to(np.float32(0), self.shape)).shape
+
+    def to_torch(self, array: np.ndarray) -> np.ndarray:
+        """The array as PyTorch has it."""
+        if self.axes_in is None:
+            return array.reshape(-1) if self.path.endswith("/bias") else array
+        if array.ndim == 4:
+            return array.transpose(3, 2, 0, 1)
+        matrix = array.reshape(math.prod(self.shape[: self.axes_in]), -1)
+        if self.channels is not None:
+            matrix = _reordered(matrix, -1, self.channels)
+        return matrix.T
+
+    def from_torch(self, array: np.ndarray) -> np.ndarray:
+        """The array as we have it."""
+        if self.axes_in is None:
+            return array.reshape(self.shape)
+        if len(self.shape) == 4:
+            return array.transpose(2, 3, 1, 0)
+        matrix = array.T
+        if self.channels is not None:
+            matrix = _reordered(matrix, self.channels, -1)
+        return matrix.reshape(self.shape)
+
+
+def _reordered(matrix: np.ndarray, *axes: int) -> np.ndarray:
+    """Rows (first * second, out), of which one is -1, in the order of (second, first)."""
+    rows, columns = matrix.shape
+    return matrix.reshape(*axes, columns).swapaxes(0, 1).reshape(rows, columns)
+
+
+def entries(model: nn.Module, shapes: Shapes, image_channels: int) -> list[Entry]:
+    """All arrays of a network that says how it is wired; masks are none of them.
+
+    Args:
+        model: of `cs_jax.models`, for its names and its wiring.
+        shapes: of "params" and "batch_stats".
+        image_channels: of the images, for a network that flattens them.
+    """
+    flattened = _flattened(model, shapes, image_channels)
+    outs = {
+        f"params/{node.name}/out/kernel" for node in wiring.wiring_of(model)[0].nodes if isinstance(node, Attention)
+    }
+    found = []
+    for path, shape in shapes.items():
+        axes_in = None if not path.endswith("/kernel") else 2 if path in outs else 1
+        found.append(Entry(path, _name(model, path), shape, axes_in, flattened.get(path)))
+    return found
+
+
+def _name(model: nn.Module, path: str) -> str:
+    _, *layers, leaf = path.split("/")
+    if isinstance(model, BottleneckResNet):
+        layers = [re.sub(r"stage(\d+)_block(\d+)", _torchvision_block, TORCHVISION.get(name, name)) for name in layers]
+    else:
+        layers = [re.sub(r"^(stage\d+)_", r"\1.", name) for name in layers]
+    return ".".join((*layers, LEAVES.get(leaf, leaf)))
+
+
+def _torchvision_block(match: re.Match[str]) -> str:
+    return f"layer{match[1]}.{int(match[2]) - 1}"
+
+
+def _flattened(model: nn.Module, shapes: Shapes, image_channels: int) -> dict[str, int]:
+    """Channels of the flattened images that dense layers read, by the layer's kernel."""
+    channels: list[int] = []
+    found = {}
+    for node in wiring.wiring_of(model)[0].nodes:
+        match node:
+            case Input():
+                channels.append(image_channels)
+            case Linear(source, name):
+                kernel = f"params/{name}/kernel"
+                if len(shapes[kernel]) == 2 and shapes[kernel][0] != channels[source]:
+                    found[kernel] = channels[source]
+                channels.append(shapes[kernel][-1])
+            case Attention(name=name):
+                channels.append(shapes[f"params/{name}/out/kernel"][-1])
+            case _:
+                channels.append(channels[wiring.sources(node)[0]])
+    return found

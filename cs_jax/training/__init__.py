@@ -1,0 +1,1 @@
+"""One training step, epochs on devices, several devices and processes."""

@@ -303,10 +303,10 @@ def test_the_fingerprint_tells_streams_apart(settings: Config) -> None:
     [
         (
             {"image_size": None},
-            r"--dataset: got toy_photos, whose images have shape \(None, None, 3\), wanted --im",
+            r"--dataset toy_photos: images of shape \(None, None, 3\) require --image-size, the side",
         ),
-        ({"val_set_size": 50}, "--val-set-size: got 50, wanted less than the 50 training examples"),
-        ({"batch_size": 44}, "--batch-size: got 44, wanted at most 43, the training examples"),
+        ({"val_set_size": 50}, "--val-set-size 50: must be less than 50, the number of training examples"),
+        ({"batch_size": 44}, "--batch-size 44: must be at most 43, the number of training examples"),
     ],
 )
 def test_what_does_not_fit_the_set_is_refused(settings: Config, change: dict[str, Any], message: str) -> None:
@@ -329,21 +329,28 @@ def fixed(folder: Path) -> Config:
 def test_settings_of_streams_are_refused_for_what_is_in_memory(tmp_path: Path) -> None:
     settings = fixed(tmp_path)
     digits = PRESETS["digits"]
-    shaped = r"images of toy_photos all have shape \(6, 5, 3\), kept as they are without --stream"
+    shaped = r"requires --stream for toy_photos, whose images all have shape \(6, 5, 3\)"
+    unsupported = "requires streamed images, which --dataset digits does not support"
     for wrong, message in (
-        (dataclasses.replace(settings, image_size=4), f"--image-size: got 4, wanted none: {shaped}"),
+        (dataclasses.replace(settings, image_size=4), f"--image-size 4: {shaped}; omit --image-size"),
         (
             dataclasses.replace(settings, augment="resized-crop"),
-            f"--augment: got resized-crop, wanted none, crop, flip-crop: {shaped}",
+            f"--augment resized-crop: {shaped}; choose none or crop or flip-crop",
         ),
-        (dataclasses.replace(digits, stream=True), "--stream: got digits, wanted a set of TensorFlow Datasets"),
-        (dataclasses.replace(digits, image_size=4), "--image-size: got 4, wanted none: digits are kept as they are"),
-        (dataclasses.replace(digits, loader_threads=2), "--loader-threads: got 2, wanted none: digits are kept as"),
+        (
+            dataclasses.replace(digits, stream=True),
+            "--stream with --dataset digits: requires a data set of TensorFlow Datasets; omit",
+        ),
+        (dataclasses.replace(digits, image_size=4), f"--image-size 4: {unsupported}; omit --image-size"),
+        (dataclasses.replace(digits, loader_threads=2), f"--loader-threads 2: {unsupported}; omit --loader-threads"),
         (
             dataclasses.replace(settings, stream=True, image_size=10**7),
-            "--image-size: got 10000000, whose images do not fit into memory: ",
+            "--image-size 10000000: images do not fit into memory ",
         ),
-        (dataclasses.replace(digits, augment="resized-crop"), "--augment: got resized-crop, wanted none, crop, flip-"),
+        (
+            dataclasses.replace(digits, augment="resized-crop"),
+            f"--augment resized-crop: {unsupported}; choose none or ",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             load_data(wrong)
@@ -477,7 +484,7 @@ def test_a_damaged_file_is_named_before_anything_is_written(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert f"{shard(settings, split=split)}: example " in error and "cannot be read (" in error
-    assert "repair it, or remove the data set there and prepare it again" in error
+    assert "repair the file, or remove the data set and prepare it again" in error
     assert not (tmp_path / "run").exists()
 
 
@@ -492,7 +499,7 @@ def test_a_file_that_is_damaged_while_it_is_read_is_named(tmp_path: Path, damage
     with pytest.raises(ConfigError) as caught:
         list(batches)
     message = str(caught.value)
-    assert message.startswith(f"{path}: example ") and "goes on from its last checkpoint" in message
+    assert message.startswith(f"{path}: example ") and "resumes an interrupted run from its last checkpoint" in message
     assert "\n" not in message
     assert int(message.split("example ")[1].split()[0]) >= 50 - train_stream.records.shards[2].examples
     assert_loaders_end()
@@ -523,7 +530,7 @@ def test_a_label_beyond_the_classes_is_named(settings: Config) -> None:
     loaded = load_data(settings).train
     assert isinstance(loaded, ImageStream)
     fewer = dataclasses.replace(loaded, records=dataclasses.replace(loaded.records, num_classes=3))
-    with pytest.raises(ConfigError, match="label 3, wanted 0 to 2"):
+    with pytest.raises(ConfigError, match="label 3 is not 0 to 2"):
         list(fewer.batches(np.arange(43), batch_size=8))
 
 
@@ -537,7 +544,7 @@ def test_as_many_files_may_be_open_as_there_are_shards() -> None:
         records.allow_open_files(1000)
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1000 + records.OTHER_FILES + before, hard)
         if hard != resource.RLIM_INFINITY:
-            with pytest.raises(ConfigError, match="ulimit -n: got .* open files at most"):
+            with pytest.raises(ConfigError, match="ulimit -n .*: must be at least .* files; raise the hard limit"):
                 records.allow_open_files(hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -611,7 +618,7 @@ def test_damage_inside_a_run_is_one_line_and_it_goes_on_once_it_is_repaired(
         patch.setattr(Interrupts, "on_steps", damaging)
         assert train.main(run) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "train.array_record" in error and "the file has lost it" in error
+    assert error.count("\n") == 1 and "train.array_record" in error and "the file no longer contains it" in error
     for path, content in whole.items():
         path.write_bytes(content)
     assert train.main(run) == 0

@@ -18,7 +18,7 @@ from cs_jax.experiment.config import SEARCH, Config
 from cs_jax.experiment.progress import EpochRecord, Observer, Progress
 from cs_jax.methods import Method
 from cs_jax.training import step
-from cs_jax.training.executor import share_right
+from cs_jax.training.evaluation import share_right
 from cs_jax.training.step import Hyperparams, StepMetrics, TrainState
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from cs_jax.data import decode, records
 from cs_jax.data.images import ImageSet
 from cs_jax.data.load import fingerprint, load_data
 from cs_jax.data.split import STATISTICS
-from cs_jax.data.stream import Batch, ImageStream
+from cs_jax.data.stream import Batch, ImageStream, Share
 from cs_jax.experiment import prepare as prepare_experiment
 from cs_jax.experiment import search
 from cs_jax.experiment.config import Config
@@ -36,7 +36,9 @@ from cs_jax.experiment.progress import Progress
 from cs_jax.experiment.storage.paths import TICKET_FILE
 from cs_jax.models import LeNet300100, ResNet
 from cs_jax.training import mesh
-from cs_jax.training.executor import Executor, share_right
+from cs_jax.training.epoch import Epoch
+from cs_jax.training.evaluation import share_right
+from cs_jax.training.executor import Executor
 from cs_jax.training.problem import Problem
 from cs_jax.training.step import Hyperparams, Recipe, TrainState, init_state, init_variables
 
@@ -176,29 +178,29 @@ def test_random_parts_lie_inside_and_are_near_square(width: int, height: int) ->
 
 def test_half_of_the_augmented_images_are_mirrored(stream: ImageStream) -> None:
     """Photographs are darker on the left."""
-    batch = joined(list(stream.batches(np.arange(43).repeat(5), batch_size=43, seed=5, augment="resized-crop")))
+    batch = joined(list(stream.batches(np.arange(43).repeat(5), batch_size=43, crop_seed=5)))
     left, right = (batch.images[:, :, side].astype(int).sum((1, 2)) for side in (0, -1))
     assert 0.35 < (left > right).mean() < 0.65
-    plain = joined(list(stream.batches(np.arange(43), batch_size=43, augment="flip-crop")))
+    plain = joined(list(stream.batches(np.arange(43), batch_size=43)))
     assert (plain.images[:, :, 0].astype(int).sum((1, 2)) < plain.images[:, :, -1].astype(int).sum((1, 2))).all()
 
 
 def test_batches_follow_from_their_arguments_alone(stream: ImageStream) -> None:
-    order, options = np.random.default_rng(1).permutation(43), {"batch_size": 8, "augment": "resized-crop"}
-    batches = list(stream.batches(order, seed=2**64 - 1, **options))
+    order, options = np.random.default_rng(1).permutation(43), {"batch_size": 8}
+    batches = list(stream.batches(order, crop_seed=2**64 - 1, **options))
     more_threads = dataclasses.replace(stream, threads=7)
-    for one, other in zip(batches, more_threads.batches(order, seed=2**64 - 1, **options), strict=True):
+    for one, other in zip(batches, more_threads.batches(order, crop_seed=2**64 - 1, **options), strict=True):
         assert equal(one, other)
-    others = list(stream.batches(order, seed=1, **options))
+    others = list(stream.batches(order, crop_seed=1, **options))
     assert not np.array_equal(batches[0].images, others[0].images)
     assert np.array_equal(batches[0].ids, others[0].ids)
-    twice = joined(list(stream.batches(np.zeros(8, int), seed=1, **options)))
+    twice = joined(list(stream.batches(np.zeros(8, int), crop_seed=1, **options)))
     assert len({image.tobytes() for image in twice.images}) == 8  # one example, at eight places
 
 
 @pytest.mark.parametrize("first", [1, 3, 5, 6])
 def test_a_stream_that_begins_later_is_the_rest_of_the_whole(stream: ImageStream, first: int) -> None:
-    options = {"batch_size": 8, "seed": 9, "augment": "resized-crop"}
+    options = {"batch_size": 8, "crop_seed": 9}
     whole = list(stream.batches(np.arange(43), **options))
     rest = list(stream.batches(np.arange(43), first_step=first, **options))
     assert len(rest) == 6 - first
@@ -207,10 +209,10 @@ def test_a_stream_that_begins_later_is_the_rest_of_the_whole(stream: ImageStream
 
 @pytest.mark.parametrize("batch_size, parts", [(8, 2), (9, 2), (10, 4), (7, 3), (6, 8)])
 def test_the_shares_of_all_hosts_are_the_whole_batch(stream: ImageStream, batch_size: int, parts: int) -> None:
-    options = {"batch_size": batch_size, "seed": 4, "augment": "resized-crop"}
+    options = {"batch_size": batch_size, "crop_seed": 4}
     order = np.random.default_rng(2).permutation(43)
     whole = list(stream.batches(order, **options))
-    shares = [list(stream.batches(order, part=part, parts=parts, **options)) for part in range(parts)]
+    shares = [list(stream.batches(order, share=Share(part, parts), **options)) for part in range(parts)]
     assert {len(share) for share in shares} == {len(whole)}
     seen = []
     for step, batch in enumerate(whole):
@@ -223,9 +225,9 @@ def test_the_shares_of_all_hosts_are_the_whole_batch(stream: ImageStream, batch_
 
 
 def test_parts_that_begin_later_share_the_same_rest(stream: ImageStream) -> None:
-    options = {"batch_size": 10, "seed": 4, "augment": "resized-crop"}
+    options = {"batch_size": 10, "crop_seed": 4}
     whole = list(stream.batches(np.arange(43), **options))[2:]
-    shares = [list(stream.batches(np.arange(43), first_step=2, part=part, parts=3, **options)) for part in range(3)]
+    shares = [list(stream.batches(np.arange(43), first_step=2, share=Share(part, 3), **options)) for part in range(3)]
     for batch, *of_step in zip(whole, *shares, strict=True):
         assert equal(joined(of_step), batch)
 
@@ -401,9 +403,8 @@ def test_streamed_images_train_and_are_evaluated_as_those_in_memory(stream: Imag
     in_memory, order = stream.take(np.arange(43)), np.random.default_rng(3).permutation(43)
     ends = []
     for images in (stream, in_memory):
-        calls = list(
-            Executor().train_epoch(SMALL, ticket_state(SMALL, images), images, order, KEY, hyperparams(), batch_size=8)
-        )
+        epoch = Epoch(images, order, KEY, hyperparams(), batch_size=8)
+        calls = list(Executor().train_epoch(SMALL, ticket_state(SMALL, images), epoch))
         assert [done for done, _, _ in calls] == [1, 2, 3, 4, 5, 6]
         ends.append((calls[-1][1], [float(metrics.loss) for _, _, metrics in calls]))
     assert_equal(*ends)
@@ -419,9 +420,7 @@ def test_streamed_images_train_and_are_evaluated_as_those_in_memory(stream: Imag
     assert share_right(logits[0], stream) == share_right(logits[1], in_memory)
     assert_equal(
         *(
-            Executor().estimate_statistics(
-                SMALL.model, state.params, state.batch_stats, state.masks, images, batch_size=8
-            )
+            Executor().estimate_statistics(SMALL.model, variables, images, batch_size=8)
             for images in (stream, in_memory)
         )
     )
@@ -429,9 +428,8 @@ def test_streamed_images_train_and_are_evaluated_as_those_in_memory(stream: Imag
 
 def test_an_epoch_goes_on_from_any_step_and_the_next_one_augments_anew(stream: ImageStream) -> None:
     def epoch(state: Any, first_step: int = 0) -> list[Any]:
-        calls = Executor().train_epoch(
-            LENET, state, stream, np.arange(43), KEY, hyperparams(), batch_size=8, first_step=first_step
-        )
+        whole = Epoch(stream, np.arange(43), KEY, hyperparams(), batch_size=8, first_step=first_step)
+        calls = Executor().train_epoch(LENET, state, whole)
         return [jax.tree.map(np.array, (done, state, float(metrics.loss))) for done, state, metrics in calls]
 
     whole = epoch(ticket_state(LENET, stream))
@@ -444,7 +442,7 @@ def test_an_epoch_goes_on_from_any_step_and_the_next_one_augments_anew(stream: I
 
 def test_leaving_an_epoch_ends_its_threads(stream: ImageStream) -> None:
     state = ticket_state(LENET, stream)
-    calls = Executor().train_epoch(LENET, state, stream, np.arange(43), KEY, hyperparams(), batch_size=4)
+    calls = Executor().train_epoch(LENET, state, Epoch(stream, np.arange(43), KEY, hyperparams(), batch_size=4))
     with contextlib.closing(calls):
         next(calls)
     assert_loaders_end()
@@ -573,7 +571,7 @@ def test_a_run_that_stops_inside_an_epoch_goes_on_to_the_same_ticket(
     asked, whole = [], ImageStream.batches
 
     def watched(stream: ImageStream, order: Any, **options: Any) -> Iterator[Batch]:
-        if options.get("augment") == "resized-crop":
+        if options.get("crop_seed") is not None:
             asked.append((np.asarray(order), options, seen := []))
         else:
             seen = []
@@ -595,11 +593,11 @@ def test_a_run_that_stops_inside_an_epoch_goes_on_to_the_same_ticket(
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / TICKET_FILE).read_bytes() == (finished / TICKET_FILE).read_bytes()
     order, options, after = asked[2]
-    assert (options["first_step"], options["seed"]) == (3, until["seed"])
+    assert (options["first_step"], options["crop_seed"]) == (3, until["crop_seed"])
     loaded = load_data(Config(**{**dataclasses.asdict(settings), "batch_size": 4})).train
     assert isinstance(loaded, ImageStream)
     assert before[:3] + after == [loaded.indices[order[at : at + 4]].tolist() for at in range(0, 43, 4)]
-    assert len({options["seed"] for _, options, _ in asked}) == 4  # two epochs of the search, two of the ticket
+    assert len({options["crop_seed"] for _, options, _ in asked}) == 4  # two epochs of the search, two of the ticket
 
 
 def test_damage_inside_a_run_is_one_line_and_it_goes_on_once_it_is_repaired(
@@ -669,7 +667,8 @@ def _steps(executor: Executor, recipe: Recipe, stream: ImageStream, order: np.nd
     """Weights, and logits of the stream, after an epoch of batches of eight."""
     problem = Problem(recipe, stream, None, KEY, executor=executor)
     state = search.init_state(dataclasses.replace(PRESETS["digits"], lr=0.01), problem)
-    for _, state, _ in executor.train_epoch(recipe, state, stream, order, KEY, hyper, batch_size=8):  # noqa: B007, B020
+    epoch = Epoch(stream, order, KEY, hyper, batch_size=8)
+    for _, state, _ in executor.train_epoch(recipe, state, epoch):  # noqa: B007, B020
         pass
     assert int(state.step) == 3
     variables = {"params": state.params, "batch_stats": {}, "masks": problem.init_variables()["masks"]}

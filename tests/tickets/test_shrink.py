@@ -215,7 +215,7 @@ def test_a_smaller_network_is_trained_on(x64: None) -> None:
     hyper = Hyperparams(*(jnp.asarray(value, float) for value in (1.0, 0.0, 0.5, 0.0, 0.0)))
     losses = []
     for _ in range(12):
-        state, metrics = compiled_step(recipe, state, data, np.arange(6), jax.random.key(0), hyper)
+        state, metrics = compiled_step(recipe, state, step.StepInputs(data, np.arange(6), jax.random.key(0), hyper))
         losses.append(float(metrics.loss))
     assert smaller != model and losses[-1] < 0.5 * losses[0], losses
 

@@ -299,7 +299,7 @@ def _conv(
         kernel_init=kernel_init,
         dtype=dtype,
         param_dtype=param_dtype,
-        conv_general_dilated_cls=convolution.chosen,
+        conv_general_dilated_cls=convolution.get_convolve,
         name=name,
     )
 

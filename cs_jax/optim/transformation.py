@@ -59,11 +59,11 @@ def continuous_sparsification(
         score_tx: optimizer of the scores, without decay; should move a score by about 1 in a search. Adam: a learning
             rate of about 1 / number of updates, mostly 0.003 to 0.03; SGD: 0.1 to 10.
         epochs: epochs in a round, at least 1; the temperature rises during them.
-        steps_per_epoch: calls of `update` in an epoch, at least 1; under `optax.MultiSteps` less than one per batch.
+        steps_per_epoch: updates in an epoch, at least 1; with `optax.MultiSteps`, not every batch is an update.
         rounds: planned rounds, at least 1; with a target, the density falls to the target over these rounds.
         final_temp: temperature of a round's last epoch, finite, at least 1.
         init_value: initial score (s0 in the paper), at least -80; sets the density where there is no target.
-        penalty: weight of the sum of all masks (lambda in the paper), at least 0; the loss need not include it.
+        penalty: weight of the sum of all masks (lambda in the paper), at least 0; `update` adds it, not the loss.
         target_density: share of the masked weights that the ticket keeps, in (0, 1]; None sets no target.
         where: rules that select the masked weights, as for `select`.
         allow_empty_layers: whether a ticket may keep no weight of a masked array.

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from cs_jax.commands.parser import command_parser
 from cs_jax.core import files, trees
-from cs_jax.core.errors import ConfigError, out_of_memory, told_of
+from cs_jax.core.errors import ConfigError, error_in_file, out_of_memory
 from cs_jax.data.load import load_test
 from cs_jax.data.registry import source_of
 from cs_jax.experiment.config import Config
@@ -119,7 +119,7 @@ def shrink(arguments: Sequence[str], *, prog: str) -> None:
     out = given.out or given.file.with_name(f"{given.file.stem}-shrunk.safetensors")
     files.check_out(out, source=given.file)
     loaded = load_ticket(given.file)
-    with told_of(given.file, TypeError, ValueError):  # of a model whose wiring is missing or wrong
+    with error_in_file(given.file, TypeError, ValueError):  # of a model whose wiring is missing or wrong
         smaller = shrinking.shrink_ticket(loaded)
     save_ticket(out, **smaller.variables, metadata=smaller.metadata)
     terminal = Console()
@@ -142,7 +142,7 @@ def speed(arguments: Sequence[str], *, prog: str) -> None:
             if value < 1:
                 raise ConfigError(f"{name}: got {value}, wanted at least 1")
     loaded = load_ticket(given.file)
-    with told_of(given.file, TypeError, ValueError):  # of a model whose wiring is missing or wrong
+    with error_in_file(given.file, TypeError, ValueError):  # of a model whose wiring is missing or wrong
         forms = speeds.forms(loaded)
     shape, terminal = loaded.metadata["model"]["image_shape"], Console()
     if loaded.metadata["model"].get("features"):

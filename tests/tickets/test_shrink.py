@@ -358,7 +358,7 @@ def test_the_command_does_not_replace_the_ticket(tmp_path: Path, capsys: pytest.
     path = ticket_of(tmp_path / "ticket.safetensors")
     before = path.read_bytes()
     assert commands.main(["shrink", str(path), "--out", str(path)]) == 2
-    assert "wanted another file than the ticket" in capsys.readouterr().err and path.read_bytes() == before
+    assert "must not overwrite the ticket" in capsys.readouterr().err and path.read_bytes() == before
 
 
 @pytest.mark.parametrize(

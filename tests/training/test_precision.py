@@ -15,7 +15,7 @@ from small import SEARCH
 from cs_jax.commands import parser
 from cs_jax.commands.ticket import measure_test_accuracy
 from cs_jax.core import masks
-from cs_jax.core.arrays import DTYPES, round_at_random
+from cs_jax.core.arrays import DTYPES, stochastic_round
 from cs_jax.data.images import ImageSet
 from cs_jax.experiment import search
 from cs_jax.experiment.config import Config
@@ -135,7 +135,7 @@ def test_a_masked_kernel_is_rounded_once() -> None:
 @pytest.mark.parametrize("value", [1.0, -1.0, 0.3, -1e-3, 3e-39, 1 + 2**-9])
 def test_rounding_at_random_keeps_the_mean_and_takes_a_neighbour(value: float) -> None:
     n = 100_000
-    rounded = np.asarray(round_at_random(KEY, jnp.full(n, value)), np.float64)
+    rounded = np.asarray(stochastic_round(KEY, jnp.full(n, value)), np.float64)
     values = np.unique(rounded)
     assert len(values) <= 2
     spacing = float(np.ptp(values))
@@ -148,7 +148,7 @@ def test_rounding_at_random_keeps_what_bfloat16_has_and_what_is_not_finite() -> 
     all_ones = np.array([-1], np.int32).view(np.float32)  # a NaN whose bits would carry over
     array = np.concatenate([kept, all_ones])
     for number in range(20):
-        rounded = round_at_random(jax.random.fold_in(KEY, number), jnp.asarray(array))
+        rounded = stochastic_round(jax.random.fold_in(KEY, number), jnp.asarray(array))
         np.testing.assert_array_equal(np.asarray(rounded, np.float32), array)
         assert np.signbit(np.asarray(rounded, np.float32)[1])
 

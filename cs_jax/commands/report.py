@@ -1,5 +1,6 @@
 """The commands `report` and `connect`."""
 
+import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
-from cs_jax.commands.parser import command_parser
+from cs_jax.commands.parser import MODULE, command_parser
+from cs_jax.core.errors import ConfigError
 from cs_jax.data.load import fingerprint
 from cs_jax.experiment import connectivity
 from cs_jax.experiment.config import Config
@@ -30,18 +32,18 @@ def write_report(path: Path) -> list[Path]:
 
 
 def report(arguments: Sequence[str], *, prog: str) -> None:
-    """write report.html and its plots for one run, or compare several"""
+    """write report.html and its plots into a run directory"""
     parser = command_parser(prog, report)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
-    parser.add_argument("--out", type=Path, help="folder for the comparison of several runs (comparison)")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("others", nargs="*", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    if len(given.runs) == 1 and given.out is None:
-        written = write_report(given.runs[0])
-    else:
-        from cs_jax import report as reports
-
-        written = reports.write_comparison(given.runs, given.out or Path("comparison"))
-    for path in written:
+    if given.others:
+        more = " ..." * (len(given.others) > 1)
+        raise ConfigError(
+            f"RUN {given.run} {given.others[0]}{more}: accepts one run directory; "
+            f"to compare runs, use {MODULE} sweep SPEC and {MODULE} pareto SPEC"
+        )
+    for path in write_report(given.run):
         print_line(Console(), str(path))
 
 

@@ -1,14 +1,11 @@
-"""`report.html` and its plots, of one run or of several compared, from the files that runs leave behind."""
+"""`report.html` and its plots, of one run or of a sweep, from the files that runs leave behind."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from cs_jax.core import files
-from cs_jax.core.errors import ConfigError
-from cs_jax.experiment.storage.run_directory import CONFIG_FILE
-from cs_jax.report import comparison_page, plots, run_page, sweep_page
+from cs_jax.report import plots, run_page, sweep_page
 from cs_jax.report.pages import write
 from cs_jax.report.read_run import read
 from cs_jax.sweep import statistics
@@ -18,7 +15,7 @@ from cs_jax.sweep.statistics import Cell, Result
 TABLE_FILE = "pareto.md"
 FIGURES_FILE = "pareto.json"
 
-__all__ = ["write_comparison", "write_pareto", "write_report"]
+__all__ = ["write_pareto", "write_report"]
 
 
 def write_report(run: Path) -> list[Path]:
@@ -38,31 +35,6 @@ def write_report(run: Path) -> list[Path]:
     with plots.style():
         page = run_page.page(read(run))
     return write(run, page)
-
-
-def write_comparison(runs: Sequence[Path], out: Path) -> list[Path]:
-    """Paths of report.html and of its plots as PNG files, of several runs side by side, written into `out`.
-
-    Args:
-        runs: run directories, all different.
-        out: folder, made where it does not exist; no run itself.
-
-    Returns:
-        report.html first.
-
-    Raises:
-        ConfigError: no runs, one of them twice, damaged, or a folder that cannot be written; nothing is written then.
-    """
-    if not runs:
-        raise ConfigError("runs: got none, wanted run directories")
-    for run in runs:
-        if [os.path.realpath(other) for other in runs].count(os.path.realpath(run)) > 1:
-            raise ConfigError(f"runs: got {run} twice, wanted different runs")
-    if os.path.exists(out / CONFIG_FILE):
-        raise ConfigError(f"--out: got {out}, which is a run, wanted another folder")
-    with plots.style():
-        page = comparison_page.compare([read(run) for run in runs])
-    return write(out, page)
 
 
 def write_pareto(

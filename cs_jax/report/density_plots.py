@@ -9,30 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from cs_jax.report.plots import CYCLE, GREY, MARKERS, Band, Point, Series, new_axes, percent_tick
-
-
-def trade_off(points: Sequence[Point]) -> Figure:
-    """Accuracy against density, with dense networks as squares at 100 %."""
-    figure, axes = new_axes(3.3 + 0.2 * len(points))
-    for index, (label, density, accuracy, dense) in enumerate(points):
-        color, _ = CYCLE[index % len(CYCLE)]
-        marker = MARKERS[index // len({color for color, _ in CYCLE}) % len(MARKERS)]
-        axes.plot(density, accuracy, marker, color=color, markersize=8, label=label, clip_on=False)
-        if dense is not None:
-            axes.plot(1.0, dense, "s", color=color, markersize=7, fillstyle="none", clip_on=False)
-            axes.axhline(dense, color=color, linestyle=":", linewidth=1)
-    if all(point.density > 0 for point in points):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_minor_locator(NullLocator())
-    axes.margins(x=0.08, y=0.12)
-    axes.xaxis.set_major_formatter(FuncFormatter(percent_tick))
-    axes.yaxis.set_major_formatter(FuncFormatter(percent_tick))
-    axes.set_xlabel("density: weights kept (square: dense network)")
-    axes.set_ylabel("test accuracy")
-    figure.legend(loc="outside lower center", ncols=1)
-    return figure
+from cs_jax.report.plots import GREY, Band, Series, new_axes, percent_tick
 
 
 def fronts(series: Sequence[Series], bands: Sequence[Band], *, floor: float | None = None) -> Figure:

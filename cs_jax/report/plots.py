@@ -18,8 +18,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 BLUE, SKY, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#cc79a7", "#6b7280"
-CYCLE = [(color, dashes) for dashes in ("-", "--", ":") for color in (BLUE, ORANGE, GREEN, PURPLE, SKY, GREY)]
-"""Colour and dashes of the first, second, ... of several runs."""
 
 WIDTH = 5.6  # inches: at 10.5 pt, text is still readable where the figure is shrunk to a telephone's width
 MARKERS = "os^DvPX*"
@@ -58,15 +56,6 @@ class Line(NamedTuple):
     y: Sequence[float]
     color: str = BLUE
     dashes: str = "-"
-
-
-class Point(NamedTuple):
-    """What a ticket costs and is worth."""
-
-    label: str
-    density: float
-    accuracy: float
-    dense: float | None  # accuracy of the dense network
 
 
 class Series(NamedTuple):
@@ -141,7 +130,6 @@ def curves(
     log: bool = False,
     from_zero: bool = False,
     spans: Sequence[Span] = (),
-    listed: bool = False,
 ) -> Figure:
     """Lines over epochs.
 
@@ -153,11 +141,10 @@ def curves(
         log: y is shown on a logarithmic scale.
         from_zero: the y axis begins at 0.
         spans: named parts of the x axis, marked off from each other.
-        listed: the legend has a row for each line, below each other, and the figure room for it.
     """
-    columns = 1 if listed else min(len(lines), LEGEND_COLUMNS)
+    columns = min(len(lines), LEGEND_COLUMNS)
     rows = -(-len(lines) // max(1, columns))
-    figure, axes = new_axes(3.3 + 0.2 * (rows if listed else rows - 1))
+    figure, axes = new_axes(3.3 + 0.2 * (rows - 1))
     for line in lines:
         marker = "o" if np.isfinite(np.asarray(line.y, float)).sum() <= 20 else ""
         axes.plot(line.x, line.y, line.dashes, color=line.color, label=line.label, marker=marker, markersize=3.5)
@@ -174,7 +161,7 @@ def curves(
     mark_spans(axes, spans)
     if spans:  # the same for all figures of a run
         axes.set_xlim(spans[0].start - 0.5, spans[-1].end + 0.5)
-    if len(lines) > 1 or listed:
+    if len(lines) > 1:
         figure.legend(loc="outside lower center", ncols=columns, handlelength=1.8)
     return figure
 

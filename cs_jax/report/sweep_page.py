@@ -59,11 +59,10 @@ def page(
         tickets: whose masks are compared.
         reference: method that the others are compared with.
     """
-    figures = [_front(cells, results), _controls(cells, results), _differences(cells)]
+    figures = [_front(cells, results, reference), _controls(cells, results), _differences(cells)]
     sections = [*figures, *overlap_sections.sections(tickets), _cost(cells)]
-    gaps = f" {_counted(len(missing), 'run')} of the sweep {'have' if len(missing) > 1 else 'has'} not finished."
-    verdict = _verdict(cells, reference) + gaps * bool(missing)
-    return Page(title, lead, verdict, [], [*filter(None, sections), _missing(cells, missing)])
+    lead += f"; {_counted(len(missing), 'run')} not finished" * bool(missing)
+    return Page(title, lead, [], [*filter(None, sections), _missing(cells, missing)])
 
 
 def _tickets(cells: Iterable[Cell]) -> list[Cell]:
@@ -89,33 +88,6 @@ def _best(tickets: Sequence[Cell]) -> list[Cell]:
     return [cell for cell in tickets if cell.accuracy > highest - TIE]
 
 
-def _verdict(cells: Sequence[Cell], reference: str) -> str:
-    tickets = _tickets(cells)
-    if not tickets:
-        return "No ticket has been trained yet."
-    methods = _methods(tickets)
-    contested = [target for target in _targets(cells) if len(_methods(_of_target(cells, target))) > 1]
-    if contested:
-        told = [f"Most accurate on the test set: {_winners(cells, contested)}.", *_leads(cells, contested, reference)]
-    elif len(methods) == 1:
-        ends = (max(tickets, key=lambda cell: cell.accuracy), min(tickets, key=lambda cell: cell.density))
-        kinds = [f"the most accurate ticket is right on {_at(ends[0])}", f"the sparsest on {_at(ends[1])}"]
-        told = [f"{methods[0]} is the only method: {'; '.join(kinds[: len({*ends})])}."]
-    else:
-        told = ["No target has tickets of two methods, so none is the best of its density."]
-    free = _methods(cell for cell in tickets if cell.target is None)
-    if free and len(methods) > 1:
-        told.append(f"Left to the dial, tickets of {_joined(free)} have densities of their own and stand beside none.")
-    dense = {_accuracy(cell) for cell in cells if cell.control == DENSE}
-    if len(dense) == 1:
-        told.append(f"The dense network is right on {dense.pop()} of the test set.")
-    return " ".join(told)
-
-
-def _at(cell: Cell) -> str:
-    return f"{_accuracy(cell)} of the test set at density {_density(cell)}"
-
-
 def _density(cell: Cell) -> str:
     return percent(cell.density) + (f" ± {percent(cell.density_deviation)}" if cell.density_deviation else "")
 
@@ -124,62 +96,23 @@ def _accuracy(cell: Cell) -> str:
     return percent(cell.accuracy) + (f" ± {cell.deviation:.2%}" if cell.deviation is not None else "")
 
 
-def _winners(cells: Sequence[Cell], targets: Sequence[float]) -> str:
-    by_winner: dict[str, list[float]] = {}
-    for target in targets:
-        by_winner.setdefault(_joined(_methods(_best(_of_target(cells, target)))), []).append(target)
-    return "; ".join(f"{winner} at {_joined([*map(shown_share, where)])}" for winner, where in by_winner.items())
-
-
-def _joined(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-def _leads(cells: Sequence[Cell], targets: Sequence[float], reference: str) -> list[str]:
-    """What the lead of the most accurate tickets over the reference is worth, or the reference's over the next."""
-    if not references(cells):
-        if reference not in _methods(_tickets(cells)):
-            return [f"None of them has been compared: there are no tickets of {reference}, the sweep's reference."]
-        return [f"None of them has been compared: they share no target and seed with those of {reference}."]
-    tests = count_tests(cells, False)
-    found: dict[str, dict[str, list[str]]] = {}
-    for target in targets:
-        tickets = _of_target(cells, target)
-        best, others = _best(tickets), [cell for cell in tickets if cell.method != reference]
-        if reference not in _methods(best):
-            found.setdefault(f"The lead over {reference}", {}).setdefault(_worth(best[0]), []).append(
-                shown_share(target)
-            )
-        elif len(best) == 1:
-            lead, next_best = f"The lead of {reference} over the next best", _best(others)[0]
-            found.setdefault(lead, {}).setdefault(_worth(next_best, -1), []).append(shown_share(target))
-    told = [
-        f"{lead} is {_joined([f'{worth} at {_joined(where)}' for worth, where in sorted(by_worth.items())])}"
-        for lead, by_worth in found.items()
-    ]
-    if told:
-        told[-1] += f" ({LEVEL:g} level, Holm's correction for {_counted(tests, 'test')})"
-    if budgets(cells, False):
-        told.append("They were not all trained for as long (see Cost)")
-    return [f"{sentence}." for sentence in told]
-
-
 def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def _worth(cell: Cell, sign: int = 1) -> str:
-    """What a lead is worth; seeds that only one network has may turn the sign of the difference around."""
+def _significance(cell: Cell, sign: int = 1) -> str:
+    """Test result for `sign * difference > 0`: seeds that only one network has may turn the sign around."""
     if cell.p_adjusted is None or cell.difference is None:
         return "not tested"
     return "significant" if cell.p_adjusted < LEVEL and sign * cell.difference > 0 else "not significant"
 
 
-def _front(cells: Sequence[Cell], results: Sequence[Result]) -> Section:
+def _front(cells: Sequence[Cell], results: Sequence[Result], reference: str) -> Section:
     section = Section("Accuracy against density")
     if not cells:
         section.notes.append("No network has been trained yet: there is nothing to draw.")
         return section
+    section.notes += _gaps(_tickets(cells), reference)
     lines = _series(_tickets(cells), results, cells)
     controls = _series([cell for cell in cells if cell.control not in (None, DENSE)], results, cells)
     drawn = [*lines, *(controls if len(controls) <= FEW_CONTROLS else [])]
@@ -282,16 +215,45 @@ def _floor(lines: Sequence[Series], bands: Sequence[Band]) -> float | None:
     return floor if highest - min(accuracies) > 2 * (highest - floor) else None
 
 
+def _gaps(tickets: Sequence[Cell], reference: str) -> list[str]:
+    """Why there are no tickets, or why no ticket is compared with the reference."""
+    if not tickets:
+        return ["No ticket has been trained yet."]
+    methods = _methods(tickets)
+    if len(methods) == 1 or references(tickets):
+        return []
+    if reference not in methods:
+        return [f"Methods are not compared: there are no tickets of {reference}, the sweep's reference."]
+    return [
+        f"Methods are not compared: no other ticket has a target and a seed of the tickets of {reference}, the sweep's "
+        "reference."
+    ]
+
+
 def _best_table(cells: Sequence[Cell]) -> Table:
-    head = ("Target", "Most accurate", "Test accuracy", "Seeds", "Beside", "Points", "p, Holm", "Difference")
+    head = ("Target", "Most accurate", "Test accuracy", "Seeds", "Compared with", "Points", "p, Holm")
+    head += (f"At level {LEVEL:g}",)
     rows = []
     for target in _targets(cells):
-        for cell in _best(_of_target(cells, target)):
-            compared = [cell.beside, points(cell.difference, 0), shown_p(cell.p_adjusted), _worth(cell)]
-            if not cell.beside:
-                compared = ["the reference" if is_reference(cell, cells) else "-", "-", "-", "-"]
-            rows.append([shown_share(target), cell.method, _accuracy(cell), str(cell.n), *compared])
-    return Table("Best at each target", head, rows, words=2, wide=True)
+        tickets = _of_target(cells, target)
+        for cell in _best(tickets):
+            figures = [shown_share(target), cell.method, _accuracy(cell), str(cell.n)]
+            rows.append([*figures, *_compared(cell, tickets, cells)])
+    return Table("Most accurate ticket at each target", head, rows, words=2, wide=True)
+
+
+def _compared(cell: Cell, tickets: Sequence[Cell], cells: Sequence[Cell]) -> list[str]:
+    """The most accurate ticket beside the reference; the reference beside the next best."""
+    if cell.beside:
+        return [cell.beside, points(cell.difference, 0), shown_p(cell.p_adjusted), _significance(cell)]
+    others = [other for other in tickets if other.method != cell.method]
+    if not is_reference(cell, cells):
+        return ["-"] * 4
+    if not others or len(_best(tickets)) > 1:
+        return ["the reference", "-", "-", "-"]
+    second = _best(others)[0]
+    lead = points(0, second.difference) or "-"
+    return [f"{second.method}, the next best", lead, shown_p(second.p_adjusted), _significance(second, -1)]
 
 
 def _front_table(cells: Sequence[Cell]) -> Table:

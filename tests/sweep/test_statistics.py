@@ -69,6 +69,17 @@ def drawn(page: Page) -> dict[str, Plot]:
     return {part.name: part for section in page.sections for part in section.parts if isinstance(part, Plot)}
 
 
+def best(page: Page) -> list[list[str]]:
+    """Rows of the most accurate ticket at each target."""
+    return [[*row] for row in tables(page)["Most accurate ticket at each target"].rows]
+
+
+def front(page: Page) -> list[list[str]]:
+    """Rows of the Pareto front."""
+    (table,) = (table for caption, table in tables(page).items() if caption.startswith("Pareto front"))
+    return [[*row] for row in table.rows]
+
+
 def cost(page: Page) -> str:
     """What is said first of costs."""
     (section,) = (section for section in page.sections if section.title == "Cost")
@@ -289,7 +300,7 @@ def test_densities_that_differ_between_seeds_have_their_deviation_everywhere():
     ]
     assert statistics.to_json(cells)[1]["density_deviation"] == found
     assert tables(built([*IMP, *results]))["cs"].rows[0][3] == "12.00% ± 2.00%"
-    assert "at density 12.00% ± 2.00%." in built(results).verdict
+    assert front(built([*results]))[0][2] == "12.00% ± 2.00%"
 
 
 def test_what_is_not_tested_is_not_adjusted_for():
@@ -304,13 +315,15 @@ def test_what_is_not_tested_is_not_adjusted_for():
     assert "for 1 test of tickets, and for 2 tests of controls. Equal" in told([*IMP, *CS, *controls])[0]
 
 
-def test_the_verdict_says_why_no_method_is_compared():
-    assert built([*CS, *trio("snip", (0.8, 0.8, 0.9))]).verdict == (
-        "Most accurate on the test set: cs at 10%. "
-        "None of them has been compared: there are no tickets of imp, the sweep's reference."
-    )
+def test_the_page_says_why_no_method_is_compared():
+    page = built([*CS, *trio("snip", (0.8, 0.8, 0.9))])
+    assert page.sections[0].notes == ["Methods are not compared: there are no tickets of imp, the sweep's reference."]
+    assert best(page) == [["10%", "cs", "93.00% ± 2.00%", "3", "-", "-", "-", "-"]]
     elsewhere = built([*CS, *trio("snip", (0.8, 0.8, 0.9)), *trio("imp", (0.8, 0.8, 0.9), target=0.5)])
-    assert elsewhere.verdict.endswith("they share no target and seed with those of imp.")
+    assert elsewhere.sections[0].notes == [
+        "Methods are not compared: no other ticket has a target and a seed of the tickets of imp, the sweep's "
+        "reference."
+    ]
 
 
 def terminal(results: list[Result]) -> list[str]:
@@ -390,15 +403,16 @@ def test_few_controls_are_drawn_beside_their_methods_and_not_apart():
 
 def test_a_single_cell_makes_a_page(tmp_path: Path):
     page = built([made("imp", 0.99)])
-    assert page.verdict == (
-        "imp is the only method: the most accurate ticket is right on 99.00% of the test set at density 10.00%."
-    )
+    assert (page.lead, page.sections[0].notes) == ("digits", [])
+    assert front(page) == [["imp", "10%", "10.00%", "99.00%", "60"]]
+    assert best(page) == [["10%", "imp", "99.00%", "1", "-", "-", "-", "-"]]
     assert len(pages.write(tmp_path, page)) == 2
 
 
 def test_a_page_without_results_says_so():
     page = built([], missing=("imp, seed 0",))
-    assert page.verdict == "No ticket has been trained yet. 1 run of the sweep has not finished."
+    assert page.lead == "digits; 1 run not finished"
+    assert page.sections[0].notes == ["No network has been trained yet: there is nothing to draw."]
     assert page.sections[-1].notes == ["Not finished: imp, seed 0"]
 
 
@@ -406,42 +420,50 @@ def test_an_empty_ticket_is_drawn_at_density_zero():
     assert [*drawn(built([made("imp", 0.1, density=0.0), made("cs", 0.9)]))] == ["accuracy-density"]
 
 
+def test_a_page_of_dense_networks_alone_says_that_there_is_no_ticket():
+    page = built(trio("dense", (0.9, 0.9, 0.9), control="dense", target=None, density=1.0))
+    assert page.sections[0].notes == ["No ticket has been trained yet."]
+
+
 @pytest.mark.parametrize(
-    "ours, verdict",
+    "ours, rows",
     [
         (
             (0.91, 0.93, 0.95),
-            "Most accurate on the test set: cs at 10%. "
-            "The lead over imp is not significant at 10% (0.05 level, Holm's correction for 1 test).",
+            [["10%", "cs", "93.00% ± 2.00%", "3", "imp", "+2.00", "0.074", "not significant"]],
         ),
         (
             (0.92, 0.931, 0.942),
-            "Most accurate on the test set: cs at 10%. "
-            "The lead over imp is significant at 10% (0.05 level, Holm's correction for 1 test).",
+            [["10%", "cs", "93.10% ± 1.10%", "3", "imp", "+2.10", "<0.001", "significant"]],
         ),
         (
             (0.88, 0.889, 0.898),
-            "Most accurate on the test set: imp at 10%. "
-            "The lead of imp over the next best is significant at 10% (0.05 level, Holm's correction for 1 test).",
+            [["10%", "imp", "91.00% ± 1.00%", "3", "cs, the next best", "+2.10", "<0.001", "significant"]],
         ),
         (
             (0.93, 0.94, 0.95),
-            "Most accurate on the test set: cs at 10%. "
-            "The lead over imp is not tested at 10% (0.05 level, Holm's correction for 1 test).",
+            [["10%", "cs", "94.00% ± 1.00%", "3", "imp", "+3.00", "-", "not tested"]],
         ),
-        ((0.92, 0.91, 0.90), "Most accurate on the test set: imp and cs at 10%."),
+        (
+            (0.92, 0.91, 0.90),
+            [
+                ["10%", "imp", "91.00% ± 1.00%", "3", "the reference", "-", "-", "-"],
+                ["10%", "cs", "91.00% ± 1.00%", "3", "imp", "+0.00", "1.000", "not significant"],
+            ],
+        ),
     ],
 )
-def test_the_verdict_says_who_leads_and_what_that_is_worth(ours, verdict):
-    assert built([*IMP, *trio("cs", ours)]).verdict == verdict
+def test_the_page_says_which_ticket_is_best_and_what_its_lead_is_worth(ours, rows):
+    page = built([*IMP, *trio("cs", ours)])
+    assert best(page) == rows
+    assert tables(page)["Most accurate ticket at each target"].head[-1] == "At level 0.05"
 
 
 def test_tickets_left_to_the_dial_are_called_best_at_no_target():
     page = built([*IMP, *trio("cs", (0.95, 0.96, 0.97), target=None, dial=0.05)])
-    assert page.verdict == (
-        "No target has tickets of two methods, so none is the best of its density. "
-        "Left to the dial, tickets of cs have densities of their own and stand beside none."
-    )
+    assert [row[:2] for row in best(page)] == [["10%", "imp"]]
+    assert [note.split(":")[0] for note in page.sections[0].notes] == ["Methods are not compared"]
+    assert tables(page)["cs"].rows[0][1] == "s0 0.05" and tables(page)["cs"].rows[0][5:] == ["-"] * 5
 
 
 def test_cost_says_that_budgets_differ():
@@ -451,7 +473,6 @@ def test_cost_says_that_budgets_differ():
         "Budgets differ: a lead may be that of longer training. "
         "Epochs of search and retraining together, as a ratio: cs beside imp 2.00 to 10.00."
     )
-    assert page.verdict.endswith("They were not all trained for as long (see Cost).")
     caveat = "up and to the left is better; methods were not all trained for as long (see Cost)"
     assert drawn(page)["accuracy-density"].remark == caveat
     same = built([*IMP, *CS])

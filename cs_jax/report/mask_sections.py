@@ -11,7 +11,7 @@ from cs_jax.experiment.storage.paths import MASKS_FILE, METRICS_FILE, SCORES_FIL
 from cs_jax.report import heatmaps, plots
 from cs_jax.report.epoch_sections import AFTERWARDS, spans
 from cs_jax.report.pages import Plot, Section, Table, describe_lines, percent, plot
-from cs_jax.report.plots import Line
+from cs_jax.report.plots import Line, YAxis
 from cs_jax.report.read_arrays import Bits, Masks
 from cs_jax.report.read_run import Epoch, Run
 from cs_jax.tickets import overlap as mask_overlap
@@ -109,12 +109,9 @@ def _flips(run: Run) -> Plot | None:
         remark += f"; {len(known) - len(flipped)} epochs without a flip have no point"
         rates = [rate if rate > 0 else math.nan for rate in rates]
     line = Line("search", [1.0 + index for index in range(len(rates))], rates)
-    figure = plots.curves(
-        [line], x_label="epoch", y_label="flip rate", percent=True, log=log, from_zero=not log, spans=spans(run)
-    )
-    return plot(
-        "flip-rate", "Flip rate", remark, f"Flip rate by epoch. {describe_lines([line], percents=True)}", figure
-    )
+    figure = plots.curves([line], YAxis("flip rate", percent=True, log=log, from_zero=not log), spans(run))
+    alt = f"Flip rate by epoch. {describe_lines([line], percents=True)}"
+    return plot("flip-rate", "Flip rate", remark, alt, figure)
 
 
 def _overlap_rows(masks: Masks, sizes: Mapping[str, int]) -> list[list[str]]:

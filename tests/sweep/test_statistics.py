@@ -14,9 +14,10 @@ from rich.console import Console
 from scipy import stats
 
 from cs_jax.commands.sweep import print_cells
-from cs_jax.report import density_plots, pages, plots
-from cs_jax.report import sweep_page as pareto_page
+from cs_jax.report import density_plots, pages, plots, sweep_page, sweep_plots
+from cs_jax.report.density_plots import Band, Curves
 from cs_jax.report.pages import Page, Plot, Table
+from cs_jax.report.sweep_cells import SweepResults
 from cs_jax.sweep import statistics
 from cs_jax.sweep.statistics import Cell, Result
 
@@ -58,7 +59,7 @@ def sweep(methods: int, targets: tuple[float, ...], controls: tuple[str, ...]) -
 
 def built(results: list[Result], missing: tuple[str, ...] = ()) -> Page:
     with plots.style():
-        return pareto_page.page("A sweep", statistics.summarize(results), results, missing, "digits")
+        return sweep_page.page(SweepResults("some", results, missing))
 
 
 def tables(page: Page) -> dict[str, Table]:
@@ -305,14 +306,14 @@ def test_densities_that_differ_between_seeds_have_their_deviation_everywhere():
 
 def test_what_is_not_tested_is_not_adjusted_for():
     def told(results: list[Result]) -> list[str]:
-        return next(section.texts for section in built(results).sections if section.title == "Figures and differences")
+        return next(section.texts for section in built(results).sections if section.title == "Results and differences")
 
-    assert told(CS) == ["Nothing is compared, and so nothing is tested."]
-    assert told([IMP[0], CS[0]])[1] == "No two networks that are compared share two seeds, so nothing is tested."
-    assert "adjusted by Holm for 1 test of tickets. Equal seeds" in told([*IMP, *CS])[0]
+    assert told(CS) == ["No networks are compared, so nothing is tested."]
+    assert told([IMP[0], CS[0]])[1] == "No two compared networks share two seeds, so nothing is tested."
+    assert told([*IMP, *CS])[0].endswith("p (Holm): p adjusted for 1 test of tickets.")
     controls = [*trio("cs", (0.8, 0.81, 0.8), control="random"), *trio("cs", (0.8, 0.81, 0.8), control="reinit")]
-    assert "adjusted by Holm for 2 tests of controls. Equal seeds" in told([*CS, *controls])[0]
-    assert "for 1 test of tickets, and for 2 tests of controls. Equal" in told([*IMP, *CS, *controls])[0]
+    assert told([*CS, *controls])[0].endswith("p (Holm): p adjusted for 2 tests of controls.")
+    assert told([*IMP, *CS, *controls])[0].endswith("adjusted for 1 test of tickets and for 2 tests of controls.")
 
 
 def test_the_page_says_why_no_method_is_compared():
@@ -321,7 +322,7 @@ def test_the_page_says_why_no_method_is_compared():
     assert best(page) == [["10%", "cs", "93.00% ± 2.00%", "3", "-", "-", "-", "-"]]
     elsewhere = built([*CS, *trio("snip", (0.8, 0.8, 0.9)), *trio("imp", (0.8, 0.8, 0.9), target=0.5)])
     assert elsewhere.sections[0].notes == [
-        "Methods are not compared: no other ticket has a target and a seed of the tickets of imp, the sweep's "
+        "Methods are not compared: no ticket of another method has a target and a seed in common with imp, the sweep's "
         "reference."
     ]
 
@@ -403,7 +404,7 @@ def test_few_controls_are_drawn_beside_their_methods_and_not_apart():
 
 def test_a_single_cell_makes_a_page(tmp_path: Path):
     page = built([made("imp", 0.99)])
-    assert (page.lead, page.sections[0].notes) == ("digits", [])
+    assert (page.title, page.lead, page.sections[0].notes) == ("Sweep some", "1 network", [])
     assert front(page) == [["imp", "10%", "10.00%", "99.00%", "60"]]
     assert best(page) == [["10%", "imp", "99.00%", "1", "-", "-", "-", "-"]]
     assert len(pages.write(tmp_path, page)) == 2
@@ -411,7 +412,7 @@ def test_a_single_cell_makes_a_page(tmp_path: Path):
 
 def test_a_page_without_results_says_so():
     page = built([], missing=("imp, seed 0",))
-    assert page.lead == "digits; 1 run not finished"
+    assert page.lead == "0 networks; 1 run not finished"
     assert page.sections[0].notes == ["No network has been trained yet: there is nothing to draw."]
     assert page.sections[-1].notes == ["Not finished: imp, seed 0"]
 
@@ -438,7 +439,7 @@ def test_a_page_of_dense_networks_alone_says_that_there_is_no_ticket():
         ),
         (
             (0.88, 0.889, 0.898),
-            [["10%", "imp", "91.00% ± 1.00%", "3", "cs, the next best", "+2.10", "<0.001", "significant"]],
+            [["10%", "imp", "91.00% ± 1.00%", "3", "cs (second best)", "+2.10", "<0.001", "significant"]],
         ),
         (
             (0.93, 0.94, 0.95),
@@ -447,7 +448,7 @@ def test_a_page_of_dense_networks_alone_says_that_there_is_no_ticket():
         (
             (0.92, 0.91, 0.90),
             [
-                ["10%", "imp", "91.00% ± 1.00%", "3", "the reference", "-", "-", "-"],
+                ["10%", "imp", "91.00% ± 1.00%", "3", "reference", "-", "-", "-"],
                 ["10%", "cs", "91.00% ± 1.00%", "3", "imp", "+0.00", "1.000", "not significant"],
             ],
         ),
@@ -470,13 +471,13 @@ def test_cost_says_that_budgets_differ():
     short, long = trio("imp", (0.9, 0.91, 0.92), epochs=30), trio("imp", (0.9, 0.91, 0.92), target=0.5, epochs=6)
     page = built([*short, *long, *CS, *trio("cs", (0.9, 0.9, 0.91), target=0.5)])
     assert cost(page) == (
-        "Budgets differ: a lead may be that of longer training. "
-        "Epochs of search and retraining together, as a ratio: cs beside imp 2.00 to 10.00."
+        "Training budgets differ: a higher accuracy may come from longer training. "
+        "Ratio of epochs, search and retraining together: cs beside imp 2.00 to 10.00."
     )
-    caveat = "up and to the left is better; methods were not all trained for as long (see Cost)"
+    caveat = "up and to the left is better; methods were trained for different numbers of epochs (see Cost)"
     assert drawn(page)["accuracy-density"].remark == caveat
     same = built([*IMP, *CS])
-    assert cost(same).startswith("All that is compared was trained for the same number of epochs")
+    assert cost(same).startswith("All compared networks were trained for the same number of epochs")
     assert drawn(same)["accuracy-density"].remark == "up and to the left is better"
 
 
@@ -487,15 +488,14 @@ def test_cost_says_once_that_controls_are_trained_as_long_as_the_retraining():
         *trio("imp", (0.9, 0.9, 0.9), control="random", epochs=15),
     ]
     assert cost(built([*IMP, *CS, *controls])) == (
-        "All methods that are compared were trained for the same number of epochs, search and retraining together. "
-        + retrained
+        "All compared methods were trained for the same number of epochs, search and retraining together. " + retrained
     )
     assert cost(built([*IMP, *trio("snip", (0.9, 0.9, 0.9), epochs=20), *controls])) == (
-        "Budgets differ: a lead may be that of longer training. "
-        f"Epochs of search and retraining together, as a ratio: snip beside imp 0.33. {retrained}"
+        "Training budgets differ: a higher accuracy may come from longer training. "
+        f"Ratio of epochs, search and retraining together: snip beside imp 0.33. {retrained}"
     )
     assert cost(built([*CS, *controls[:3]])) == retrained
-    assert cost(built(CS)) == "Nothing is compared. Epochs are those of search and retraining together."
+    assert cost(built(CS)) == "No networks are compared. Epochs are those of search and retraining together."
 
 
 def test_seeds_and_targets_that_are_missing_are_listed():
@@ -515,9 +515,9 @@ def test_collapsed_networks_get_the_others_a_closer_look():
 
 def test_a_method_looks_the_same_in_every_plot_and_no_two_look_alike():
     results = sweep(8, (0.5, 0.1), ("random",))
-    cells = statistics.summarize(results)
-    tickets = pareto_page._series([cell for cell in cells if cell.control is None], results, cells)
-    alone = pareto_page._series([cell for cell in cells if cell.method == "method-5"], results, cells)
+    swept = SweepResults("some", results)
+    tickets = sweep_plots.series([cell for cell in swept.cells if cell.control is None], swept)
+    alone = sweep_plots.series([cell for cell in swept.cells if cell.method == "method-5"], swept)
     assert len({line.color for line in tickets}) == len({line.marker for line in tickets}) == 8
     assert {(line.color, line.marker) for line in alone} == {(tickets[5].color, tickets[5].marker)}
     assert [(line.dashes, line.thin) for line in alone] == [("-", False), ("--", True)]
@@ -525,9 +525,9 @@ def test_a_method_looks_the_same_in_every_plot_and_no_two_look_alike():
 
 
 def test_bars_reach_one_deviation_up_and_down_and_dots_are_single_networks():
-    cells = statistics.summarize(IMP)
+    swept = SweepResults("some", IMP)
     with plots.style():
-        figure = density_plots.fronts(pareto_page._series(cells, IMP, cells), [])
+        figure = density_plots.accuracy_by_density(Curves(sweep_plots.series(swept.cells, swept)))
     axes = figure.axes[0]
     (bar,) = axes.collections
     assert bar.get_paths()[0].vertices[:, 1] == pytest.approx([0.90, 0.92])
@@ -536,10 +536,11 @@ def test_bars_reach_one_deviation_up_and_down_and_dots_are_single_networks():
 
 
 def test_no_bar_or_band_leaves_the_accuracies_that_there_are():
-    results = [*trio("imp", (0.98, 1.0, 1.0)), *trio("cs", (0.0, 0.0, 0.3))]
-    cells = statistics.summarize(results)
+    swept = SweepResults("some", [*trio("imp", (0.98, 1.0, 1.0)), *trio("cs", (0.0, 0.0, 0.3))])
+    cells = swept.cells
     with plots.style():
-        figure = density_plots.fronts(pareto_page._series(cells, results, cells), [plots.Band("dense", 0.99, 0.02)])
+        curves = Curves(sweep_plots.series(cells, swept), [Band("dense", 0.99, 0.02)])
+        figure = density_plots.accuracy_by_density(curves)
     axes = figure.axes[0]
     high, low = (bar.get_paths()[0].vertices[:, 1] for bar in axes.collections)
     assert high == pytest.approx([cells[0].accuracy - (cells[0].deviation or 0), 1])

@@ -140,7 +140,9 @@ def go_on(
         elif not new:
             print_line(terminal, "there is no checkpoint yet: begins from the start")
         try:
-            with ProgressDisplay(config, terminal) as display:
+            total = config.epochs * (config.search_rounds + len(config.retrainings))
+            done = 0 if progress is None else progress.epochs_done(config)
+            with ProgressDisplay(terminal, total_epochs=total, epochs_done=done) as display:
                 told = (directory, tracking, display, health) if processes.is_leader() else ()
                 observers = Observers(*told, checkpoints, watch)
                 return pipeline.run(config, problem, data, directory, observers, progress)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from cs_jax.experiment.config import SEARCH, TICKET
-from cs_jax.experiment.connectivity import ends_highest
+from cs_jax.experiment.connectivity import barrier_note
 from cs_jax.experiment.storage.paths import MASKS_FILE, METRICS_FILE, SCORES_FILE
 from cs_jax.report import heatmaps, plots
 from cs_jax.report.epoch_sections import AFTERWARDS, spans
@@ -146,12 +146,12 @@ def connectivity(run: Run) -> Section | None:
         return None
     section = Section("Linear mode connectivity")
     accuracies = " and ".join(percent(child["test_accuracy"]) for child in found["children"])
-    at_end = ends_highest(found["points"])
+    note = barrier_note(found["points"])
     section.texts.append(
         "The ticket was trained twice more, with other batches and augmentation and all else alike; the children are "
         f"right on {accuracies} of the test set. The barrier is how far the worst network on the line between them is "
         f"above the mean of its ends: {100 * found['barrier']:.2f} points of error, {found['loss_barrier']:.4f} of "
-        f"loss{at_end and f' ({at_end})'}. With next to none, batches do not decide where the training of this ticket "
+        f"loss{note and f' ({note})'}. With next to none, batches do not decide where the training of this ticket "
         "ends."
     )
     shares, errors, losses = ([point[name] for point in found["points"]] for name in ("share", "error", "loss"))

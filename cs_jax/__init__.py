@@ -3,6 +3,20 @@
 Masked layers multiply their kernels by what they find in the "masks" collection; pure functions turn scores and a
 temperature into masks; `search` runs the rounds.
 """
+# ruff: noqa: E402
+
+import signal
+import sys
+
+# `python -m cs_jax` imports this package, and with it JAX, before __main__.py. As in train.py, Ctrl-C ends the process
+# at once until libraries are loaded; __main__.py then restores Python's handler. While Python looks for the module,
+# sys.argv[0] is "-m", and the word before the arguments names it. No other import of the package changes a handler.
+if (
+    sys.argv[:1] == ["-m"]
+    and sys.orig_argv[-len(sys.argv)] in ("cs_jax", "-mcs_jax")
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from cs_jax import models
 from cs_jax.core.describe import describe

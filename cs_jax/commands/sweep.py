@@ -17,19 +17,19 @@ from cs_jax.experiment.observers.interrupts import Interrupts, Stopped
 from cs_jax.experiment.observers.terminal import print_line
 from cs_jax.experiment.prepare import check_all
 from cs_jax.sweep import scheduler
-from cs_jax.sweep.devices import find_places
+from cs_jax.sweep.devices import find_devices
 from cs_jax.sweep.display import NARROWEST, UNBOUNDED, SweepDisplay
 from cs_jax.sweep.results import read_results, read_tickets
 from cs_jax.sweep.spec import Spec, read_spec
 from cs_jax.sweep.statistics import (
     ABSENT,
+    CONTROL_EPOCHS_NOTE,
     LEVEL,
-    RETRAINED,
     Cell,
-    budgets,
+    epoch_ratios,
     has_no_spread,
     is_reference,
-    references,
+    reference_methods,
     shown_epochs,
     shown_p,
     shown_target,
@@ -78,7 +78,7 @@ def _run(
     watch.check()  # a callback of a library may have lost what a signal raised
     with SweepDisplay(terminal, len(spec.runs), waiting) as display:
         try:
-            places = find_places(jobs, len(waiting)) if waiting else []
+            places = find_devices(jobs, len(waiting)) if waiting else []
             return scheduler.run_sweep(spec, directory, places, display, tickets)
         except Stopped as stop:
             stop.hint = f"; runs under way are saved; {hint}"
@@ -143,7 +143,7 @@ def print_cells(console: Console, cells: Sequence[Cell]) -> None:
     for name in ("n", "density", "test %", "epochs", "points", "p"):
         table.add_column(name, justify="right", no_wrap=True)
     for cell in cells:
-        target = shown_target(cell.target, cell.dial, "{:.4g}".format)
+        target = shown_target(cell.target, cell.initial_score, "{:.4g}".format)
         table.add_row(cell.method, cell.control or "ticket", target, str(cell.n), *_figures(cell, cells))
     _fit(table, console, max(len(cell.method) for cell in cells))
     console.print(table, crop=False)
@@ -176,8 +176,8 @@ def _figures(cell: Cell, cells: Sequence[Cell]) -> list[str]:
 
 def _legend(cells: Sequence[Cell]) -> Iterator[str]:
     """What the words and signs of the table mean, of those that are in it."""
-    beside = [f"beside {method} (ref.) at the same target" for method in references(cells)]
-    if any(cell.beside and cell.control for cell in cells):
+    beside = [f"beside {method} (ref.) at the same target" for method in reference_methods(cells)]
+    if any(cell.compared_with and cell.control for cell in cells):
         beside.append("of a control, beside the ticket")
     yield "test %: accuracy; ± is the standard deviation of a sample. epochs: search and retraining."
     if not beside:
@@ -185,9 +185,9 @@ def _legend(cells: Sequence[Cell]) -> Iterator[str]:
     yield f"points: of test accuracy, {'; '.join(beside)}."
     alone = " no spread: all differences are the same." if any(map(has_no_spread, cells)) else ""
     yield f"p: of a paired t-test over two seeds at least, adjusted by Holm; * below {LEVEL:g}.{alone}"
-    if budgets(cells, False):
+    if epoch_ratios(cells, False):
         unequal = [cell for cell in cells if cell.control is None and "(" in shown_epochs(cell, cells)]
         told = dict.fromkeys(f"{cell.method} {shown_epochs(cell, cells)}" for cell in unequal)
         yield f"Not trained for as many epochs as what they stand beside: {', '.join(told)}."
-    if budgets(cells, True):
-        yield RETRAINED
+    if epoch_ratios(cells, True):
+        yield CONTROL_EPOCHS_NOTE

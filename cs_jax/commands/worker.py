@@ -46,7 +46,7 @@ def main() -> int:
             Job(run["name"], config_file.from_json(run["config"]), Path(run["log"]), write_report)
             for run in job["runs"]
         ]
-        count, why = autotune.how_many([run.config for run in runs], job["tickets"])
+        count, why = autotune.choose_run_count([run.config for run in runs], job["tickets"])
         if count < len(runs):
             send(answers, back=[run.name for run in runs[count:]])
         try:

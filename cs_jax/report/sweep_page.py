@@ -11,16 +11,16 @@ from cs_jax.report.pages import Page, Plot, Section, Table, percent, plot, point
 from cs_jax.report.plots import Band, Series
 from cs_jax.sweep.results import SweptTicket
 from cs_jax.sweep.statistics import (
+    CONTROL_EPOCHS_NOTE,
     LEVEL,
-    RETRAINED,
     Cell,
     Result,
-    budgets,
     count_tests,
-    front,
+    counterpart,
+    epoch_ratios,
     is_reference,
-    peer,
-    references,
+    pareto_front,
+    reference_methods,
     shown_epochs,
     shown_p,
     shown_target,
@@ -137,7 +137,7 @@ def _joined(words: Sequence[str]) -> str:
 
 def _leads(cells: Sequence[Cell], targets: Sequence[float], reference: str) -> list[str]:
     """What the lead of the most accurate tickets over the reference is worth, or the reference's over the next."""
-    if not references(cells):
+    if not reference_methods(cells):
         if reference not in _methods(_tickets(cells)):
             return [f"None of them has been compared: there are no tickets of {reference}, the sweep's reference."]
         return [f"None of them has been compared: they share no target and seed with those of {reference}."]
@@ -159,7 +159,7 @@ def _leads(cells: Sequence[Cell], targets: Sequence[float], reference: str) -> l
     ]
     if told:
         told[-1] += f" ({LEVEL:g} level, Holm's correction for {_counted(tests, 'test')})"
-    if budgets(cells, False):
+    if epoch_ratios(cells, False):
         told.append("They were not all trained for as long (see Cost)")
     return [f"{sentence}." for sentence in told]
 
@@ -190,7 +190,7 @@ def _front(cells: Sequence[Cell], results: Sequence[Result]) -> Section:
         "front, are chosen on the test set, which is optimistic: on other images they would do a little worse. "
         "Networks of one density are drawn side by side. " + ("Grey: dense, mean and deviation." if bands else "")
     )
-    caveat = "; methods were not all trained for as long (see Cost)" if budgets(cells, False) else ""
+    caveat = "; methods were not all trained for as long (see Cost)" if epoch_ratios(cells, False) else ""
     if drawn or bands:
         section.parts.append(_plot("accuracy-density", "Test accuracy against density", drawn, bands, caveat=caveat))
     floor = _floor(drawn, bands)
@@ -287,8 +287,8 @@ def _best_table(cells: Sequence[Cell]) -> Table:
     rows = []
     for target in _targets(cells):
         for cell in _best(_of_target(cells, target)):
-            compared = [cell.beside, points(cell.difference, 0), shown_p(cell.p_adjusted), _worth(cell)]
-            if not cell.beside:
+            compared = [cell.compared_with, points(cell.difference, 0), shown_p(cell.p_adjusted), _worth(cell)]
+            if not cell.compared_with:
                 compared = ["the reference" if is_reference(cell, cells) else "-", "-", "-", "-"]
             rows.append([shown_share(target), cell.method, _accuracy(cell), str(cell.n), *compared])
     return Table("Best at each target", head, rows, words=2, wide=True)
@@ -298,13 +298,13 @@ def _front_table(cells: Sequence[Cell]) -> Table:
     head = ("Method", "Target", "Density", "Test accuracy", "Epochs")
     rows = [
         [cell.method, _target(cell), _density(cell), _accuracy(cell), shown_epochs(cell, cells)]
-        for cell in front(cells)
+        for cell in pareto_front(cells)
     ]
     return Table("Pareto front: no network is as sparse and more accurate", head, rows, words=2, wide=True)
 
 
 def _target(cell: Cell) -> str:
-    return shown_target(cell.target, cell.dial, shown_share)
+    return shown_target(cell.target, cell.initial_score, shown_share)
 
 
 def _controls(cells: Sequence[Cell], results: Sequence[Result]) -> Section | None:
@@ -350,7 +350,7 @@ def _differences(cells: Sequence[Cell]) -> Section | None:
 
 def _tested(cells: Sequence[Cell]) -> list[str]:
     """What differences are, and what they are tested by, as far as there are any."""
-    if not any(cell.beside for cell in cells):
+    if not any(cell.compared_with for cell in cells):
         return ["Nothing is compared, and so nothing is tested."]
     counts = {"tickets": count_tests(cells, False), "controls": count_tests(cells, True)}
     tests = [f"{_counted(count, 'test')} of {kind}" for kind, count in counts.items() if count]
@@ -377,7 +377,7 @@ def _difference_row(cell: Cell, cells: Sequence[Cell]) -> list[str]:
         ends = (cell.difference - cell.interval, cell.difference + cell.interval)
         interval = " to ".join(points(end, 0) for end in ends)
     tests = ["-" if p is None else shown_p(p) for p in (cell.p, cell.p_adjusted)]
-    return [*figures, cell.beside + fewer, points(cell.difference, 0), interval, *tests]
+    return [*figures, cell.compared_with + fewer, points(cell.difference, 0), interval, *tests]
 
 
 def _cost(cells: Sequence[Cell]) -> Section | None:
@@ -397,17 +397,17 @@ def _cost(cells: Sequence[Cell]) -> Section | None:
 
 def _budgets(cells: Sequence[Cell]) -> str:
     """Whether networks that are compared were trained for as long."""
-    if not any(cell.beside for cell in cells):
+    if not any(cell.compared_with for cell in cells):
         return "Nothing is compared. Epochs are those of search and retraining together."
-    ratios, controls = budgets(cells, False), budgets(cells, True)
-    told = [RETRAINED] if controls else []
+    ratios, controls = epoch_ratios(cells, False), epoch_ratios(cells, True)
+    told = [CONTROL_EPOCHS_NOTE] if controls else []
     if ratios:
         shown = [f"{name} {_range(values, '{:.2f}'.format)}" for name, values in ratios.items()]
         told[:0] = [
             "Budgets differ: a lead may be that of longer training.",
             f"Epochs of search and retraining together, as a ratio: {'; '.join(shown)}.",
         ]
-    elif references(cells) or not controls:
+    elif reference_methods(cells) or not controls:
         what = "All methods that are compared were" if controls else "All that is compared was"
         told.insert(0, f"{what} trained for the same number of epochs, search and retraining together.")
     return " ".join(told)
@@ -427,10 +427,10 @@ def _range(values: Sequence[float], show: Callable[[float], str]) -> str:
 
 
 def _cost_row(cell: Cell, cells: Sequence[Cell]) -> list[str]:
-    other = peer(cell, cells)
+    other = counterpart(cell, cells)
     times = f"{cell.training_flops / other.training_flops:.2f}" if other and other.training_flops else "-"
     figures = [shown_epochs(cell, cells), f"{cell.training_flops:.3g}", f"{cell.seconds:,.1f}"]
-    return [cell.method, cell.control or "ticket", _target(cell), *figures, cell.beside or "-", times]
+    return [cell.method, cell.control or "ticket", _target(cell), *figures, cell.compared_with or "-", times]
 
 
 def _missing(cells: Sequence[Cell], missing: Sequence[str]) -> Section:

@@ -16,7 +16,7 @@ from cs_jax.experiment import search
 from cs_jax.experiment.config import SEARCH, Config
 from cs_jax.experiment.prepare import prepare
 from cs_jax.experiment.storage import config_file
-from cs_jax.sweep.scheduler import MOST
+from cs_jax.sweep.scheduler import MAX_RUNS_PER_PROGRAM
 from cs_jax.training.executor import STEPS_PER_CALL, Executor
 from cs_jax.training.problem import Problem
 from cs_jax.training.shared_device import Together
@@ -25,27 +25,27 @@ REPEATS = 3
 STEPS = 4 * STEPS_PER_CALL
 """Of a trial's epoch at most."""
 
-_found: dict[Hashable, "Trial"] = {}
+_trials: dict[Hashable, "Trial"] = {}
 
 
 class Trial(NamedTuple):
     """What runs of one kind have been measured to take."""
 
     runs: int
-    at_once: float  # seconds of a step of all of them in one program; infinite where that needs too much memory
-    in_turn: float  # of a step of each, one after another
+    batched: float  # seconds of a step of all of them in one program; infinite where that needs too much memory
+    sequential: float  # of a step of each, one after another
 
     @property
-    def is_faster_at_once(self) -> bool:
-        return self.at_once < self.in_turn
+    def is_batched_faster(self) -> bool:
+        return self.batched < self.sequential
 
     def __str__(self) -> str:
-        how = "in one program" if self.is_faster_at_once else "one after another"
-        at_once = f"{1e3 * self.at_once:.3g} ms" if jnp.isfinite(self.at_once) else "more memory than there is"
-        return f"{how}: a step of {self.runs} runs takes {at_once} at once, {1e3 * self.in_turn:.3g} ms in turn"
+        how = "in one program" if self.is_batched_faster else "one after another"
+        at_once = f"{1e3 * self.batched:.3g} ms" if jnp.isfinite(self.batched) else "more memory than there is"
+        return f"{how}: a step of {self.runs} runs takes {at_once} at once, {1e3 * self.sequential:.3g} ms in turn"
 
 
-def how_many(configs: Sequence[Config], tickets: int | None) -> tuple[int, str]:
+def choose_run_count(configs: Sequence[Config], tickets: int | None) -> tuple[int, str]:
     """How many of some runs are to be taken at once, the first ones, and why, in words; "" where there is one alone.
 
     Args:
@@ -54,7 +54,7 @@ def how_many(configs: Sequence[Config], tickets: int | None) -> tuple[int, str]:
             a CPU that is one without a trial: convolutions are slower together there, and what comes out of a run is
             not to depend, to the last bit, on what a clock has said.
     """
-    count = min(len(configs), tickets or MOST)
+    count = min(len(configs), tickets or MAX_RUNS_PER_PROGRAM)
     if len(configs) == 1:
         return 1, ""
     if not _can_share(configs[0]):
@@ -66,11 +66,11 @@ def how_many(configs: Sequence[Config], tickets: int | None) -> tuple[int, str]:
     first = configs[0]
     kind = (count, json.dumps(config_file.of_program(first), sort_keys=True, default=str))
     try:
-        if kind not in _found:
-            _found[kind] = measure(first, count)
+        if kind not in _trials:
+            _trials[kind] = measure(first, count)
     except (ConfigError, OSError) as error:  # which the run itself will meet
         return 1, f"one after another: not measured, as {' '.join(str(error).split())}"
-    return count if _found[kind].is_faster_at_once else 1, str(_found[kind])
+    return count if _trials[kind].is_batched_faster else 1, str(_trials[kind])
 
 
 def _can_share(config: Config) -> bool:
@@ -86,26 +86,26 @@ def measure(config: Config, runs: int) -> Trial:
         ConfigError: the runs cannot be prepared.
     """
     problem, _ = prepare(config)
-    seconds_in_turn(config, problem, runs)
+    seconds_sequential(config, problem, runs)
     try:
-        seconds_at_once(config, problem, runs)
+        seconds_batched(config, problem, runs)
         pairs = [
-            (seconds_at_once(config, problem, runs), seconds_in_turn(config, problem, runs)) for _ in range(REPEATS)
+            (seconds_batched(config, problem, runs), seconds_sequential(config, problem, runs)) for _ in range(REPEATS)
         ]
     except JaxRuntimeError as error:
         if not out_of_memory(error):
             raise
-        return Trial(runs, float("inf"), seconds_in_turn(config, problem, runs))
+        return Trial(runs, float("inf"), seconds_sequential(config, problem, runs))
     return Trial(runs, *map(statistics.median, zip(*pairs, strict=True)))
 
 
-def seconds_in_turn(config: Config, problem: Problem, runs: int) -> float:
+def seconds_sequential(config: Config, problem: Problem, runs: int) -> float:
     """Seconds of a search step of each of so many runs, one after another."""
     (state,) = _states(config, problem, 1)
     return runs * _seconds(config, problem, state, Executor())
 
 
-def seconds_at_once(config: Config, problem: Problem, runs: int) -> float:
+def seconds_batched(config: Config, problem: Problem, runs: int) -> float:
     """Seconds of a search step of so many runs, taken together as `Together` takes them."""
     states = _states(config, problem, runs)
 

@@ -6,15 +6,15 @@ import subprocess
 import sys
 
 from cs_jax.core.errors import ConfigError
-from cs_jax.sweep.scheduler import Place
+from cs_jax.sweep.scheduler import Device
 
-_ASK = "import jax, json; print(json.dumps([jax.default_backend(), jax.local_device_count()]))"
+_PROBE = "import jax, json; print(json.dumps([jax.default_backend(), jax.local_device_count()]))"
 
 MEMORY_SHARE = 0.9
 """Of a GPU's memory that the workers on it may take together."""
 
 
-def find_places(jobs: int | None, runs: int) -> list[Place]:
+def find_devices(jobs: int | None, runs: int) -> list[Device]:
     """A place for each of so many workers, not more than there are runs.
 
     Args:
@@ -25,7 +25,7 @@ def find_places(jobs: int | None, runs: int) -> list[Place]:
     Raises:
         ConfigError: JAX finds no device here, or cannot be shared so.
     """
-    backend, devices = _ask_jax()
+    backend, devices = _probe_jax()
     if backend == "gpu":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
         count = min(jobs or devices, runs)
@@ -35,22 +35,22 @@ def find_places(jobs: int | None, runs: int) -> list[Place]:
             raise ConfigError(
                 f"--jobs: got {jobs}, wanted 1 on a {backend.upper()}, which one process holds as a whole"
             )
-        return [Place((), {}, accelerator=True)]
+        return [Device((), {}, accelerator=True)]
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     count = min(jobs or len(cores) or os.cpu_count() or 1, runs)
     if count > len(cores):
-        return [Place((), {})] * count
-    return [Place(tuple(cores[number::count]), {}) for number in range(count)]
+        return [Device((), {})] * count
+    return [Device(tuple(cores[number::count]), {}) for number in range(count)]
 
 
-def _on_gpu(device: str, workers: int) -> Place:
+def _on_gpu(device: str, workers: int) -> Device:
     shared = {} if workers == 1 else {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{MEMORY_SHARE / workers:.2f}"}
-    return Place((), {"CUDA_VISIBLE_DEVICES": device, **shared}, accelerator=True)
+    return Device((), {"CUDA_VISIBLE_DEVICES": device, **shared}, accelerator=True)
 
 
-def _ask_jax() -> tuple[str, int]:
+def _probe_jax() -> tuple[str, int]:
     """Backend and number of devices, found by another process: this one is not to hold any."""
-    result = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise ConfigError(f"JAX finds no device here: {reason}")

@@ -8,15 +8,15 @@ from rich import progress as bars
 from rich.console import Console
 
 from cs_jax.experiment.observers.terminal import percent, progress_bars
-from cs_jax.sweep.scheduler import Watcher
-from cs_jax.sweep.spec import Planned
+from cs_jax.sweep.scheduler import SweepObserver
+from cs_jax.sweep.spec import PlannedRun
 
 LABEL = 32  # letters of a run beside its bar
 NARROWEST = 6  # letters of a method's name in a line of the table
 UNBOUNDED = 10_000  # columns, more than any table has
 
 
-class SweepDisplay(Watcher):
+class SweepDisplay(SweepObserver):
     """Shows how far a sweep is. A context manager, so that the bars are gone at the end.
 
     Args:
@@ -25,7 +25,7 @@ class SweepDisplay(Watcher):
         waiting: those that are to be done.
     """
 
-    def __init__(self, console: Console, total: int, waiting: list[Planned]) -> None:
+    def __init__(self, console: Console, total: int, waiting: list[PlannedRun]) -> None:
         self._console, self._total, self._ended = console, total, total - len(waiting)
         self._bars = progress_bars(console, width=24)
         self._epochs = sum(run.epochs for run in waiting)
@@ -43,13 +43,13 @@ class SweepDisplay(Watcher):
     ) -> None:
         self._bars.stop()
 
-    def on_start(self, worker: int, run: Planned) -> None:
+    def on_start(self, worker: int, run: PlannedRun) -> None:
         self._tasks[run.name] = self._bars.add_task(f"{_label(run)} compiles", total=run.epochs)
 
-    def on_back(self, worker: int, run: Planned) -> None:
+    def on_requeue(self, worker: int, run: PlannedRun) -> None:
         self._bars.remove_task(self._tasks.pop(run.name))
 
-    def on_epoch(self, worker: int, run: Planned, epoch: int) -> None:
+    def on_epoch(self, worker: int, run: PlannedRun, epoch: int) -> None:
         if run.name not in self._done:  # what an earlier sweep did says nothing of the time left
             self._bars.reset(self._tasks[run.name], completed=epoch - 1, description=_label(run))
             self._leave_out(epoch - 1)
@@ -57,7 +57,7 @@ class SweepDisplay(Watcher):
         self._bars.update(self._tasks[run.name], completed=epoch)
         self._done[run.name] = epoch
 
-    def on_end(self, worker: int, run: Planned, ticket: Mapping[str, Any] | None, failure: str) -> None:
+    def on_end(self, worker: int, run: PlannedRun, ticket: Mapping[str, Any] | None, failure: str) -> None:
         self._leave_out(run.epochs - self._done.get(run.name, 0))
         self._bars.remove_task(self._tasks.pop(run.name))
         self._ended += 1
@@ -83,6 +83,6 @@ class SweepDisplay(Watcher):
         self._bars.update(self._whole, description=f"{self._ended} of {self._total} runs")
 
 
-def _label(run: Planned) -> str:
+def _label(run: PlannedRun) -> str:
     """A run's name beside its bar, cut in front where it is long."""
     return run.name if len(run.name) <= LABEL else "…" + run.name[1 - LABEL :]

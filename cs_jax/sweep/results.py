@@ -12,7 +12,7 @@ from cs_jax.core.errors import ConfigError
 from cs_jax.experiment.storage.paths import SUMMARY_FILE, TICKET_FILE
 from cs_jax.methods.controls import DENSE
 from cs_jax.sweep import scheduler
-from cs_jax.sweep.spec import Planned, Spec
+from cs_jax.sweep.spec import PlannedRun, Spec
 from cs_jax.sweep.statistics import Result
 from cs_jax.tickets.ticket import load_ticket
 
@@ -22,7 +22,7 @@ class SweptTicket(NamedTuple):
 
     method: str
     target: float | None  # density that was asked for; None where it was left to the dial
-    dial: float | None  # initial score, where it was the axis of the sweep
+    initial_score: float | None  # initial score, where it was the axis of the sweep
     seed: int
     masks: dict[str, np.ndarray]  # whether each weight is kept, by name of the masked array
 
@@ -70,10 +70,10 @@ def read_tickets(spec: Spec, directory: Path) -> Iterator[SweptTicket]:
             continue
         leaves = trees.leaves_by_path(load_ticket(folder / TICKET_FILE).found_masks)
         masks = {trees.name(path): np.asarray(mask) != 0 for path, mask in leaves.items()}
-        yield SweptTicket(run.variant, run.config.target, run.dial, run.config.seed, masks)
+        yield SweptTicket(run.variant, run.config.target, run.initial_score, run.config.seed, masks)
 
 
-def _results(run: Planned, summary: Mapping[str, Any]) -> Iterator[Result]:
+def _results(run: PlannedRun, summary: Mapping[str, Any]) -> Iterator[Result]:
     """The ticket and its controls. The dense network, as a method of its own, is nobody's ticket."""
     yield _result(run, DENSE if run.config.method == DENSE else None, summary["ticket"])
     if summary["dense"] is not None:
@@ -82,12 +82,12 @@ def _results(run: Planned, summary: Mapping[str, Any]) -> Iterator[Result]:
         yield _result(run, name, network)
 
 
-def _result(run: Planned, control: str | None, network: Mapping[str, Any]) -> Result:
+def _result(run: PlannedRun, control: str | None, network: Mapping[str, Any]) -> Result:
     return Result(
         method=run.variant,
         control=control,
         target=run.config.target,
-        dial=run.dial,
+        initial_score=run.initial_score,
         seed=run.config.seed,
         density=_share(network["density"]),
         test_accuracy=_share(network["test_accuracy"]),

@@ -16,7 +16,7 @@ from cs_jax.core import files
 from cs_jax.core.errors import ConfigError
 from cs_jax.core.lock import Lock
 from cs_jax.experiment.storage import config_file, paths, run_directory
-from cs_jax.sweep.spec import Planned, Spec, make_spec
+from cs_jax.sweep.spec import PlannedRun, Spec, make_spec
 
 SPEC_FILE = "sweep.json"
 RUNS_FOLDER = "runs"
@@ -28,11 +28,11 @@ FAILURES_FILE = "failures.json"
 CHECK_SECONDS = 0.5
 """After which signals are looked for at the latest."""
 
-MOST = 8
+MAX_RUNS_PER_PROGRAM = 8
 """Compatible runs that a worker with an accelerator is given where nobody says how many; it may give some back."""
 
 
-class Place(NamedTuple):
+class Device(NamedTuple):
     """Where a worker computes."""
 
     cores: tuple[int, ...]  # that it keeps to; none is all
@@ -40,31 +40,31 @@ class Place(NamedTuple):
     accelerator: bool = False  # which may be faster with several runs in one program
 
 
-class Watcher:
+class SweepObserver:
     """What wants to know how a sweep goes on. Every method may be left out."""
 
-    def on_start(self, worker: int, run: Planned) -> None:
+    def on_start(self, worker: int, run: PlannedRun) -> None:
         """A worker has begun with a run, or goes on with it."""
 
-    def on_back(self, worker: int, run: Planned) -> None:
+    def on_requeue(self, worker: int, run: PlannedRun) -> None:
         """A worker, which is faster with fewer at once, has given a run back, which waits for another start."""
 
-    def on_epoch(self, worker: int, run: Planned, epoch: int) -> None:
+    def on_epoch(self, worker: int, run: PlannedRun, epoch: int) -> None:
         """So many epochs of a run are done, over all its phases."""
 
     def on_stop(self, running: int) -> None:
         """The sweep ends before its time, and waits until so many runs under way are saved."""
 
-    def on_end(self, worker: int, run: Planned, ticket: Mapping[str, Any] | None, failure: str) -> None:
+    def on_end(self, worker: int, run: PlannedRun, ticket: Mapping[str, Any] | None, failure: str) -> None:
         """A run has ended: with a ticket, as summary.json has it, or with a failure."""
 
 
-def folder_of(directory: Path, run: Planned) -> Path:
+def folder_of(directory: Path, run: PlannedRun) -> Path:
     """A run's own directory inside that of the sweep."""
     return directory / RUNS_FOLDER / run.name
 
 
-def is_done(directory: Path, run: Planned) -> bool:
+def is_done(directory: Path, run: PlannedRun) -> bool:
     """Whether a run has its result.
 
     Raises:
@@ -94,7 +94,7 @@ def check_same_spec(directory: Path, spec: Spec) -> None:
             raise ConfigError(f"{directory}: holds another sweep: {run.name} {difference}; give another --out")
 
 
-def _changed_runs(directory: Path, spec: Spec) -> Iterator[tuple[Planned, str]]:
+def _changed_runs(directory: Path, spec: Spec) -> Iterator[tuple[PlannedRun, str]]:
     """Runs that a sweep was begun with and this spec has not, or has otherwise, with the difference in words."""
     path = directory / SPEC_FILE
     if not path.exists():
@@ -123,7 +123,7 @@ def read_failures(directory: Path) -> dict[str, str]:
         return {}
 
 
-def _note_failure(directory: Path, run: Planned, reason: str) -> None:
+def _note_failure(directory: Path, run: PlannedRun, reason: str) -> None:
     """Keeps on disk why a run has failed, or, with "", that it has not."""
     noted = read_failures(directory)
     left = {name: said for name, said in {**noted, run.name: reason}.items() if said}
@@ -137,7 +137,7 @@ def _is_left_over(path: Path) -> bool:
 
 
 def run_sweep(
-    spec: Spec, directory: Path, places: Sequence[Place], watcher: Watcher, tickets: int | None = None
+    spec: Spec, directory: Path, places: Sequence[Device], watcher: SweepObserver, tickets: int | None = None
 ) -> dict[str, str]:
     """Runs what is not done yet of a sweep, and returns what failed, with the reason.
 
@@ -166,7 +166,7 @@ def run_sweep(
         files.write_whole(directory / SPEC_FILE, (json.dumps(spec.content, indent=2) + "\n").encode())
         for folder in (RUNS_FOLDER, LOGS_FOLDER):
             (directory / folder).mkdir(exist_ok=True)
-        waiting: deque[Planned] = deque()
+        waiting: deque[PlannedRun] = deque()
         for run in spec.runs:
             if is_done(directory, run):
                 _forget_checkpoints(directory, run)  # a sweep that was killed may not have come to it
@@ -182,7 +182,7 @@ def run_sweep(
         return pool.failures
 
 
-def _forget_checkpoints(directory: Path, run: Planned) -> None:
+def _forget_checkpoints(directory: Path, run: PlannedRun) -> None:
     """Of a run that is done: nothing is left to go on from."""
     shutil.rmtree(folder_of(directory, run) / paths.CHECKPOINTS_FOLDER, ignore_errors=True)
 
@@ -190,14 +190,16 @@ def _forget_checkpoints(directory: Path, run: Planned) -> None:
 class _Pool:
     """Workers, and the runs that they are at."""
 
-    def __init__(self, directory: Path, waiting: deque[Planned], watcher: Watcher, tickets: int | None) -> None:
+    def __init__(
+        self, directory: Path, waiting: deque[PlannedRun], watcher: SweepObserver, tickets: int | None
+    ) -> None:
         self.failures: dict[str, str] = {}
         self._directory, self._waiting, self._watcher, self._tickets = directory, waiting, watcher, tickets
         self._selector = selectors.DefaultSelector()
         self._workers: list[_Worker] = []
         self._idle: list[_Worker] = []  # that wait for what another may give back
 
-    def add(self, place: Place) -> None:
+    def add(self, place: Device) -> None:
         worker = _Worker(len(self._workers), place, self._directory)
         self._workers.append(worker)
         self._selector.register(worker.answers, selectors.EVENT_READ, worker)
@@ -226,7 +228,7 @@ class _Pool:
         for name in reversed(event.get("back", ())):
             run = worker.runs.pop(name)
             self._waiting.appendleft(run)
-            self._watcher.on_back(worker.number, run)
+            self._watcher.on_requeue(worker.number, run)
         if "epoch" in event:
             self._watcher.on_epoch(worker.number, worker.runs[event["run"]], event["epoch"])
         elif "run" in event:
@@ -255,11 +257,11 @@ class _Pool:
             self._watcher.on_start(worker.number, run)
         worker.give(runs, self._tickets)
 
-    def _next(self, worker: "_Worker") -> list[Planned]:
+    def _next(self, worker: "_Worker") -> list[PlannedRun]:
         """The next run, and those that can be in a program with it, but not those that would leave others idle."""
         first = self._waiting.popleft()
         idle = sum(not key.data.runs for key in self._selector.get_map().values())
-        most = self._tickets or (MOST if worker.place.accelerator else 1)
+        most = self._tickets or (MAX_RUNS_PER_PROGRAM if worker.place.accelerator else 1)
         most = min(most, -(-(len(self._waiting) + 1) // idle))
         program = config_file.of_program(first.config)
         alike = [run for run in self._waiting if config_file.of_program(run.config) == program][: most - 1]
@@ -267,7 +269,7 @@ class _Pool:
             self._waiting.remove(run)
         return [first, *alike]
 
-    def _end(self, worker: "_Worker", run: Planned, ticket: Mapping[str, Any] | None, failure: str) -> None:
+    def _end(self, worker: "_Worker", run: PlannedRun, ticket: Mapping[str, Any] | None, failure: str) -> None:
         if ticket is None:
             self.failures[run.name] = failure
         else:
@@ -293,9 +295,9 @@ class _Pool:
 class _Worker:
     """A process that computes in a place of its own."""
 
-    def __init__(self, number: int, place: Place, directory: Path) -> None:
+    def __init__(self, number: int, place: Device, directory: Path) -> None:
         self.number, self.place, self._directory = number, place, directory
-        self.runs: dict[str, Planned] = {}  # that it is at
+        self.runs: dict[str, PlannedRun] = {}  # that it is at
         self.may_give_back = False  # it has runs of which it has not said how many it takes at once
         self.has_answered = False
         self.log = directory / LOGS_FOLDER / f"worker{number}.txt"
@@ -315,7 +317,7 @@ class _Worker:
         self.answers = self._process.stdout
         self._rest = b""
 
-    def give(self, runs: Sequence[Planned], tickets: int | None) -> None:
+    def give(self, runs: Sequence[PlannedRun], tickets: int | None) -> None:
         self.may_give_back = len(runs) > 1
         job = {"runs": [self._described(run) for run in runs], "tickets": tickets}
         assert self._process.stdin is not None
@@ -323,7 +325,7 @@ class _Worker:
             self._process.stdin.write(json.dumps(job).encode() + b"\n")
             self._process.stdin.flush()
 
-    def _described(self, run: Planned) -> dict[str, Any]:
+    def _described(self, run: PlannedRun) -> dict[str, Any]:
         settings = {**config_file.to_json(run.config), "out": str(folder_of(self._directory, run))}
         return {"name": run.name, "config": settings, "log": str(self._directory / LOGS_FOLDER / f"{run.name}.txt")}
 

@@ -40,12 +40,12 @@ DIALS = {"densities": "target_density", "initial_scores": "mask_initial_value"}
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedRun:
     """A run of the grid."""
 
     name: str  # of its folder
     variant: str  # the method's name in the spec
-    dial: float | None  # initial score, where that is the axis
+    initial_score: float | None  # initial score, where that is the axis
     config: Config  # without a folder
 
     @property
@@ -60,7 +60,7 @@ class Spec:
 
     name: str
     content: Mapping[str, Any]  # of the file
-    runs: tuple[Planned, ...]  # method by method, then by density, then by seed
+    runs: tuple[PlannedRun, ...]  # method by method, then by density, then by seed
     reference: str  # variant that the others are compared with
 
     def without_effect(self) -> list[str]:
@@ -128,7 +128,7 @@ def make_spec(name: str, content: Mapping[str, Any]) -> Spec:
         raise ConfigError(
             f"spec: got {most} runs that are called {name_of_most}, wanted values that differ in their first six digits"
         )
-    if "initial_scores" in content and all(run.dial is None for run in runs):
+    if "initial_scores" in content and all(run.initial_score is None for run in runs):
         given, able = ", ".join(content["methods"]), [name for name, method in METHODS.items() if method.learns_masks]
         raise ConfigError(
             f"initial_scores: got them for {given}, without use for them, wanted a method of {', '.join(able)}"
@@ -136,7 +136,7 @@ def make_spec(name: str, content: Mapping[str, Any]) -> Spec:
     return Spec(name, content, runs, reference)
 
 
-def _runs(content: Mapping[str, Any], preset: str, variant: str) -> Iterator[Planned]:
+def _runs(content: Mapping[str, Any], preset: str, variant: str) -> Iterator[PlannedRun]:
     """The runs of a variant, densest first as they are listed."""
     if not re.fullmatch(r"[\w.+-]+", variant):
         raise ConfigError(f"methods: got {variant!r}, wanted names of letters, digits, '-', '_', '+' and '.'")
@@ -172,7 +172,7 @@ def _runs(content: Mapping[str, Any], preset: str, variant: str) -> Iterator[Pla
             config = config_file.from_json({**base, **given, "seed": seed}, "settings")
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
-        yield Planned(name, variant, given.get("mask_initial_value"), config)
+        yield PlannedRun(name, variant, given.get("mask_initial_value"), config)
 
 
 def _axis(content: Mapping[str, Any], method: str) -> list[float | None]:

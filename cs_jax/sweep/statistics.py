@@ -19,7 +19,9 @@ EQUAL = 1e-6
 HEAD = ("method", "control", "target", "n", "density", "test accuracy", "epochs", "training FLOPs", "seconds",
         "difference", "p (Holm)")  # fmt: skip
 ABSENT = "-"  # of what is compared with nothing
-RETRAINED = "Controls are trained for as long as a ticket's retraining, not as its search and retraining together."
+CONTROL_EPOCHS_NOTE = (
+    "Controls are trained for as long as a ticket's retraining, not as its search and retraining together."
+)
 
 
 class Result(NamedTuple):
@@ -28,7 +30,7 @@ class Result(NamedTuple):
     method: str
     control: str | None  # None is the ticket itself; else "reinit", "shuffled", "random" or "dense"
     target: float | None  # density that was asked for; None where it was left to the dial
-    dial: float | None  # initial score, where it was the axis of the sweep
+    initial_score: float | None  # initial score, where it was the axis of the sweep
     seed: int
     density: float  # found, of the maskable weights
     test_accuracy: float
@@ -44,7 +46,7 @@ class Cell(NamedTuple):
     method: str
     control: str | None
     target: float | None
-    dial: float | None
+    initial_score: float | None
     n: int  # seeds
     density: float
     density_deviation: float | None  # as that of the accuracy; 0 where a target was met
@@ -53,7 +55,7 @@ class Cell(NamedTuple):
     epochs: float
     training_flops: float
     seconds: float
-    beside: str  # what the difference is to: the reference, "cs ticket" for a control of cs, or "" for nothing
+    compared_with: str  # what the difference is to: the reference, "cs ticket" for a control of cs, or "" for nothing
     pairs: int  # seeds that both have
     difference: float | None  # of accuracies, over the pairs
     interval: float | None  # half the width of the 95% t interval of the difference
@@ -67,7 +69,7 @@ class Key(NamedTuple):
     method: str
     control: str | None
     target: float | None
-    dial: float | None
+    initial_score: float | None
 
 
 class _Comparison(NamedTuple):
@@ -101,7 +103,7 @@ def summarize(results: Sequence[Result], *, reference: str = "imp") -> list[Cell
     groups = _grouped(results)
     cells = [_cell(key, groups, reference) for key in _ordered(groups)]
     families = {
-        is_control: iter(holm(family(cells, is_control), tests=count_tests(cells, is_control)))
+        is_control: iter(holm(p_values(cells, is_control), tests=count_tests(cells, is_control)))
         for is_control in (False, True)
     }
     return [
@@ -109,7 +111,7 @@ def summarize(results: Sequence[Result], *, reference: str = "imp") -> list[Cell
     ]
 
 
-def family(cells: Iterable[Cell], is_control: bool) -> list[float]:
+def p_values(cells: Iterable[Cell], is_control: bool) -> list[float]:
     """The p-values that are adjusted together: those of all tickets beside the reference, or of all controls."""
     return [cell.p for cell in cells if cell.p is not None and (cell.control is not None) == is_control]
 
@@ -139,7 +141,7 @@ def holm(values: Sequence[float], tests: int | None = None) -> list[float]:
     return adjusted
 
 
-def front(cells: Sequence[Cell]) -> list[Cell]:
+def pareto_front(cells: Sequence[Cell]) -> list[Cell]:
     """Tickets that nothing beats, by falling density: no other cell is as sparse and as accurate, and more so in one.
 
     A control is such a cell too: a ticket is not worth its search where a random one of its density does better.
@@ -148,23 +150,23 @@ def front(cells: Sequence[Cell]) -> list[Cell]:
     return sorted(tickets, key=lambda cell: -cell.density)
 
 
-def peer(cell: Cell, cells: Sequence[Cell]) -> Cell | None:
+def counterpart(cell: Cell, cells: Sequence[Cell]) -> Cell | None:
     """The cell that this one's difference is to; None where it has no difference."""
-    if not cell.beside:
+    if not cell.compared_with:
         return None
     known = {_key(other): other for other in cells}
-    found = _counterpart(_key(cell), known, cell.beside)
+    found = _counterpart(_key(cell), known, cell.compared_with)
     return known[found] if found else None
 
 
-def references(cells: Iterable[Cell]) -> list[str]:
+def reference_methods(cells: Iterable[Cell]) -> list[str]:
     """Methods that tickets stand beside: one or none, unless cells of several summaries are mixed."""
-    return [*dict.fromkeys(cell.beside for cell in cells if cell.control is None and cell.beside)]
+    return [*dict.fromkeys(cell.compared_with for cell in cells if cell.control is None and cell.compared_with)]
 
 
 def is_reference(cell: Cell, cells: Iterable[Cell]) -> bool:
     """Whether tickets of the same target stand, or would stand, beside this one."""
-    return cell.control is None and cell.method in references(cells) and cell.target is not None
+    return cell.control is None and cell.method in reference_methods(cells) and cell.target is not None
 
 
 def has_no_spread(cell: Cell) -> bool:
@@ -172,7 +174,7 @@ def has_no_spread(cell: Cell) -> bool:
     return cell.p is None and cell.pairs > 1
 
 
-def budgets(cells: Sequence[Cell], is_control: bool) -> dict[str, list[float]]:
+def epoch_ratios(cells: Sequence[Cell], is_control: bool) -> dict[str, list[float]]:
     """Epochs as a ratio to those of what cells stand beside, where they are not the same: "cs beside imp" to [0.5].
 
     Args:
@@ -181,10 +183,10 @@ def budgets(cells: Sequence[Cell], is_control: bool) -> dict[str, list[float]]:
     """
     found: dict[str, list[float]] = {}
     for cell in cells:
-        other = peer(cell, cells)
+        other = counterpart(cell, cells)
         if other and other.epochs != cell.epochs and (cell.control is not None) == is_control:
             name = f"{cell.method}, {cell.control}" if cell.control else cell.method
-            found.setdefault(f"{name} beside {cell.beside}", []).append(cell.epochs / other.epochs)
+            found.setdefault(f"{name} beside {cell.compared_with}", []).append(cell.epochs / other.epochs)
     return found
 
 
@@ -205,10 +207,12 @@ def to_markdown(cells: Sequence[Cell]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def shown_target(target: float | None, dial: float | None, show: Callable[[float], str] = "{:g}".format) -> str:
+def shown_target(
+    target: float | None, initial_score: float | None, show: Callable[[float], str] = "{:g}".format
+) -> str:
     """Target and dial in words, such as "0.1" or "s0 -0.05"; `show` formats the target."""
     parts = [] if target is None else [show(target)]
-    return ", ".join(parts if dial is None else [*parts, f"s0 {dial:g}"]) or "none"
+    return ", ".join(parts if initial_score is None else [*parts, f"s0 {initial_score:g}"]) or "none"
 
 
 def shown_p(p: float | None) -> str:
@@ -220,8 +224,8 @@ def shown_p(p: float | None) -> str:
 
 def shown_epochs(cell: Cell, cells: Sequence[Cell]) -> str:
     """Epochs, and those of the network that it stands beside where they are not the same."""
-    other = peer(cell, cells)
-    beside = f" ({cell.beside} {other.epochs:,.6g})" if other and other.epochs != cell.epochs else ""
+    other = counterpart(cell, cells)
+    beside = f" ({cell.compared_with} {other.epochs:,.6g})" if other and other.epochs != cell.epochs else ""
     return f"{cell.epochs:,.6g}{beside}"
 
 
@@ -240,11 +244,11 @@ def _grouped(results: Sequence[Result]) -> dict[Key, dict[int, Result]]:
 
 
 def _key(entry: Result | Cell) -> Key:
-    return Key(entry.method, entry.control, entry.target, entry.dial)
+    return Key(entry.method, entry.control, entry.target, entry.initial_score)
 
 
 def _name(result: Result) -> str:
-    target = shown_target(result.target, result.dial)
+    target = shown_target(result.target, result.initial_score)
     return f"{result.method}, {result.control or 'ticket'}, target {target}, seed {result.seed}"
 
 
@@ -257,7 +261,7 @@ def _ordered(keys: Iterable[Key]) -> list[Key]:
         return value is None, -(value or 0)
 
     def place(key: Key) -> tuple[Any, ...]:
-        return methods.index(key.method), controls.index(key.control), falling(key.target), falling(key.dial)
+        return methods.index(key.method), controls.index(key.control), falling(key.target), falling(key.initial_score)
 
     return sorted(keys, key=place)
 
@@ -266,7 +270,7 @@ def _cell(key: Key, groups: Mapping[Key, Mapping[int, Result]], reference: str) 
     results = [*groups[key].values()]
     other = _counterpart(key, groups, reference)
     comparison = _compare(groups[key], groups[other]) if other else _Comparison(0)
-    beside = "" if not other or not comparison.pairs else f"{key.method} ticket" if key.control else reference
+    compared_with = "" if not other or not comparison.pairs else f"{key.method} ticket" if key.control else reference
     accuracies, densities = [result.test_accuracy for result in results], [result.density for result in results]
     return Cell(
         *key,
@@ -278,7 +282,7 @@ def _cell(key: Key, groups: Mapping[Key, Mapping[int, Result]], reference: str) 
         epochs=statistics.fmean(result.epochs for result in results),
         training_flops=statistics.fmean(result.training_flops for result in results),
         seconds=statistics.fmean(result.seconds for result in results),
-        beside=beside,
+        compared_with=compared_with,
         **comparison._asdict(),
         p_adjusted=None,
     )
@@ -291,7 +295,7 @@ def _counterpart(key: Key, known: Iterable[Key], reference: str) -> Key | None:
     elif key.method == reference or key.target is None:
         candidates = []
     else:
-        candidates = [key._replace(method=reference), key._replace(method=reference, dial=None)]
+        candidates = [key._replace(method=reference), key._replace(method=reference, initial_score=None)]
     known = set(known)
     return next((candidate for candidate in candidates if candidate in known), None)
 
@@ -321,7 +325,7 @@ def _row(cell: Cell, cells: Sequence[Cell]) -> list[str]:
     return [
         cell.method,
         cell.control or "",
-        shown_target(cell.target, cell.dial),
+        shown_target(cell.target, cell.initial_score),
         str(cell.n),
         f"{cell.density:.4f}" + (f" ± {cell.density_deviation:.4f}" if cell.density_deviation else ""),
         f"{cell.accuracy:.4f}" + (f" ± {cell.deviation:.4f}" if cell.deviation is not None else ""),
@@ -340,4 +344,4 @@ def _difference(cell: Cell) -> str:
     if cell.interval is not None:
         ends = f" [{cell.difference - cell.interval:+.4f}, {cell.difference + cell.interval:+.4f}]"
     fewer = f", over {cell.pairs} of {cell.n} seeds" if cell.pairs < cell.n else ""
-    return f"{cell.difference:+.4f}{ends} beside {cell.beside}{fewer}"
+    return f"{cell.difference:+.4f}{ends} beside {cell.compared_with}{fewer}"

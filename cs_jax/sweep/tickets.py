@@ -21,7 +21,7 @@ from cs_jax.experiment.search import NonFiniteLossError
 from cs_jax.experiment.storage import paths, run_directory
 from cs_jax.sweep import autotune
 from cs_jax.sweep.display import SweepDisplay
-from cs_jax.sweep.spec import Planned
+from cs_jax.sweep.spec import PlannedRun
 from cs_jax.training.executor import Executor
 from cs_jax.training.shared_device import Together
 
@@ -131,7 +131,7 @@ def train(config: Config, tickets: int, write_report: Callable[[Path], object] |
         waiting = [run for run in runs if not _is_done(run.config)]
         check_all(run.config for run in waiting)
         failures: dict[str, str] = {}
-        count, why = autotune.how_many([run.config for run in waiting], None) if waiting else (0, "")
+        count, why = autotune.choose_run_count([run.config for run in waiting], None) if waiting else (0, "")
         if why:
             print_line(terminal, why)
         try:
@@ -153,7 +153,7 @@ def train(config: Config, tickets: int, write_report: Callable[[Path], object] |
     print_line(terminal, f"{runs[0].config.run_directory.parent}: {', '.join(run.name for run in runs)}")
 
 
-def _plan(config: Config, tickets: int) -> list[Planned]:
+def _plan(config: Config, tickets: int) -> list[PlannedRun]:
     """The runs of consecutive seeds, in folders that are named as ever.
 
     Raises:
@@ -172,7 +172,7 @@ def _plan(config: Config, tickets: int) -> list[Planned]:
         own = dataclasses.replace(config, seed=seed, out=None)
         name = own.run_directory.name
         out = None if config.out is None else config.out / name
-        runs.append(Planned(name, own.method, None, dataclasses.replace(own, out=out)))
+        runs.append(PlannedRun(name, own.method, None, dataclasses.replace(own, out=out)))
     return runs
 
 
@@ -191,7 +191,7 @@ def _log_of(config: Config) -> Path:
 
 
 def _run_displayed(
-    runs: Sequence[Planned], display: SweepDisplay, why: str, write_report: Callable[[Path], object] | None
+    runs: Sequence[PlannedRun], display: SweepDisplay, why: str, write_report: Callable[[Path], object] | None
 ) -> dict[str, str]:
     """Takes runs together, on a display; why some have failed, by their names."""
     planned, failures = {run.name: run for run in runs}, {}

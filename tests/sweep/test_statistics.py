@@ -27,13 +27,13 @@ def made(
     *,
     control: str | None = None,
     target: float | None = 0.1,
-    dial: float | None = None,
+    initial_score: float | None = None,
     seed: int = 0,
     density: float = 0.1,
     epochs: int = 60,
     flops: float = 1.5e12,
 ) -> Result:
-    return Result(method, control, target, dial, seed, density, accuracy, None, epochs, flops, 30.0)
+    return Result(method, control, target, initial_score, seed, density, accuracy, None, epochs, flops, 30.0)
 
 
 def trio(method: str, accuracies: tuple[float, ...], **fields) -> list[Result]:
@@ -93,7 +93,7 @@ def test_a_cell_has_means_over_seeds_and_the_deviation_of_a_sample():
 
 def test_one_seed_has_a_difference_and_no_deviation_interval_or_p():
     _, cell = statistics.summarize([made("imp", 0.90), made("cs", 0.93)])
-    assert (cell.n, cell.deviation, cell.beside, cell.pairs) == (1, None, "imp", 1)
+    assert (cell.n, cell.deviation, cell.compared_with, cell.pairs) == (1, None, "imp", 1)
     assert cell.density_deviation is None
     assert cell.difference == pytest.approx(0.03, abs=1e-15)
     assert (cell.interval, cell.p, cell.p_adjusted) == (None, None, None)
@@ -101,7 +101,7 @@ def test_one_seed_has_a_difference_and_no_deviation_interval_or_p():
 
 def test_paired_differences_have_the_interval_and_p_of_a_t_test():
     _, cell = statistics.summarize([*IMP, *CS])
-    assert (cell.beside, cell.pairs) == ("imp", 3)
+    assert (cell.compared_with, cell.pairs) == ("imp", 3)
     assert cell.difference == pytest.approx(0.02, abs=1e-12)
     # t = 2 sqrt(3) with 2 degrees of freedom, where p = 1 - t / sqrt(t^2 + 2) and t(0.975) = 4.302653.
     assert cell.p == pytest.approx(1 - math.sqrt(12 / 14), rel=1e-9)
@@ -144,29 +144,32 @@ def test_controls_stand_beside_the_ticket_of_their_own_method_target_and_dial():
         *trio("cs", (0.5, 0.5, 0.5), target=0.2),
         *CS,
         *trio("cs", (0.90, 0.91, 0.95), control="random"),
-        *trio("cs", (0.6, 0.6, 0.6), target=None, dial=0.05),
-        *trio("cs", (0.4, 0.5, 0.6), control="random", target=None, dial=0.05),
-        *trio("cs", (0.4, 0.5, 0.6), control="random", target=None, dial=0.1),
+        *trio("cs", (0.6, 0.6, 0.6), target=None, initial_score=0.05),
+        *trio("cs", (0.4, 0.5, 0.6), control="random", target=None, initial_score=0.05),
+        *trio("cs", (0.4, 0.5, 0.6), control="random", target=None, initial_score=0.1),
     ]
-    cells = {(cell.target, cell.dial): cell for cell in statistics.summarize(results) if cell.control == "random"}
-    assert [cells[key].beside for key in ((0.1, None), (None, 0.05), (None, 0.1))] == ["cs ticket", "cs ticket", ""]
+    cells = {
+        (cell.target, cell.initial_score): cell for cell in statistics.summarize(results) if cell.control == "random"
+    }
+    keys = ((0.1, None), (None, 0.05), (None, 0.1))
+    assert [cells[key].compared_with for key in keys] == ["cs ticket", "cs ticket", ""]
     assert cells[0.1, None].difference == pytest.approx((-0.01 - 0.02 + 0) / 3, abs=1e-12)
     assert cells[None, 0.05].difference == pytest.approx(-0.1, abs=1e-12)
-    assert statistics.peer(cells[None, 0.1], [*cells.values()]) is None
+    assert statistics.counterpart(cells[None, 0.1], [*cells.values()]) is None
 
 
 def test_tickets_without_a_target_or_a_reference_at_it_are_not_compared():
     free = trio("imp", (0.9, 0.9, 0.9), target=None) + trio("cs", (0.8, 0.8, 0.9), target=None)
     elsewhere = trio("imp", (0.9, 0.9, 0.9), target=0.5) + CS
     for results in (free, elsewhere, CS):
-        assert {cell.beside for cell in statistics.summarize(results)} == {""}
-    assert [cell.beside for cell in statistics.summarize([*IMP, *CS], reference="cs")] == ["cs", ""]
+        assert {cell.compared_with for cell in statistics.summarize(results)} == {""}
+    assert [cell.compared_with for cell in statistics.summarize([*IMP, *CS], reference="cs")] == ["cs", ""]
 
 
 def test_a_reference_without_a_dial_stands_beside_every_dial():
-    cells = statistics.summarize([*IMP, *trio("cs", (0.9, 0.92, 0.9), dial=0.05)])
-    assert cells[1].beside == "imp"
-    assert statistics.peer(cells[1], cells) == cells[0]
+    cells = statistics.summarize([*IMP, *trio("cs", (0.9, 0.92, 0.9), initial_score=0.05)])
+    assert cells[1].compared_with == "imp"
+    assert statistics.counterpart(cells[1], cells) == cells[0]
 
 
 def test_holm_multiplies_by_the_tests_left_and_never_falls():
@@ -196,10 +199,10 @@ def test_tickets_and_controls_are_adjusted_as_two_families():
 
 def test_cells_are_ordered_by_method_control_and_falling_target():
     results = [
-        made("cs", 0.9, target=None, dial=-0.1),
+        made("cs", 0.9, target=None, initial_score=-0.1),
         made("cs", 0.9, control="random", target=0.1),
         made("cs", 0.9, target=0.1),
-        made("cs", 0.9, target=None, dial=0.1),
+        made("cs", 0.9, target=None, initial_score=0.1),
         made("imp", 0.9, target=0.05),
         made("cs", 0.9, control="reinit", target=0.1),
         made("cs", 0.9, target=0.5),
@@ -219,7 +222,9 @@ def test_cells_are_ordered_by_method_control_and_falling_target():
 
 def test_a_result_that_comes_twice_is_refused():
     with pytest.raises(ValueError, match=r"^cs, random, target 0\.1, s0 -0\.05, seed 3: got two results, wanted one$"):
-        statistics.summarize([made("cs", accuracy, control="random", dial=-0.05, seed=3) for accuracy in (0.8, 0.9)])
+        statistics.summarize(
+            [made("cs", accuracy, control="random", initial_score=-0.05, seed=3) for accuracy in (0.8, 0.9)]
+        )
 
 
 @pytest.mark.parametrize("accuracy", [98.9, -0.1, math.nan])
@@ -243,7 +248,7 @@ def test_the_front_has_the_tickets_that_no_other_network_beats():
         made("cs", 0.85, control="random", target=0.05, density=0.05),
         made("cs", 0.70, target=0.01, density=0.01),
     ]
-    found = statistics.front(statistics.summarize(results))
+    found = statistics.pareto_front(statistics.summarize(results))
     assert [(cell.method, cell.target) for cell in found] == [("imp", 0.5), ("imp", 0.1), ("twin", 0.1), ("cs", 0.01)]
 
 
@@ -253,7 +258,7 @@ def test_markdown_is_the_table_that_a_reader_sees():
         *CS,
         *trio("cs", (0.90, 0.91), control="random"),
         made("snip", 0.93, density=0.1234),
-        made("cs", 0.9, target=None, dial=-0.05),
+        made("cs", 0.9, target=None, initial_score=-0.05),
     ]
     head = "method | control | target | n | density | test accuracy | epochs | training FLOPs | seconds"
     first = "imp |  | 0.1 | 3 | 0.1000 | 0.9100 ± 0.0100 | 180 | 4.5e+12 | 30.0 | reference | reference"
@@ -277,7 +282,7 @@ def test_markdown_says_where_pairs_are_fewer_than_seeds():
 
 def test_densities_that_differ_between_seeds_have_their_deviation_everywhere():
     results = [
-        made("cs", accuracy, seed=seed, target=None, dial=0.05, density=density)
+        made("cs", accuracy, seed=seed, target=None, initial_score=0.05, density=density)
         for seed, (accuracy, density) in enumerate([(0.9, 0.1), (0.91, 0.12), (0.92, 0.14)])
     ]
     cells = statistics.summarize([*IMP, *results])
@@ -348,7 +353,9 @@ def test_the_terminals_table_tells_the_reference_from_what_cannot_be_tested_and_
 
 def test_the_terminals_table_breaks_long_names_and_cuts_nothing_off():
     results = [
-        made("magnitude-at-once", accuracy, seed=seed, target=None, dial=-0.05, density=density, control=control)
+        made(
+            "magnitude-at-once", accuracy, seed=seed, target=None, initial_score=-0.05, density=density, control=control
+        )
         for control, accuracy in ((None, 0.9), ("shuffled", 0.7))
         for seed, density in ((0, 0.1), (1, 0.2))
     ]
@@ -437,7 +444,7 @@ def test_the_verdict_says_who_leads_and_what_that_is_worth(ours, verdict):
 
 
 def test_tickets_left_to_the_dial_are_called_best_at_no_target():
-    page = built([*IMP, *trio("cs", (0.95, 0.96, 0.97), target=None, dial=0.05)])
+    page = built([*IMP, *trio("cs", (0.95, 0.96, 0.97), target=None, initial_score=0.05)])
     assert page.verdict == (
         "No target has tickets of two methods, so none is the best of its density. "
         "Left to the dial, tickets of cs have densities of their own and stand beside none."

@@ -29,10 +29,10 @@ from cs_jax.experiment.storage.config_file import to_json
 from cs_jax.experiment.storage.paths import TICKET_FILE
 from cs_jax.sweep import devices as sweep_devices
 from cs_jax.sweep import scheduler
-from cs_jax.sweep.devices import find_places
+from cs_jax.sweep.devices import find_devices
 from cs_jax.sweep.display import SweepDisplay
-from cs_jax.sweep.scheduler import Place, Watcher, run_sweep
-from cs_jax.sweep.spec import Planned, Spec, make_spec, read_spec
+from cs_jax.sweep.scheduler import Device, SweepObserver, run_sweep
+from cs_jax.sweep.spec import PlannedRun, Spec, make_spec, read_spec
 
 QUICK = """
 [settings]
@@ -55,7 +55,7 @@ TROUBLE = (
 )
 """A run that fails, one that is long enough to be killed, and one that is neither."""
 
-ANYWHERE = Place((), {})
+ANYWHERE = Device((), {})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -132,7 +132,7 @@ def test_methods_without_a_density_have_one_run_a_seed() -> None:
 
 def test_a_dial_that_is_no_axis_is_a_setting_like_others() -> None:
     runs = grid(methods=["cs"], densities=[0.5], settings={"mask_initial_value": 0.2}).runs
-    assert (runs[0].config.target_density, runs[0].config.mask_initial_value, runs[0].dial) == (0.5, 0.2, None)
+    assert (runs[0].config.target_density, runs[0].config.mask_initial_value, runs[0].initial_score) == (0.5, 0.2, None)
     assert grid(methods=["gmp"], settings={"target_density": 0.3}).runs[0].config.target_density == 0.3
 
 
@@ -145,7 +145,7 @@ def test_the_specs_among_the_examples_can_be_used(path: Path) -> None:
 
 def test_initial_scores_are_for_methods_that_learn_masks() -> None:
     runs = grid(methods=["cs", "imp"], initial_scores=[-0.1, 0, 0.25]).runs
-    assert [(run.name, run.dial, run.config.mask_initial_value) for run in runs] == [
+    assert [(run.name, run.initial_score, run.config.mask_initial_value) for run in runs] == [
         ("cs-score-0.1-seed0", -0.1, -0.1),
         ("cs-score0-seed0", 0.0, 0.0),
         ("cs-score0.25-seed0", 0.25, 0.25),
@@ -399,7 +399,7 @@ def test_a_second_process_on_a_sweep_is_refused(
     (tmp_path / "new").mkdir()
     spec = read_spec(swept / "quick.toml")
     with Lock(tmp_path / "new" / "sweep.lock"), pytest.raises(ConfigError, match="is writing to it"):
-        run_sweep(spec, tmp_path / "new", [ANYWHERE], Watcher())  # the other is about to begin
+        run_sweep(spec, tmp_path / "new", [ANYWHERE], SweepObserver())  # the other is about to begin
     assert list((tmp_path / "new").iterdir()) == []
 
 
@@ -449,7 +449,7 @@ def test_pareto_says_that_a_sweep_has_no_reference(copied: Path, capsys: pytest.
     assert "beside random (ref.) at the same target" in shown and "chooses another" not in shown
 
 
-class Killing(Watcher):
+class Killing(SweepObserver):
     """Notes what ends, and kills the workers of some runs: after an epoch and a checkpoint, or, where 0, at the end."""
 
     def __init__(self, directory: Path, epochs: dict[str, int]) -> None:
@@ -461,7 +461,7 @@ class Killing(Watcher):
     def on_stop(self, running: int) -> None:
         self.stopped = True
 
-    def on_epoch(self, worker: int, run: Planned, epoch: int) -> None:
+    def on_epoch(self, worker: int, run: PlannedRun, epoch: int) -> None:
         if worker not in self._processes:
             lock = scheduler.folder_of(self._directory, run) / "run.lock"
             self._processes[worker] = json.loads(lock.read_text())["process"]
@@ -469,7 +469,7 @@ class Killing(Watcher):
         if 0 < self._epochs.get(run.variant, 0) <= epoch and list(checkpoints.glob("[0-9]*-[0-9]*[0-9]")):
             self._kill(worker)
 
-    def on_end(self, worker: int, run: Planned, ticket: Mapping[str, Any] | None, failure: str) -> None:
+    def on_end(self, worker: int, run: PlannedRun, ticket: Mapping[str, Any] | None, failure: str) -> None:
         self.ended.append((worker, run.variant, ticket is not None))
         if self._epochs.get(run.variant) == 0:
             self._kill(worker)
@@ -528,11 +528,11 @@ def test_a_worker_that_dies_when_a_run_is_done_costs_the_next_one_alone(tmp_path
 
 
 def test_workers_that_cannot_begin_end_the_sweep(tmp_path: Path) -> None:
-    nowhere = Place((), {"JAX_PLATFORMS": "cpu", "PYTHONHOME": str(tmp_path)})
+    nowhere = Device((), {"JAX_PLATFORMS": "cpu", "PYTHONHOME": str(tmp_path)})
     log = tmp_path / "out" / "logs" / "worker0.txt"
     told = f"^a worker ended with exit code 1 before its first run; see {log}$"
     with pytest.raises(OSError, match=told):
-        run_sweep(make_spec("x", tomllib.loads(FOUR)), tmp_path / "out", [nowhere], Watcher())
+        run_sweep(make_spec("x", tomllib.loads(FOUR)), tmp_path / "out", [nowhere], SweepObserver())
     assert log.read_text()
 
 
@@ -575,38 +575,38 @@ def test_a_sweep_that_is_killed_at_any_moment_ends_with_the_same_bytes(capfd: py
 
 
 def asked(monkeypatch: pytest.MonkeyPatch, backend: str, devices: int) -> None:
-    monkeypatch.setattr(sweep_devices, "_ask_jax", lambda: (backend, devices))
+    monkeypatch.setattr(sweep_devices, "_probe_jax", lambda: (backend, devices))
 
 
 def test_there_is_a_place_for_each_core_and_none_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     asked(monkeypatch, "cpu", 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {4, 5, 6, 7, 9}, raising=False)
-    assert find_places(None, 100) == [Place((core,), {}) for core in (4, 5, 6, 7, 9)]
-    assert find_places(None, 2) == [Place((4, 6, 9), {}), Place((5, 7), {})]
-    assert find_places(2, 100) == [Place((4, 6, 9), {}), Place((5, 7), {})]
-    assert find_places(6, 100) == [Place((), {})] * 6
+    assert find_devices(None, 100) == [Device((core,), {}) for core in (4, 5, 6, 7, 9)]
+    assert find_devices(None, 2) == [Device((4, 6, 9), {}), Device((5, 7), {})]
+    assert find_devices(2, 100) == [Device((4, 6, 9), {}), Device((5, 7), {})]
+    assert find_devices(6, 100) == [Device((), {})] * 6
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    assert find_places(None, 100) == [Place((), {})] * 3
+    assert find_devices(None, 100) == [Device((), {})] * 3
 
 
 def test_each_gpu_is_seen_by_workers_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     asked(monkeypatch, "gpu", 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     one, other = {"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}
-    assert find_places(None, 100) == [Place((), one, True), Place((), other, True)]
-    assert find_places(None, 1) == find_places(1, 100) == [Place((), one, True)]
+    assert find_devices(None, 100) == [Device((), one, True), Device((), other, True)]
+    assert find_devices(None, 1) == find_devices(1, 100) == [Device((), one, True)]
     half = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45"}
-    assert find_places(3, 100) == [Place((), device | half, True) for device in (one, other, one)]
+    assert find_devices(3, 100) == [Device((), device | half, True) for device in (one, other, one)]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")
-    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in find_places(None, 100)] == ["5", "GPU-7"]
+    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in find_devices(None, 100)] == ["5", "GPU-7"]
 
 
 def test_a_tpu_has_one_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked(monkeypatch, "tpu", 8)
-    assert find_places(None, 100) == find_places(1, 100) == [Place((), {}, True)]
+    assert find_devices(None, 100) == find_devices(1, 100) == [Device((), {}, True)]
     assert sweep(written(tmp_path / "four.toml", FOUR), "--jobs", "2") == 2
     told = "--jobs: got 2, wanted 1 on a TPU, which one process holds as a whole"
     assert one_line(capsys) == f"python -m cs_jax sweep: error: {told}\n"
@@ -616,7 +616,7 @@ def test_a_tpu_has_one_place(
 def test_jax_is_asked_in_another_process_and_its_refusal_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAX_PLATFORMS", "none_such")
     with pytest.raises(ConfigError, match="^JAX finds no device here: .*none_such"):
-        find_places(None, 1)
+        find_devices(None, 1)
 
 
 def shown(*, terminal: bool) -> str:

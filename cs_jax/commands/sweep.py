@@ -73,7 +73,7 @@ def _run(
     jax.config.update("jax_platforms", "cpu")  # the accelerators are the workers': to look is to take their memory
     check_all(run.config for run in spec.runs)
     waiting = [run for run in spec.runs if not scheduler.is_done(directory, run)]
-    for line in spec.without_effect() if waiting else ():
+    for line in spec.ignored_settings() if waiting else ():
         print_line(terminal, line)
     watch.check()  # a callback of a library may have lost what a signal raised
     with SweepDisplay(terminal, len(spec.runs), waiting) as display:

@@ -130,7 +130,7 @@ def test_methods_without_a_density_have_one_run_a_seed() -> None:
     assert len(runs) == 6 and runs[0].config.target_density is None
 
 
-def test_a_dial_that_is_no_axis_is_a_setting_like_others() -> None:
+def test_an_initial_score_that_is_no_axis_is_a_setting_like_others() -> None:
     runs = grid(methods=["cs"], densities=[0.5], settings={"mask_initial_value": 0.2}).runs
     assert (runs[0].config.target_density, runs[0].config.mask_initial_value, runs[0].initial_score) == (0.5, 0.2, None)
     assert grid(methods=["gmp"], settings={"target_density": 0.3}).runs[0].config.target_density == 0.3
@@ -166,16 +166,16 @@ def test_a_method_may_come_twice_under_names_of_its_own() -> None:
     assert spec.reference == "long"
 
 
-def test_keys_of_a_methods_own_table_that_it_makes_no_use_of_are_told() -> None:
+def test_settings_in_a_methods_table_that_the_method_ignores_are_listed() -> None:
     tables = {"imp": {"lmbda": 1e-5, "epochs": 20, "final_temp": 50}, "cs": {"lmbda": 0}, "many": {"method": "snip"}}
     tables["many"]["rounds"] = 3
     settings = {"score_lr": 0.5, "target_density": 0.1}
     spec = grid(methods=["imp", "cs", "many"], method=tables, settings=settings)
-    assert spec.without_effect() == [
-        "without effect: lmbda, final_temp of [method.imp], which --method imp makes no use of",
-        "without effect: rounds of [method.many], which --method snip makes no use of",
+    assert spec.ignored_settings() == [
+        "--method imp ignores lmbda, final_temp in [method.imp]",
+        "--method snip ignores rounds in [method.many]",
     ]
-    assert grid(methods=["imp", "cs"], settings={"lmbda": 0.1}).without_effect() == []
+    assert grid(methods=["imp", "cs"], settings={"lmbda": 0.1}).ignored_settings() == []
 
 
 def test_the_name_of_the_file_is_the_sweeps(tmp_path: Path) -> None:
@@ -190,63 +190,78 @@ BASE = 'methods = ["cs", "imp"]\nseeds = [0]\n'
 @pytest.mark.parametrize(
     "text, told",
     [
-        (BASE + "method = 3", "method: got 3, wanted a table"),
-        (BASE + "density = [0.1]", "spec: got the key 'density', wanted one of preset, * (did you mean densities?)"),
-        (BASE + "[settings]\nepoch = 3", "settings: got the key 'epoch', wanted one of * (did you mean epochs?)"),
-        (BASE + "[settings]\nlr-schedule = []", "settings: got the key 'lr-schedule', * (did you mean lr_schedule?)"),
-        (BASE + "[method.cs]\nround = 1", "method.cs: got the key 'round', wanted one of * (did you mean rounds?)"),
-        (BASE + "[method.impc]\nrounds = 1", "method: got the key 'impc', wanted one of cs, imp (did you mean imp?)"),
-        (BASE + "[method.gmp]\nrounds = 1", "method: got the key 'gmp', wanted it in methods too, or one of cs, imp"),
-        (BASE + "[method]\ncs = 3", "method.cs: got 3, wanted a table"),
-        (BASE + "settings = 3", "settings: got 3, wanted a table"),
-        (BASE + "[settings]\nseed = 3", "settings: got seed, which is not for a table, wanted seeds above the tables*"),
+        (BASE + "method = 3", "method 3: must be an object"),
+        (BASE + "density = [0.1]", "density: unknown key; must be one of preset, * (did you mean densities?)"),
+        (BASE + "[settings]\nepoch = 3", "[settings] epoch: unknown key; must be one of * (did you mean epochs?)"),
+        (BASE + "[settings]\nlr-schedule = []", "[settings] lr-schedule: unknown key; * (did you mean lr_schedule?)"),
+        (BASE + "[method.cs]\nround = 1", "[method.cs] round: unknown key; must be one of * (did you mean rounds?)"),
+        (
+            BASE + "[method.impc]\nrounds = 1",
+            "[method.impc]: not in methods (did you mean imp?); add impc to methods or remove the table",
+        ),
+        (
+            BASE + "[method.gmp]\nrounds = 1",
+            "[method.gmp]: not in methods; add gmp to methods or remove the table",
+        ),
+        (BASE + "[method]\ncs = 3", "method.cs 3: must be an object"),
+        (BASE + "settings = 3", "settings 3: must be an object"),
+        (BASE + "[settings]\nseed = 3", "[settings] seed: not allowed in a table; list seeds above the tables"),
         (
             "densities = [0.5]\n" + BASE + "[settings]\ntarget_density = 0.1",
-            "settings: got target_density, *, wanted densities alone, which are there",
+            "[settings] target_density: not allowed in a table; densities lists its values",
         ),
-        (BASE + "[method.cs]\nout = 'here'", "method.cs: got out, *, wanted --out of the command, for all runs"),
+        (BASE + "[method.cs]\nout = 'here'", "[method.cs] out: not allowed in a table; give --out to the command"),
         (
             "initial_scores = [0.0]\n" + BASE + "[method.cs]\nmask_initial_value = 0.1",
-            "method.cs: got mask_initial_value, *, wanted initial_scores alone, which are there",
+            "[method.cs] mask_initial_value: not allowed in a table; initial_scores lists its values",
         ),
-        (BASE + "[settings]\nmethod = 'imp'", "settings: got method, *, wanted methods above the tables, a list"),
-        (BASE + "preset = 'digit'", "preset: got 'digit', wanted one of digits, * (did you mean digits?)"),
-        (BASE + "preset = ['digits']", "preset: got ['digits'], wanted one of digits, *"),
-        (BASE + "[method.cs]\nmethod = ['imp']", "methods: got ['imp'], wanted one of *"),
-        (BASE + "reference = 'random'", "reference: got 'random', wanted one of cs, imp"),
-        (BASE + "reference = 3", "reference: got 3, wanted one of cs, imp"),
-        ("methods = ['csx']\nseeds = [0]", "methods: got 'csx', wanted one of cs, imp, * that says its method"),
-        ("methods = ['a b']\nseeds = [0]", "methods: got 'a b', wanted names of letters, *"),
-        ("methods = ['../cs']\nseeds = [0]", "methods: got '../cs', wanted names of letters, *"),
-        ("methods = 'cs'\nseeds = [0]", "methods: got 'cs', wanted a list"),
-        ("methods = [1]\nseeds = [0]", "methods: got 1, wanted names"),
-        ("methods = ['cs', 'cs']\nseeds = [0]", "methods: got 'cs' twice, wanted each once"),
-        ("methods = []\nseeds = [0]", "methods: got [], wanted a list of one at least"),
-        ("seeds = [0]", "methods: got nothing, wanted a list"),
-        ("methods = ['cs']", "seeds: got nothing, wanted a list"),
-        ("methods = ['cs']\nseeds = []", "seeds: got [], wanted a list of one at least"),
-        ("methods = ['cs']\nseeds = 3", "seeds: got 3, wanted a list"),
-        ("methods = ['cs']\nseeds = [0.5]", "seeds: got 0.5, wanted whole numbers"),
-        ("methods = ['cs']\nseeds = [true]", "seeds: got True, wanted whole numbers"),
-        ("methods = ['cs']\nseeds = [1, 1]", "seeds: got 1 twice, wanted each once"),
-        ("methods = ['cs']\nseeds = [-1]", "cs-seed-1: --seed: got -1, wanted 0 to 4294967295"),
-        (BASE + "densities = [0.0]", "densities: got 0.0, wanted shares above 0 and at most 1"),
-        (BASE + "densities = [0.1, 1.5]", "densities: got 1.5, wanted shares above 0 and at most 1"),
-        (BASE + "densities = [nan]", "densities: got nan, wanted shares above 0 and at most 1"),
-        (BASE + "densities = ['0.1']", "densities: got '0.1', wanted numbers"),
-        (BASE + "densities = [1, 1.0]", "densities: got 1 twice, wanted each once"),
-        (BASE + "densities = []", "densities: got [], wanted a list of one at least"),
+        (
+            BASE + "[settings]\nmethod = 'imp'",
+            "[settings] method: not allowed in a table; list methods above the tables",
+        ),
+        (BASE + "preset = 'digit'", "preset 'digit': must be one of digits, * (did you mean digits?)"),
+        (BASE + "preset = ['digits']", "preset ['digits']: must be text"),
+        (BASE + "[method.cs]\nmethod = ['imp']", "[method.cs] method ['imp']: must be one of *"),
+        (BASE + "reference = 'random'", "reference 'random': must be one of cs, imp"),
+        (BASE + "reference = ''", "reference '': must be one of cs, imp"),
+        (BASE + "reference = 3", "reference 3: must be text"),
+        ("methods = ['csx']\nseeds = [0]", "methods 'csx': must be one of *; or set method in a table [method.csx]"),
+        ("methods = ['a b']\nseeds = [0]", "methods 'a b': only letters, digits, '-', '_', '+' and '.' are allowed"),
+        ("methods = ['../cs']\nseeds = [0]", "methods '../cs': only letters, *"),
+        ("methods = 'cs'\nseeds = [0]", "methods 'cs': must be a list"),
+        ("methods = [1]\nseeds = [0]", "methods[0] 1: must be text"),
+        ("methods = ['cs', 'cs']\nseeds = [0]", "methods 'cs': listed more than once; list each value once"),
+        ("methods = []\nseeds = [0]", "methods []: must be a list of length >= 1"),
+        ("seeds = [0]", "methods: missing"),
+        ("methods = ['cs']", "seeds: missing"),
+        ("methods = ['cs']\nseeds = []", "seeds []: must be a list of length >= 1"),
+        ("methods = ['cs']\nseeds = 3", "seeds 3: must be a list"),
+        ("methods = ['cs']\nseeds = [0.5]", "seeds[0] 0.5: must be a whole number"),
+        ("methods = ['cs']\nseeds = [true]", "seeds[0] True: must be a whole number"),
+        ("methods = ['cs']\nseeds = [1, 1]", "seeds 1: listed more than once; list each value once"),
+        ("methods = ['cs']\nseeds = [-1]", "seeds[0] -1: must be a whole number >= 0"),
+        ("methods = ['cs']\nseeds = [4294967296]", "seeds[0] 4294967296: must be a whole number <= 4294967295"),
+        (BASE + "densities = [0.0]", "densities[0] 0.0: must be a number > 0.0"),
+        (BASE + "densities = [0.1, 1.5]", "densities[1] 1.5: must be a number <= 1.0"),
+        (BASE + "densities = [nan]", "densities[0] nan: must be a number > 0.0"),
+        (BASE + "densities = ['0.1']", "densities[0] '0.1': must be a number"),
+        (BASE + "densities = [1, 1.0]", "densities 1.0: listed more than once; list each value once"),
+        (BASE + "densities = []", "densities []: must be a list of length >= 1"),
         (
             BASE + "densities = [0.12345678, 0.12345679]",
-            "spec: got 2 runs that are called cs-density0.123457-seed0, wanted values that differ in their *",
+            "densities: 2 runs have the name cs-density0.123457-seed0; use values that differ in the first six digits",
         ),
-        (BASE + "densities = [0.1]\ninitial_scores = [0.1]", "initial_scores: got them beside densities, wanted one *"),
+        (
+            BASE + "densities = [0.1]\ninitial_scores = [0.1]",
+            "initial_scores: cannot be combined with densities; remove one of them",
+        ),
         (
             "methods = ['imp', 'gmp']\nseeds = [0]\ninitial_scores = [0.1, 0.2]\n[settings]\ntarget_density = 0.1",
-            "initial_scores: got them for imp, gmp, without use for them, "
-            "wanted a method of cs, iss, supermask, supermask-iss",
+            "initial_scores: not used by imp, gmp; "
+            "add a method that learns masks, one of cs, iss, supermask, supermask-iss",
         ),
-        (BASE + "initial_scores = [inf]", "initial_scores: got inf, wanted finite numbers of a usual size"),
+        (BASE + "initial_scores = [inf]", "initial_scores[0] inf: must be a number < *"),
+        (BASE + "initial_scores = [nan]", "initial_scores[0] nan: must be a number > -*"),
         (BASE + "[settings]\nepochs = 'x'", "cs-seed0: settings have epochs 'x', wanted a whole number"),
         (BASE + "[settings]\nepochs = 0", "cs-seed0: --epochs: got 0, wanted at least 1"),
         (BASE + "[method.imp]\ncontrols = 'x'", "imp-seed0: settings have controls 'x', wanted names"),
@@ -255,8 +270,8 @@ BASE = 'methods = ["cs", "imp"]\nseeds = [0]\n'
             "supermask-seed3: --after: got finetune, wanted none with --method supermask, whose weights are frozen",
         ),
         ("methods = ['imp', 'gmp']\nseeds = [0]", "gmp-seed0: --target-density: got nothing, wanted a share above 0 *"),
-        (BASE + "[settings", "is no TOML: *"),
-        ("methods = ['cs']\nmethods = ['imp']", "is no TOML: Cannot overwrite a value (at *"),
+        (BASE + "[settings", "not valid TOML: *"),
+        ("methods = ['cs']\nmethods = ['imp']", "not valid TOML: Cannot overwrite a value (at *"),
     ],
 )
 def test_a_spec_that_cannot_be_used_is_refused_in_one_line(
@@ -279,7 +294,7 @@ def test_a_spec_that_cannot_be_used_is_refused_in_one_line(
     [
         (["nowhere.toml"], "nowhere.toml: cannot be read: No such file or directory"),
         (["."], ".: cannot be read: Is a directory"),
-        (["latin.toml"], "latin.toml: is no TOML: 'utf-8' codec can't decode byte 0xe9"),
+        (["latin.toml"], "latin.toml: not valid TOML: 'utf-8' codec can't decode byte 0xe9"),
         (["good.toml", "--jobs", "0"], "--jobs: got 0, wanted at least 1"),
         (["good.toml", "--jobs", "two"], "argument --jobs: invalid int value: 'two'"),
         (["good.toml", "--tickets", "0"], "--tickets: got 0, wanted a number of at least 1 or auto"),
@@ -355,7 +370,7 @@ def test_a_spec_with_one_more_seed_trains_that_alone(copied: Path, capsys: pytes
     (copied / "quick.toml").write_text(more)
     assert sweep(copied / "quick.toml", "--jobs", "1") == 0
     told, *lines = capsys.readouterr().out.splitlines()
-    assert told == "without effect: lmbda of [method.imp], which --method imp makes no use of"
+    assert told == "--method imp ignores lmbda in [method.imp]"
     assert lines[0].startswith("5 of 6  imp-density0.1-seed2: density 10.00%, test ")
     assert lines[1].startswith("6 of 6  random-density0.1-seed2: density 10.00%, test ")
     assert len(lines) == 3

@@ -9,8 +9,9 @@ import signal
 import sys
 
 # `python -m cs_jax` imports this package, and with it JAX, before __main__.py. As in train.py, Ctrl-C ends the process
-# at once until libraries are loaded; __main__.py then restores Python's handler. While Python looks for the module,
-# sys.argv[0] is "-m", and the word before the arguments names it. No other import of the package changes a handler.
+# at once until libraries are loaded. __main__.py then restores Python's handler. While Python looks for the module to
+# run, sys.argv[0] is "-m", and sys.orig_argv has the name of the module just before the arguments. Other imports of
+# this package change no handler.
 if (
     sys.argv[:1] == ["-m"]
     and sys.orig_argv[-len(sys.argv)] in ("cs_jax", "-mcs_jax")

@@ -221,7 +221,7 @@ def test_cells_are_ordered_by_method_control_and_falling_target():
 
 
 def test_a_result_that_comes_twice_is_refused():
-    with pytest.raises(ValueError, match=r"^cs, random, target 0\.1, s0 -0\.05, seed 3: got two results, wanted one$"):
+    with pytest.raises(ValueError, match=r"^cs, random, target 0\.1, s0 -0\.05, seed 3: two results; give one$"):
         statistics.summarize(
             [made("cs", accuracy, control="random", initial_score=-0.05, seed=3) for accuracy in (0.8, 0.9)]
         )
@@ -229,7 +229,7 @@ def test_a_result_that_comes_twice_is_refused():
 
 @pytest.mark.parametrize("accuracy", [98.9, -0.1, math.nan])
 def test_an_accuracy_that_is_no_share_is_refused(accuracy):
-    with pytest.raises(ValueError, match=r"^imp, ticket, target 0\.1, seed 0: got test_accuracy .*, wanted a share"):
+    with pytest.raises(ValueError, match=r"^imp, ticket, target 0\.1, seed 0: test_accuracy .*: must be in \[0, 1\]$"):
         statistics.summarize([made("imp", accuracy)])
 
 
@@ -267,17 +267,17 @@ def test_markdown_is_the_table_that_a_reader_sees():
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         f"| {first} |",
         "| cs |  | 0.1 | 3 | 0.1000 | 0.9300 ± 0.0200 | 60 (imp 180) | 1.5e+12 | 30.0 "
-        "| +0.0200 [-0.0048, +0.0448] beside imp | 0.074 |",
+        "| +0.0200 [-0.0048, +0.0448] vs imp | 0.074 |",
         "| cs |  | s0 -0.05 | 1 | 0.1000 | 0.9000 | 60 | 1.5e+12 | 30.0 | - | - |",
         "| cs | random | 0.1 | 2 | 0.1000 | 0.9050 ± 0.0071 | 60 | 1.5e+12 | 30.0 "
-        "| -0.0150 [-0.0785, +0.0485] beside cs ticket | 0.205 |",
-        "| snip |  | 0.1 | 1 | 0.1234 | 0.9300 | 60 (imp 180) | 1.5e+12 | 30.0 | +0.0300 beside imp | - |",
+        "| -0.0150 [-0.0785, +0.0485] vs cs ticket | 0.205 |",
+        "| snip |  | 0.1 | 1 | 0.1234 | 0.9300 | 60 (imp 180) | 1.5e+12 | 30.0 | +0.0300 vs imp | - |",
     ]
 
 
 def test_markdown_says_where_pairs_are_fewer_than_seeds():
     text = statistics.to_markdown(statistics.summarize([*IMP[:2], *CS]))
-    assert "+0.0150 [-0.0485, +0.0785] beside imp, over 2 of 3 seeds | 0.205 |" in text
+    assert "+0.0150 [-0.0485, +0.0785] vs imp, over 2 of 3 seeds | 0.205 |" in text
 
 
 def test_densities_that_differ_between_seeds_have_their_deviation_everywhere():
@@ -342,12 +342,12 @@ def test_the_terminals_table_tells_the_reference_from_what_cannot_be_tested_and_
         "snip       ticket    0.1     3   10.00%  98.00 ± 1.00     180   -1.00  no spread",
         "gmp        ticket    0.1     3   10.00%  98.10 ± 1.10     180   -0.90     0.012*",
         "",
-        "test %: accuracy; ± is the standard deviation of a sample. epochs: search and retraining.",
-        "points: of test accuracy, beside imp (ref.) at the same target; of a control, beside the ticket.",
-        "p: of a paired t-test over two seeds at least, adjusted by Holm; * below 0.05. "
-        "no spread: all differences are the same.",
-        "Not trained for as many epochs as what they stand beside: magnitude 1,500 (imp 180).",
-        "Controls are trained for as long as a ticket's retraining, not as its search and retraining together.",
+        "test %: accuracy ± sample standard deviation. epochs: search and retraining together.",
+        "points: difference in test accuracy vs imp (ref.) at the same target; of a control, vs its ticket.",
+        "p: paired t-test over at least two seeds, adjusted by Holm's method; * below 0.05. "
+        "no spread: all differences are equal.",
+        "Trained for different numbers of epochs: magnitude 1,500 (imp 180).",
+        "Controls are trained for the epochs of the retraining only, not for those of the search.",
     ]
 
 
@@ -456,7 +456,7 @@ def test_cost_says_that_budgets_differ():
     page = built([*short, *long, *CS, *trio("cs", (0.9, 0.9, 0.91), target=0.5)])
     assert cost(page) == (
         "Budgets differ: a lead may be that of longer training. "
-        "Epochs of search and retraining together, as a ratio: cs beside imp 2.00 to 10.00."
+        "Epochs of search and retraining together, as a ratio: cs vs imp 2.00 to 10.00."
     )
     assert page.verdict.endswith("They were not all trained for as long (see Cost).")
     caveat = "up and to the left is better; methods were not all trained for as long (see Cost)"
@@ -467,7 +467,7 @@ def test_cost_says_that_budgets_differ():
 
 
 def test_cost_says_once_that_controls_are_trained_as_long_as_the_retraining():
-    retrained = "Controls are trained for as long as a ticket's retraining, not as its search and retraining together."
+    retrained = "Controls are trained for the epochs of the retraining only, not for those of the search."
     controls = [
         *trio("cs", (0.9, 0.9, 0.9), control="random", epochs=15),
         *trio("imp", (0.9, 0.9, 0.9), control="random", epochs=15),
@@ -478,7 +478,7 @@ def test_cost_says_once_that_controls_are_trained_as_long_as_the_retraining():
     )
     assert cost(built([*IMP, *trio("snip", (0.9, 0.9, 0.9), epochs=20), *controls])) == (
         "Budgets differ: a lead may be that of longer training. "
-        f"Epochs of search and retraining together, as a ratio: snip beside imp 0.33. {retrained}"
+        f"Epochs of search and retraining together, as a ratio: snip vs imp 0.33. {retrained}"
     )
     assert cost(built([*CS, *controls[:3]])) == retrained
     assert cost(built(CS)) == "Nothing is compared. Epochs are those of search and retraining together."

@@ -28,10 +28,10 @@ from cs_jax.experiment.storage import run_directory
 from cs_jax.experiment.storage.config_file import to_json
 from cs_jax.experiment.storage.paths import TICKET_FILE
 from cs_jax.sweep import devices as sweep_devices
-from cs_jax.sweep import scheduler
-from cs_jax.sweep.devices import find_devices
+from cs_jax.sweep import storage
+from cs_jax.sweep.devices import Device, find_devices
 from cs_jax.sweep.display import SweepDisplay
-from cs_jax.sweep.scheduler import Device, SweepObserver, run_sweep
+from cs_jax.sweep.scheduler import SweepObserver, run_sweep
 from cs_jax.sweep.spec import PlannedRun, Spec, make_spec, read_spec
 
 QUICK = """
@@ -295,14 +295,14 @@ def test_a_spec_that_cannot_be_used_is_refused_in_one_line(
         (["nowhere.toml"], "nowhere.toml: cannot be read: No such file or directory"),
         (["."], ".: cannot be read: Is a directory"),
         (["latin.toml"], "latin.toml: not valid TOML: 'utf-8' codec can't decode byte 0xe9"),
-        (["good.toml", "--jobs", "0"], "--jobs: got 0, wanted at least 1"),
+        (["good.toml", "--jobs", "0"], "--jobs 0: must be at least 1"),
         (["good.toml", "--jobs", "two"], "argument --jobs: invalid int value: 'two'"),
         (["good.toml", "--tickets", "0"], "--tickets: got 0, wanted a number of at least 1 or auto"),
         (["good.toml", "--tickets", "all"], "--tickets: got all, wanted a number of at least 1 or auto"),
         (["good.toml", "--job"], "argument --jobs: expected one argument"),
         ([], "the following arguments are required: SPEC"),
-        (["good.toml", "--out", "full"], "--out: got full, which is not empty and holds no sweep, wanted another"),
-        (["good.toml", "--out", "good.toml"], "--out: got good.toml, which is a file, wanted a folder"),
+        (["good.toml", "--out", "full"], "--out full: not empty and not a sweep directory; choose an empty or new one"),
+        (["good.toml", "--out", "good.toml"], "--out good.toml: is a file; choose a directory"),
         (["huge.toml"], "--val-set-size: got 99999, "),
     ],
 )
@@ -350,8 +350,8 @@ def test_what_is_done_is_skipped(swept: Path, capsys: pytest.CaptureFixture[str]
     assert sweep(swept / "quick.toml") == 0
     assert times(swept) == before
     out, spec = swept / "out", swept / "quick.toml"
-    compares = f"python -m cs_jax pareto {spec} --out {out} compares them"
-    assert capsys.readouterr().out == f"{out}: all 4 runs are done; {compares}\n"
+    compare = f"compare them with: python -m cs_jax pareto {spec} --out {out}"
+    assert capsys.readouterr().out == f"{out}: all 4 runs finished; {compare}\n"
 
 
 def test_checkpoints_that_a_killed_sweep_left_in_a_finished_run_are_removed(copied: Path) -> None:
@@ -365,7 +365,8 @@ def test_a_spec_with_one_more_seed_trains_that_alone(copied: Path, capsys: pytes
     before = times(copied)
     (copied / "quick.toml").write_text(FOUR.replace("[0, 1]", "[2, 0, 1]").replace('"imp", ', ""))
     assert sweep(copied / "quick.toml") == 2  # without imp it is another sweep
-    assert "out: holds another sweep: imp-density0.1-seed0 is not in this one; give another --out" in one_line(capsys)
+    told = "out: holds another sweep: imp-density0.1-seed0 is missing from the spec; choose another --out\n"
+    assert told in one_line(capsys)
     more = FOUR.replace("[0, 1]", "[2, 0, 1]") + "[method.imp]\nlmbda = 1e-5\n"
     (copied / "quick.toml").write_text(more)
     assert sweep(copied / "quick.toml", "--jobs", "1") == 0
@@ -385,7 +386,7 @@ def test_a_spec_with_one_more_seed_trains_that_alone(copied: Path, capsys: pytes
     [
         ("epochs = 2", "epochs = 3", "imp-density0.1-seed0 has epochs 3 (was 2)"),
         ("lr_schedule = [1]", "lr_schedule = [0]", "imp-density0.1-seed0 has lr_schedule 0 (was 1)"),
-        ("[0.1]", "[0.2]", "imp-density0.1-seed0 is not in this one"),
+        ("[0.1]", "[0.2]", "imp-density0.1-seed0 is missing from the spec"),
     ],
 )
 def test_another_sweep_in_the_same_folder_is_refused(
@@ -395,14 +396,14 @@ def test_another_sweep_in_the_same_folder_is_refused(
     other = written(tmp_path / "other.toml", FOUR.replace(old, new, 1))
     for command in ("sweep", "pareto"):
         assert commands.main([command, str(other), "--out", str(out)]) == 2
-        assert f"error: {out}: holds another sweep: {told}; give another --out\n" in one_line(capsys)
+        assert f"error: {out}: holds another sweep: {told}; choose another --out\n" in one_line(capsys)
     assert times(swept) == before
 
 
 def test_a_folder_whose_spec_is_damaged_is_refused(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copied / "out" / "sweep.json").write_text("{")
     assert sweep(copied / "quick.toml") == 2
-    assert f"{copied / 'out' / 'sweep.json'}: cannot be used: " in one_line(capsys)
+    assert f"{copied / 'out' / 'sweep.json'}: cannot be read: " in one_line(capsys)
 
 
 def test_a_second_process_on_a_sweep_is_refused(
@@ -421,10 +422,10 @@ def test_a_second_process_on_a_sweep_is_refused(
 def test_a_sweep_that_was_killed_before_its_spec_was_written_can_begin_again(tmp_path: Path) -> None:
     for name in ("sweep.lock", ".0123456789abcdef.tmp"):
         (tmp_path / name).write_text("{")
-        scheduler.check_same_spec(tmp_path, grid())
+        storage.check_same_spec(tmp_path, grid())
     (tmp_path / "thesis.txt").touch()
-    with pytest.raises(ConfigError, match="not empty and holds no sweep"):
-        scheduler.check_same_spec(tmp_path, grid())
+    with pytest.raises(ConfigError, match="not empty and not a sweep directory"):
+        storage.check_same_spec(tmp_path, grid())
 
 
 def test_pareto_says_what_is_not_done(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -432,17 +433,17 @@ def test_pareto_says_what_is_not_done(copied: Path, capsys: pytest.CaptureFixtur
     (copied / "out" / "runs" / "imp-density0.1-seed1" / "summary.json").unlink()
     assert commands.main(words) == 0
     shown = capsys.readouterr().out
-    assert "\nnot done: imp-density0.1-seed1\n" in shown
+    assert "\nnot finished: imp-density0.1-seed1\n" in shown
     assert "1 run of the sweep has not finished." in (copied / "out" / "report.html").read_text()
     assert re.search(r"^ *random +ticket +0.1 +2 +10.00% ", shown, re.MULTILINE)
     assert (copied / "out" / "pareto.md").read_text().startswith("| method |")
     (copied / "out" / "runs" / "random-density0.1-seed0" / "summary.json").write_text("[]")
     assert commands.main(words) == 2
-    assert "random-density0.1-seed0/summary.json: is damaged: " in one_line(capsys)
+    assert "random-density0.1-seed0/summary.json: damaged: " in one_line(capsys)
     shutil.rmtree(copied / "out" / "runs")
     assert commands.main(words) == 2
     again = f"python -m cs_jax sweep {copied}/quick.toml --out {copied}/out"
-    assert f"out: has no finished run yet, wanted one at least: {again}\n" in one_line(capsys)
+    assert f"out: no finished run; start the sweep with: {again}\n" in one_line(capsys)
 
 
 def test_pareto_says_that_a_sweep_has_no_reference(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -453,7 +454,7 @@ def test_pareto_says_that_a_sweep_has_no_reference(copied: Path, capsys: pytest.
         run.rename(runs / run.name.replace("imp", "other"))
     (out / "sweep.json").write_text(json.dumps(content))
     written(spec, FOUR.replace('["imp", "random"]', '["random", "other"]') + '[method.other]\nmethod = "imp"\n')
-    told = f'the sweep has no imp to compare methods with: reference = "random" in {spec} chooses another\n'
+    told = f'methods are not compared: the sweep has no imp; set reference = "random" or another method in {spec}\n'
     assert commands.main(["pareto", str(spec), "--out", str(out)]) == 0
     assert told in capsys.readouterr().out
     page = (out / "report.html").read_text()
@@ -461,7 +462,7 @@ def test_pareto_says_that_a_sweep_has_no_reference(copied: Path, capsys: pytest.
     written(spec, 'reference = "random"\n' + spec.read_text())
     assert commands.main(["pareto", str(spec), "--out", str(out)]) == 0
     shown = capsys.readouterr().out
-    assert "beside random (ref.) at the same target" in shown and "chooses another" not in shown
+    assert "vs random (ref.) at the same target" in shown and "not compared" not in shown
 
 
 class Killing(SweepObserver):
@@ -478,9 +479,9 @@ class Killing(SweepObserver):
 
     def on_epoch(self, worker: int, run: PlannedRun, epoch: int) -> None:
         if worker not in self._processes:
-            lock = scheduler.folder_of(self._directory, run) / "run.lock"
+            lock = storage.folder_of(self._directory, run) / "run.lock"
             self._processes[worker] = json.loads(lock.read_text())["process"]
-        checkpoints = scheduler.folder_of(self._directory, run) / "checkpoints"
+        checkpoints = storage.folder_of(self._directory, run) / "checkpoints"
         if 0 < self._epochs.get(run.variant, 0) <= epoch and list(checkpoints.glob("[0-9]*-[0-9]*[0-9]")):
             self._kill(worker)
 
@@ -512,16 +513,17 @@ def test_failures_and_killed_workers_do_not_stop_the_other_runs_and_are_tried_ag
     failed, done = shown.out.splitlines()
     assert failed == f"2 of 3  wild-density0.1-seed0: failed: {failures['wild-density0.1-seed0']}"
     assert done.startswith("3 of 3  slow-density0.1-seed0: density 10.00%, test ")
-    goes_on = f"the same command goes on: python -m cs_jax sweep {spec} --out {out}"
-    goes_on += "; where trying again cannot help, correct the file: runs that have failed may have other settings"
+    resume = "failed runs may have other settings: correct the file if a retry cannot help; "
+    resume += f"resume with: python -m cs_jax sweep {spec} --out {out}"
     log = out / "logs" / "wild-density0.1-seed0.txt"
-    told = f"1 of 3 runs failed, first wild-density0.1-seed0: see {log}; {goes_on}"
+    told = f"1 of 3 runs failed, first wild-density0.1-seed0: see {log}; {resume}"
     assert log.read_text().endswith(f"\nfailed: {failures['wild-density0.1-seed0']}\n")
     assert shown.err == f"python -m cs_jax sweep: error: {told}\n"
     assert "goes on from search 0, epoch " in (out / "logs" / "slow-density0.1-seed0.txt").read_text()
     assert (out / "runs" / "random-density0.1-seed0" / TICKET_FILE).stat().st_mtime_ns == before
     assert commands.main(["pareto", str(spec), "--out", str(out)]) == 0
-    assert f"not done: wild-density0.1-seed0 failed: {failures['wild-density0.1-seed0']}\n" in capsys.readouterr().out
+    told = f"not finished: wild-density0.1-seed0 failed: {failures['wild-density0.1-seed0']}\n"
+    assert told in capsys.readouterr().out
     # What has failed may be asked for differently, what is done may not.
     written(spec, TROUBLE.replace("lr = 1e30", "lr = 0.05").replace("epochs = 40", "epochs = 39"))
     assert sweep(spec, "--jobs", "1") == 2
@@ -529,7 +531,7 @@ def test_failures_and_killed_workers_do_not_stop_the_other_runs_and_are_tried_ag
     written(spec, TROUBLE.replace("lr = 1e30", "lr = 0.05"))
     assert sweep(spec, "--jobs", "1") == 0
     assert "3 of 3  wild-density0.1-seed0: density 10.00%, test " in capsys.readouterr().out
-    assert scheduler.read_failures(out) == {}
+    assert storage.read_failures(out) == {}
     assert (out / "runs" / "random-density0.1-seed0" / TICKET_FILE).stat().st_mtime_ns == before
 
 
@@ -623,14 +625,14 @@ def test_a_tpu_has_one_place(
     asked(monkeypatch, "tpu", 8)
     assert find_devices(None, 100) == find_devices(1, 100) == [Device((), {}, True)]
     assert sweep(written(tmp_path / "four.toml", FOUR), "--jobs", "2") == 2
-    told = "--jobs: got 2, wanted 1 on a TPU, which one process holds as a whole"
+    told = "--jobs 2: must be 1 on a TPU, which one process holds as a whole"
     assert one_line(capsys) == f"python -m cs_jax sweep: error: {told}\n"
     assert not (tmp_path / "out").exists()
 
 
 def test_jax_is_asked_in_another_process_and_its_refusal_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAX_PLATFORMS", "none_such")
-    with pytest.raises(ConfigError, match="^JAX finds no device here: .*none_such"):
+    with pytest.raises(ConfigError, match="^JAX finds no device: .*none_such"):
         find_devices(None, 1)
 
 

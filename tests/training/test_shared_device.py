@@ -31,9 +31,10 @@ from cs_jax.experiment.storage.paths import LOG_FILE, TICKET_FILE
 from cs_jax.layers.masked import MaskedConv, MaskedDense
 from cs_jax.methods.controls import DENSE
 from cs_jax.models import BatchNorm
-from cs_jax.sweep import autotune, scheduler
+from cs_jax.sweep import autotune, storage
 from cs_jax.sweep.autotune import Trial
-from cs_jax.sweep.scheduler import Device, SweepObserver, run_sweep
+from cs_jax.sweep.devices import Device
+from cs_jax.sweep.scheduler import SweepObserver, run_sweep
 from cs_jax.sweep.spec import PlannedRun, make_spec
 from cs_jax.sweep.tickets import Job, run_jobs
 from cs_jax.tickets.ticket import load_ticket
@@ -292,18 +293,18 @@ def test_runs_share_programs_unless_they_differ_in_what_is_built_in() -> None:
 
 def test_how_many_at_once_is_as_asked_or_as_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     several_alike = [small.SEARCH] * 5
-    assert autotune.choose_run_count(several_alike, 3) == (3, "3 runs in one program, as asked")
-    assert autotune.choose_run_count(several_alike, 9) == (5, "5 runs in one program, as asked")
-    assert autotune.choose_run_count(several_alike, 1) == (1, "one after another, as asked")
+    assert autotune.choose_run_count(several_alike, 3) == (3, "3 runs in one program, as --tickets says")
+    assert autotune.choose_run_count(several_alike, 9) == (5, "5 runs in one program, as --tickets says")
+    assert autotune.choose_run_count(several_alike, 1) == (1, "one after another")
     assert (
         autotune.choose_run_count(several_alike[:1], 9) == autotune.choose_run_count(several_alike[:1], None) == (1, "")
     )
-    assert autotune.choose_run_count(several_alike, None) == (1, "one after another, as always on a CPU")
+    assert autotune.choose_run_count(several_alike, None) == (1, "one after another, the default on a CPU")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for at_once, count, told in (
-        (0.0125, 5, "in one program: a step of 5 runs takes 12.5 ms at once, 20 ms in turn"),
-        (0.0212, 1, "one after another: a step of 5 runs takes 21.2 ms at once, 20 ms in turn"),
-        (float("inf"), 1, "one after another: a step of 5 runs takes more memory than there is at once, 20 ms in turn"),
+        (0.0125, 5, "in one program: a step of 5 runs takes 12.5 ms in one program, 20 ms one after another"),
+        (0.0212, 1, "one after another: a step of 5 runs takes 21.2 ms in one program, 20 ms one after another"),
+        (float("inf"), 1, "one after another: too little memory for 5 runs in one program"),
     ):
         monkeypatch.setattr(autotune, "_trials", {})
         monkeypatch.setattr(autotune, "measure", lambda settings, runs, at_once=at_once: Trial(runs, at_once, 0.02))
@@ -405,7 +406,7 @@ class Notes(SweepObserver):
 
     def on_epoch(self, worker: int, run: PlannedRun, epoch: int) -> None:
         if (run.name, epoch) == self._kill_at:
-            lock = scheduler.folder_of(self._directory, run) / "run.lock"
+            lock = storage.folder_of(self._directory, run) / "run.lock"
             os.kill(json.loads(lock.read_text())["process"], signal.SIGKILL)
 
     def on_end(self, worker: int, run: PlannedRun, ticket: Any, failure: str) -> None:
@@ -434,7 +435,7 @@ def test_a_sweep_whose_worker_takes_several_at_once_is_killed_fails_and_goes_on(
     assert failures.keys() == set(NAMES[2:]) and all("loss is" in reason for reason in failures.values())
     for name in NAMES[:2]:
         log = (tmp_path / "logs" / f"{name}.txt").read_text()
-        assert "4 runs in one program, as asked\n" in log and "3 runs in one program, as asked\n" in log
+        assert all(f"{count} runs in one program, as --tickets says\n" in log for count in (4, 3))
         assert "goes on from search 0, epoch 1" in log
         assert run_directory.read_summary(tmp_path / "runs" / name) is not None
 
@@ -457,7 +458,7 @@ def test_tickets_of_one_command_are_those_of_their_seeds(
     asked = [*QUICK, "--seed", "4"]
     assert train.main([*asked, "--tickets", "2"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("one after another, as always on a CPU\n1 of 2  digits-seed4: density ")
+    assert shown.startswith("one after another, the default on a CPU\n1 of 2  digits-seed4: density ")
     folders = [tmp_path / "runs" / f"digits-seed{seed}" for seed in (4, 5)]
     assert sorted((tmp_path / "runs").iterdir()) == folders
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
@@ -500,10 +501,13 @@ def test_tickets_of_one_command_at_once(
         (["--tickets"], "--tickets: got nothing, wanted a number"),
         (["--tickets", "2", "--tickets", "3"], "--tickets: got 2 of them, wanted one"),
         (["--tickets", "2", "--resume", "there"], "--tickets: got 2 beside --resume, wanted the command that began"),
-        (["--tickets", "2", "--seed", "4294967295"], "--tickets: got 2, wanted at most 1 from --seed 4294967295 on"),
+        (["--tickets", "2", "--seed", "4294967295"], "--tickets 2: must be at most 1 with --seed 4294967295"),
         (["--tickets", "2", "--val-set-size", "9999"], "--val-set-size: got 9999, wanted less than the 1437 "),
         (["--tickets", "2", "--out", "file"], "--out: got file/digits-seed0, "),
-        (["--tickets", "2", "--out", "run"], "--out: got run, which holds one run, wanted a folder for all"),
+        (
+            ["--tickets", "2", "--out", "run"],
+            "--out run: is a run directory; choose a parent directory for --tickets 2",
+        ),
         (["--tickets", "2", "--out", "full"], "--out: got full/digits-seed1, which is not empty and holds no run"),
     ],
 )

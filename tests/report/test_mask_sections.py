@@ -319,7 +319,9 @@ def test_a_real_run_has_all_of_its_masks_in_its_report(tmp_path: Path) -> None:
 
 def swept(method: str, seed: int, start: int, stop: int, **fields: Any) -> SweptTicket:
     masks = {"conv0/kernel": (np.arange(100) >= start) & (np.arange(100) < stop)}
-    return SweptTicket(**{"method": method, "target": 0.2, "dial": None, "seed": seed, "masks": masks, **fields})
+    return SweptTicket(
+        **{"method": method, "target": 0.2, "initial_score": None, "seed": seed, "masks": masks, **fields}
+    )
 
 
 def built(tickets: list[SweptTicket]) -> dict[str, Section]:
@@ -368,7 +370,7 @@ def test_one_seed_has_no_pair_with_itself_and_other_networks_none_at_all() -> No
 
 def test_each_target_has_its_own_plots_densest_first_and_tickets_without_one_none() -> None:
     tickets = [swept("cs", seed, 0, 20, target=target) for target in (0.005, 0.5) for seed in (0, 1)]
-    dials = [swept("cs", seed, 0, 20, target=None, dial=-0.1) for seed in (0, 1)]
+    dials = [swept("cs", seed, 0, 20, target=None, initial_score=-0.1) for seed in (0, 1)]
     found = built([*tickets, *dials])["Overlap of masks"].parts
     titles = [part.title for part in found if isinstance(part, Plot)]
     assert titles == [f"Masks shared at {target}" for target in ("density 50%", "density 0.5%", "s0 -0.1")]

@@ -13,7 +13,7 @@ from cs_jax.core.settings import flag, is_finite, is_positive
 from cs_jax.data.images import AUGMENTATIONS
 from cs_jax.methods import METHODS, NONE, RETRAININGS
 from cs_jax.methods.controls import CONTROLS, DENSE
-from cs_jax.models import MODELS, takes
+from cs_jax.models import MODELS, has_field
 
 DEFAULT_MULTIPLE = 8
 """Channels: what hardware computes fast."""
@@ -220,9 +220,9 @@ class Config:
         self._check_schedule()
         self._check_choice("model", MODELS)
         lacks = f"none beside --model {self.model}, which has no field"
-        self._check("remat", not self.remat or takes(self.model, "remat"), f"{lacks} remat")
+        self._check("remat", not self.remat or has_field(self.model, "remat"), f"{lacks} remat")
         self._check_choice("dtype", DTYPES)
-        self._check("dtype", DTYPES[self.dtype] is None or takes(self.model, "dtype"), f"{lacks} dtype")
+        self._check("dtype", DTYPES[self.dtype] is None or has_field(self.model, "dtype"), f"{lacks} dtype")
         self._check_choice("score_dtype", DTYPES)
         self._check_choice("augment", AUGMENTATIONS)
         self._check_choice("reset", ("paper", "released"))

@@ -26,7 +26,7 @@ class RandomPruning(AtInitialization):
     def begin(self, config: "Config", problem: "Problem", variables: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
         assert config.target is not None
         found, channels = variables["masks"], problem.recipe.channels
-        ranks = random_ranks(problem.key_for("masks"), found if channels is None else channels.firsts(found))
+        ranks = random_ranks(problem.key_for("masks"), found if channels is None else channels.first_entries(found))
         return {}, keep_highest(config, ranks, config.target, channels)
 
 

@@ -157,7 +157,7 @@ def selection(
 
 def first_scores(config: MethodConfig, some_masks: PyTree, channels: Channels | None) -> PyTree:
     """Scores before the first step, for masks of these shapes, in the config's dtype."""
-    like = some_masks if channels is None else channels.firsts(some_masks)
+    like = some_masks if channels is None else channels.first_entries(some_masks)
     return masks.init_scores(like, config.mask_initial_value, dtype=DTYPES[config.score_dtype])
 
 

@@ -44,7 +44,7 @@ def shuffled(problem: Problem, ticket: Ticket) -> Ticket:
     def shuffle(key: jax.Array, mask: jax.Array) -> jax.Array:
         return jax.random.permutation(key, mask.ravel()).reshape(mask.shape)
 
-    masks = ticket.masks if channels is None else channels.firsts(ticket.masks)
+    masks = ticket.masks if channels is None else channels.first_entries(ticket.masks)
     drawn = trees.map_with_keys(shuffle, problem.key_for("shuffled"), masks)
     return ticket._replace(masks=expand(channels, drawn))
 

@@ -21,7 +21,7 @@ class RandomPruning(AtInitialization):
     def begin(self, problem: Problem, variables: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
         assert self.config.target is not None
         found, channels = variables["masks"], problem.recipe.channels
-        ranks = random_ranks(problem.key_for("masks"), found if channels is None else channels.firsts(found))
+        ranks = random_ranks(problem.key_for("masks"), found if channels is None else channels.first_entries(found))
         return {}, keep_highest(self.config, ranks, self.config.target, channels)
 
 

@@ -115,7 +115,7 @@ def pareto(arguments: Sequence[str], *, prog: str) -> None:
 
 def _sweep_parser(prog: str, command: Callable[..., None]) -> argparse.ArgumentParser:
     parser = command_parser(prog, command)
-    parser.add_argument("spec", type=Path, metavar="SPEC", help="TOML file: see docs/sweeps.md")
+    parser.add_argument("spec", type=Path, metavar="SPEC", help="TOML file: see docs/experiments/sweeps.md")
     parser.add_argument("--out", type=Path, help="folder of the sweep (sweeps/NAME, for a file NAME.toml)")
     return parser
 

@@ -461,6 +461,6 @@ def test_shuffled_masks_keep_as_many_channels_of_each_layer(by_channel: Problem)
 
 
 def test_the_page_about_structured_tickets_runs() -> None:
-    page = (Path(train.__file__).parent / "docs" / "structured.md").read_text()
+    page = (Path(train.__file__).parent / "docs" / "tickets" / "structured.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(block, {})

@@ -1,4 +1,4 @@
-"""A trained network fine-tuned into a ticket: half of its channels go, the others keep their weights.
+"""Fine-tuning of a trained network to half of its channels; the remaining weights are kept.
 
 Run it: `python examples/finetune.py`.
 """

@@ -22,11 +22,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cs_jax import methods
 from cs_jax.core import masks, target_density
 from cs_jax.data.stream import Images
 from cs_jax.experiment import metrics, search
 from cs_jax.experiment.config import SEARCH, Config
+from cs_jax.experiment.experiment import Search
 from cs_jax.experiment.prepare import prepare
 from cs_jax.experiment.presets import PRESETS
 from cs_jax.experiment.progress import Observer
@@ -86,7 +86,7 @@ def run(target: float, rate: float | None, seed: int) -> tuple[float, float, flo
 
 
 def accuracy(config: Config, problem: Problem, state: TrainState, ticket: Ticket, images: Images) -> float:
-    logits = metrics.logits(config, problem, state, ticket.masks, images, Observer())
+    logits = metrics.logits(Search(config, problem), state, ticket.masks, images)
     return executor.share_right(logits, images)
 
 
@@ -107,7 +107,7 @@ def search_by_dual_ascent(config: Config, problem: Problem, target: float, rate:
                 state, _ = compiled.compiled_step(problem.recipe, state, problem.train, indices, key, hyper)
                 weight += rate * (float(_mean_mask(state.scores, hyper.temperature)) - wanted)
         if round < config.rounds - 1:
-            state = methods.of(config).begin_round(config, problem, state, None)
+            state = config.pruning_method.begin_round(problem, state, None)
     assert snapshot is not None
     chosen = selection(config, state.scores, target)
     return Ticket(

@@ -24,11 +24,11 @@ from cs_jax.commands.parser import parse
 from cs_jax.data.load import Data
 from cs_jax.experiment import pipeline
 from cs_jax.experiment.config import Config
+from cs_jax.experiment.experiment import Experiment
 from cs_jax.experiment.observers.interrupts import Interrupts
 from cs_jax.experiment.observers.tracking import TensorBoard, Tracking
 from cs_jax.experiment.prepare import prepare
-from cs_jax.experiment.progress import Observer
-from cs_jax.experiment.run import go_on
+from cs_jax.experiment.run import resume
 from cs_jax.experiment.storage import run_directory
 from cs_jax.experiment.storage.checkpoints import Checkpoints
 from cs_jax.experiment.storage.paths import CHECKPOINTS_FOLDER, TENSORBOARD_FOLDER
@@ -78,16 +78,16 @@ def measure(kind: str, settings: Config, problem: Problem, data: Data) -> tuple[
 
 def run(kind: str, settings: Config, problem: Problem, data: Data, directory: RunDirectory) -> float:
     if kind == BARE:
-        pipeline.run(settings, problem, data, directory, Observer())
+        pipeline.run(Experiment(settings, problem, data=data, directory=directory))
     elif kind == CHECKPOINTS:
         with Checkpoints(settings, problem, directory.path / CHECKPOINTS_FOLDER) as checkpoints:
-            pipeline.run(settings, problem, data, directory, checkpoints)
+            pipeline.run(Experiment(settings, problem, checkpoints, data=data, directory=directory))
         return checkpoints.waited
     else:
         figures = TensorBoard(directory.path / TENSORBOARD_FOLDER)
         with open(os.devnull, "w") as nowhere, Interrupts() as watch, Tracking(settings, [figures]) as tracking:
             terminal = Console(file=nowhere, force_terminal=True)
-            go_on(settings, problem, data, directory, tracking, watch, terminal, new=True)
+            resume(Experiment(settings, problem, tracking, data=data, directory=directory), watch, terminal, new=True)
     return 0.0
 
 

@@ -3,11 +3,11 @@
 import numpy as np
 
 from cs_jax.core.errors import ConfigError
+from cs_jax.data.config import DataConfig
 from cs_jax.data.split import Split, check_resident
-from cs_jax.experiment.config import Config
 
 
-def load_digits(config: Config) -> tuple[Split, Split, tuple[str, ...]]:
+def load_digits(config: DataConfig) -> tuple[Split, Split, tuple[str, ...]]:
     """scikit-learn's 1,797 digits, 16 grey levels spread over 0 to 255; a fifth, always the same, is the test set."""
     if config.stream:
         raise ConfigError("--stream: got digits, wanted a set of TensorFlow Datasets: digits are in no file to read")

@@ -13,12 +13,12 @@ import numpy as np
 
 from cs_jax.core.errors import ConfigError
 from cs_jax.data import tfds
+from cs_jax.data.config import DataConfig
 from cs_jax.data.digits import load_digits
 from cs_jax.data.images import ImageSet
 from cs_jax.data.records import Records
 from cs_jax.data.split import STATISTICS, Split, check_resident, check_validation_size, split_validation, statistics
 from cs_jax.data.stream import Images, ImageStream, default_threads
-from cs_jax.experiment.config import Config
 
 MAX_SAMPLE = 1000
 """Streamed images that statistics are taken of, at most."""
@@ -34,7 +34,7 @@ class Data:
     classes: tuple[str, ...]
 
 
-def load_data(config: Config) -> Data:
+def load_data(config: DataConfig) -> Data:
     """The data that a config asks for, split, cut and normalised as it says.
 
     Raises:
@@ -50,7 +50,7 @@ def load_data(config: Config) -> Data:
     return _on_device(config, train, test, classes)
 
 
-def _on_device(config: Config, train: Split, test: Split, classes: tuple[str, ...]) -> Data:
+def _on_device(config: DataConfig, train: Split, test: Split, classes: tuple[str, ...]) -> Data:
     """Data that fit into the device's memory."""
     for split, labels in (("training", train.labels), ("test", test.labels)):
         if len(labels) == 0:
@@ -65,7 +65,6 @@ def _on_device(config: Config, train: Split, test: Split, classes: tuple[str, ..
     validation_indices, train_indices = split_validation(config, train.labels, rng)
     if config.max_train_examples is not None:
         train_indices = train_indices[: config.max_train_examples]
-    _check_batch_size(config, train_indices)
     validation, train = train[validation_indices], train[train_indices]
     mean, std = STATISTICS.get(tfds.base_name(config)) or statistics([train.images])
 
@@ -74,13 +73,6 @@ def _on_device(config: Config, train: Split, test: Split, classes: tuple[str, ..
         return ImageSet(images=jnp.asarray(split.images), labels=jnp.asarray(split.labels), **constants)
 
     return Data(place(train), place(validation) if len(validation) else None, place(test), classes)
-
-
-def _check_batch_size(config: Config, train_indices: np.ndarray) -> None:
-    if config.batch_size > len(train_indices):
-        raise ConfigError(
-            f"--batch-size: got {config.batch_size}, wanted at most {len(train_indices)}, the training examples"
-        )
 
 
 def fingerprint(data: Data) -> str:
@@ -98,7 +90,7 @@ def fingerprint(data: Data) -> str:
     return found.hexdigest()
 
 
-def load_test(config: Config, mean: Sequence[float], std: Sequence[float]) -> tuple[Images, tuple[str, ...]]:
+def load_test(config: DataConfig, mean: Sequence[float], std: Sequence[float]) -> tuple[Images, tuple[str, ...]]:
     """The test examples of a config's data set, normalised by constants per channel, and the names of the classes.
 
     Raises:
@@ -117,7 +109,7 @@ def load_test(config: Config, mean: Sequence[float], std: Sequence[float]) -> tu
     return ImageSet(jnp.asarray(test.images), jnp.asarray(test.labels), *constants), classes
 
 
-def _is_streamed(config: Config, builder: Any) -> bool:
+def _is_streamed(config: DataConfig, builder: Any) -> bool:
     """Whether images are streamed: those of no fixed shape always are, others if the config asks for it.
 
     Raises:
@@ -135,14 +127,13 @@ def _is_streamed(config: Config, builder: Any) -> bool:
     return False
 
 
-def _stream(config: Config, builder: Any) -> Data:
+def _stream(config: DataConfig, builder: Any) -> Data:
     """Data that stay in their files until they are wanted. Validation is drawn at random: no label is read for it."""
     train, test = tfds.open_records(builder, "train", tfds.test_split(config, builder))
     check_validation_size(config, len(train))
     order = np.random.default_rng(config.seed).permutation(len(train))
     validation_indices, train_indices = np.split(order, [config.val_set_size])
     train_indices = train_indices[: config.max_train_examples]
-    _check_batch_size(config, train_indices)
     mean, std = STATISTICS.get(tfds.base_name(config)) or _sample_statistics(config, builder, train)
 
     def make(records: Records, indices: np.ndarray) -> ImageStream:
@@ -153,7 +144,7 @@ def _stream(config: Config, builder: Any) -> Data:
 
 
 def _make_stream(
-    config: Config,
+    config: DataConfig,
     builder: Any,
     records: Records,
     indices: np.ndarray,
@@ -173,7 +164,7 @@ def _make_stream(
     )
 
 
-def _sample_statistics(config: Config, builder: Any, records: Records) -> tuple[np.ndarray, np.ndarray]:
+def _sample_statistics(config: DataConfig, builder: Any, records: Records) -> tuple[np.ndarray, np.ndarray]:
     """`statistics` of some images, always the same ones whatever the seed, as they are evaluated."""
     indices = np.random.default_rng(0).permutation(len(records))[:MAX_SAMPLE]
     channels = builder.info.features["image"].shape[-1]

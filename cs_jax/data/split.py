@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cs_jax.core.errors import ConfigError
+from cs_jax.data.config import DataConfig
 from cs_jax.data.images import AUGMENTATIONS, RESIZED_CROP
-from cs_jax.experiment.config import Config
 
 STATISTICS = {
     "cifar10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),  # the authors'
@@ -30,7 +30,7 @@ class Split:
         return Split(self.images[indices], self.labels[indices])
 
 
-def split_validation(config: Config, labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def split_validation(config: DataConfig, labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Indices of validation and of training examples, both in random order.
 
     Validation takes `config.val_set_size` in all, equally many of each class; a class that has fewer gives all it
@@ -56,7 +56,7 @@ def split_validation(config: Config, labels: np.ndarray, rng: np.random.Generato
     return validation, rng.permutation(train)
 
 
-def check_validation_size(config: Config, examples: int) -> None:
+def check_validation_size(config: DataConfig, examples: int) -> None:
     if config.val_set_size >= examples:
         raise ConfigError(
             f"--val-set-size: got {config.val_set_size}, wanted less than the {examples} training examples"
@@ -85,7 +85,7 @@ def statistics(batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.where(std > 0, std, 1.0)
 
 
-def check_resident(config: Config, reason: str) -> None:
+def check_resident(config: DataConfig, reason: str) -> None:
     """Refuses settings of streams for what is held in memory; `reason` says why it is."""
     if config.image_size is not None:
         raise ConfigError(f"--image-size: got {config.image_size}, wanted none: {reason}")

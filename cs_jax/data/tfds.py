@@ -12,20 +12,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from cs_jax.core.errors import ConfigError, closest, quiet
+from cs_jax.data.config import DataConfig
 from cs_jax.data.decode import MODES
 from cs_jax.data.records import Records, Shard, allow_open_files, reason_of
-from cs_jax.experiment.config import Config
-from cs_jax.training import processes
 
 CONNECT_SECONDS = 6
 """How long a data set's server may take to answer before it counts as out of reach."""
 
 
 @contextlib.contextmanager
-def opened(config: Config) -> Iterator[Any]:
+def opened(config: DataConfig) -> Iterator[Any]:
     """Builder of a suitable data set, prepared; what goes wrong while it is read is told in one line."""
     # It remarks on group sizes, OpenCV and missing info files, which nobody can act on.
     with quiet("absl", logging.CRITICAL), _told_in_one_line(config):
@@ -34,7 +34,7 @@ def opened(config: Config) -> Iterator[Any]:
         yield builder if _is_prepared(config, builder) else _prepare(config, builder)
 
 
-def test_split(config: Config, builder: Any) -> str:
+def test_split(config: DataConfig, builder: Any) -> str:
     """The split to test on: "test", or "validation" where there is none or its labels are kept secret."""
     named = [name for name in ("test", "validation") if name in builder.info.splits]
     test = next((name for name in named if name == named[-1] or _has_labels(builder, name)), None)
@@ -54,7 +54,7 @@ def _has_labels(builder: Any, split: str) -> bool:
     return len(source) > 0 and source[0]["label"] != -1
 
 
-def base_name(config: Config) -> str:
+def base_name(config: DataConfig) -> str:
     """Of the data set, without a variant or version."""
     return re.split("[/:]", config.dataset)[0]
 
@@ -64,12 +64,12 @@ def classes(builder: Any) -> tuple[str, ...]:
     return tuple(builder.info.features["label"].names)
 
 
-def _data_dir(config: Config) -> Path:
+def _data_dir(config: DataConfig) -> Path:
     return (config.data_dir or Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")).expanduser()
 
 
 @contextlib.contextmanager
-def _told_in_one_line(config: Config) -> Iterator[None]:
+def _told_in_one_line(config: DataConfig) -> Iterator[None]:
     """Whatever goes wrong while prepared files are read, told in one line."""
     try:
         yield
@@ -85,7 +85,7 @@ def _told_in_one_line(config: Config) -> Iterator[None]:
         ) from error
 
 
-def _builder(config: Config) -> Any:
+def _builder(config: DataConfig) -> Any:
     import tensorflow_datasets as tfds
 
     directory = _data_dir(config)
@@ -100,7 +100,7 @@ def _builder(config: Config) -> Any:
     return tfds.builder(config.dataset, data_dir=directory)
 
 
-def _check_features(config: Config, builder: Any) -> None:
+def _check_features(config: DataConfig, builder: Any) -> None:
     import tensorflow_datasets as tfds
 
     features = builder.info.features
@@ -118,7 +118,7 @@ def _check_features(config: Config, builder: Any) -> None:
         )
 
 
-def _is_prepared(config: Config, builder: Any) -> bool:
+def _is_prepared(config: DataConfig, builder: Any) -> bool:
     """Whether the data set's files are there; refuses files of another format than array_record."""
     directory = Path(builder.data_dir)
     if not (directory / "dataset_info.json").exists():
@@ -132,7 +132,7 @@ def _is_prepared(config: Config, builder: Any) -> bool:
     return True
 
 
-def _prepare(config: Config, builder: Any) -> Any:
+def _prepare(config: DataConfig, builder: Any) -> Any:
     """Builder of the data set, downloaded and prepared, where TensorFlow is installed and a server answers.
 
     TFDS reads prepared sets without TensorFlow, but encodes images with it. Out of reach, it would retry for minutes
@@ -144,7 +144,7 @@ def _prepare(config: Config, builder: Any) -> Any:
     missing = None
     if importlib.util.find_spec("tensorflow") is None:
         missing = "which cannot be prepared without TensorFlow"
-    elif processes.are_several():
+    elif jax.process_count() > 1:
         missing = "which several processes do not prepare at once"
     elif builder.url_infos and not _any_answers(list(builder.url_infos)):
         missing = "whose servers are out of reach"

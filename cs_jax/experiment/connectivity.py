@@ -28,6 +28,7 @@ from cs_jax.core.errors import ConfigError
 from cs_jax.data.stream import Images
 from cs_jax.experiment import metrics, search
 from cs_jax.experiment.config import Config
+from cs_jax.experiment.experiment import Search
 from cs_jax.experiment.progress import EpochRecord, Observer, Progress
 from cs_jax.experiment.storage import config_file, paths, run_directory
 from cs_jax.experiment.storage.versions import versions
@@ -260,7 +261,7 @@ def measure(
         own = child(problem, number, seed=seed)
         named = _Named(observer, name)
         state = search.retrain(config, own, search.begin_retraining(own, ticket), named)
-        logits = metrics.logits(config, problem, state, state.masks, test, observer)
+        logits = metrics.logits(Search(config, problem, observer), state, state.masks, test)
         ends.append(Snapshot(state.params, state.batch_stats))
         children.append({"test_accuracy": share_right(logits, test)})
     model, batch_size = problem.recipe.model, config.batch_size

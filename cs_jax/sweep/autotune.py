@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 
-from cs_jax import methods
 from cs_jax.core.errors import ConfigError, out_of_memory
 from cs_jax.experiment import search
 from cs_jax.experiment.config import SEARCH, Config
@@ -127,7 +126,7 @@ def _states(config: Config, problem: Problem, runs: int) -> list[Any]:
 
 def _seconds(config: Config, problem: Problem, state: Any, executor: Executor) -> float:
     """Seconds of a step of an epoch, or of its beginning where it is long."""
-    method, size = methods.of(config), config.batch_size
+    method, size = config.pruning_method, config.batch_size
     recipe = method.recipe(problem.recipe) if method.searches else problem.recipe
     order = problem.epoch_order(0, 0)[: STEPS * size]
     hyper = search.hyperparams(config, SEARCH, 0)

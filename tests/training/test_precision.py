@@ -12,7 +12,6 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from small import SEARCH
 
-from cs_jax import methods
 from cs_jax.commands import parser
 from cs_jax.commands.ticket import measure_test_accuracy
 from cs_jax.core import masks
@@ -189,10 +188,10 @@ def test_masks_of_bfloat16_scores_are_float32_with_the_scale_exact(problem: Prob
     config = dataclasses.replace(SEARCH, mask_initial_value=0.1, score_dtype="bfloat16")
     state = search.init_state(config, problem)
     hyper = search.hyperparams(config, "search", 0)
-    method = methods.of(config)
+    method = config.pruning_method
     assert {leaf.dtype for leaf in jax.tree.leaves(state.scores)} == {BFLOAT16}
     scale = np.float32(1 + np.exp(-0.1))
-    for found in (method.hard_masks(state, hyper), method.ticket_masks(config, state)):
+    for found in (method.hard_masks(state, hyper), method.ticket_masks(state)):
         for mask in jax.tree.leaves(found):
             np.testing.assert_allclose(mask, scale, rtol=1e-6)
     assert {leaf.dtype for leaf in jax.tree.leaves(method.soft_masks(state, hyper))} == {FLOAT32}
@@ -237,8 +236,8 @@ def test_weights_that_a_stochastic_search_pruned_stay_pruned_in_bfloat16(problem
         SEARCH, method="iss", target_density=0.25, score_dtype="bfloat16", epochs=1, rewind_epoch=0
     )
     state = search.init_state(config, problem)
-    method = methods.of(config)
-    pruned = method.end_epoch(config, state, 0, 0)
+    method = config.pruning_method
+    pruned = method.end_epoch(state, 0, 0)
     density = masks.density(method.hard_masks(pruned, search.hyperparams(config, "search", 0)))
     assert density == pytest.approx(0.5, abs=1e-4)
     recipe = method.recipe(problem.recipe)

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cs_jax.core import masks, target_density
+from cs_jax.data.images import ImageSet
 from cs_jax.data.stream import Images
 from cs_jax.experiment import metrics, search
 from cs_jax.experiment.config import SEARCH, Config
@@ -31,9 +32,9 @@ from cs_jax.experiment.prepare import prepare
 from cs_jax.experiment.presets import PRESETS
 from cs_jax.experiment.progress import Observer
 from cs_jax.methods.base import selection
-from cs_jax.training import compiled, executor
+from cs_jax.training import compiled, evaluation
 from cs_jax.training.problem import Problem, Ticket
-from cs_jax.training.step import TrainState
+from cs_jax.training.step import StepInputs, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +88,11 @@ def run(target: float, rate: float | None, seed: int) -> tuple[float, float, flo
 
 def accuracy(config: Config, problem: Problem, state: TrainState, ticket: Ticket, images: Images) -> float:
     logits = metrics.logits(Search(config, problem), state, ticket.masks, images)
-    return executor.share_right(logits, images)
+    return evaluation.share_right(logits, images)
 
 
 def search_by_dual_ascent(config: Config, problem: Problem, target: float, rate: float) -> tuple[Ticket, TrainState]:
+    assert isinstance(problem.train, ImageSet)
     state, weight, snapshot = search.init_state(config, problem), 0.0, None
     for round in range(config.rounds):
         wanted = target_density.round_density(target, round, config.rounds)
@@ -104,7 +106,8 @@ def search_by_dual_ascent(config: Config, problem: Problem, target: float, rate:
             for start in range(0, len(order), config.batch_size):
                 hyper = hyper._replace(penalty_weight=jnp.asarray(weight, float))
                 indices = order[start : start + config.batch_size]
-                state, _ = compiled.compiled_step(problem.recipe, state, problem.train, indices, key, hyper)
+                inputs = StepInputs(problem.train, indices, key, hyper)
+                state, _ = compiled.compiled_step(problem.recipe, state, inputs)
                 weight += rate * (float(_mean_mask(state.scores, hyper.temperature)) - wanted)
         if round < config.rounds - 1:
             state = config.pruning_method.begin_round(problem, state, None)

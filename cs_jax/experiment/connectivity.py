@@ -35,7 +35,8 @@ from cs_jax.experiment.storage.versions import versions
 from cs_jax.methods import NONE
 from cs_jax.tickets.overlap import check_alike
 from cs_jax.tickets.ticket import load_ticket
-from cs_jax.training.executor import Executor, share_right
+from cs_jax.training.evaluation import share_right
+from cs_jax.training.executor import Executor
 from cs_jax.training.problem import Problem, Snapshot, Ticket
 from cs_jax.training.step import network
 
@@ -165,8 +166,9 @@ def connect(
     path = []
     for share in (point / (points - 1) for point in range(points)):
         params, batch_stats = (interpolate(one, other, share) for one, other in zip(*ends, strict=True))
-        batch_stats = Executor().estimate_statistics(model, params, batch_stats, masks, data, batch_size=batch_size)
         variables = {"params": params, "batch_stats": batch_stats, "masks": masks}
+        batch_stats = Executor().estimate_statistics(model, variables, data, batch_size=batch_size)
+        variables = {**variables, "batch_stats": batch_stats}
         logits = Executor().predict(model, variables, validation, batch_size=batch_size)
         labels = jnp.asarray(validation.labels)
         wrong = int(jnp.sum(jnp.argmax(logits, axis=-1) != labels))

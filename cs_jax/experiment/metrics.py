@@ -17,7 +17,7 @@ from cs_jax.experiment.experiment import Search
 from cs_jax.experiment.progress import EpochRecord, Progress
 from cs_jax.methods import Method
 from cs_jax.training import step
-from cs_jax.training.executor import share_right
+from cs_jax.training.evaluation import share_right
 from cs_jax.training.step import Hyperparams, StepMetrics, TrainState
 
 

@@ -22,7 +22,7 @@ from cs_jax.training import step as training_step
 from cs_jax.training.accumulation import num_parts
 from cs_jax.training.executor import Executor
 from cs_jax.training.problem import Problem
-from cs_jax.training.step import Recipe
+from cs_jax.training.step import Recipe, StepInputs
 
 
 def prepare(config: Config, executor: Executor | None = None) -> tuple[Problem, Data]:
@@ -36,8 +36,8 @@ def prepare(config: Config, executor: Executor | None = None) -> tuple[Problem, 
         ConfigError: data and config do not fit, or the model does not accept the images.
     """
     executor = executor or Executor(mesh.make_layout(config.data_parallel, config.model_parallel))
-    if executor.layout is not None:
-        executor.layout.check_batch(config.batch_size)
+    if executor.mesh_layout is not None:
+        executor.mesh_layout.check_batch(config.batch_size)
     loaded = load_data(config)
     if config.batch_size > len(loaded.train):
         examples = len(loaded.train)
@@ -110,7 +110,7 @@ def check_all(configs: Iterable[Config]) -> None:
 
 def _check_split(config: Config, problem: Problem) -> None:
     """Refuses --model-parallel where the devices would share no weight array and all do the same work."""
-    layout = problem.executor.layout
+    layout = problem.executor.mesh_layout
     if layout is None or config.model_parallel == 1:
         return
     shardings = layout.state(jax.eval_shape(lambda: problem.init_variables()["params"]))
@@ -149,7 +149,8 @@ def _smallest_step(config: Config, problem: Problem) -> Any:
     n, batch_size, part_size = len(problem.train), config.batch_size, problem.recipe.part_size
     batches = {min(n, batch_size), n % batch_size or batch_size}
     indices = jnp.arange(min(size // num_parts(size, part_size) for size in batches))
-    return training_step.step(problem.recipe, state, _stand_in(problem.train), indices, problem.key, hyper)
+    inputs = StepInputs(_stand_in(problem.train), indices, problem.key, hyper)
+    return training_step.step(problem.recipe, state, inputs)
 
 
 def _stand_in(images: Images) -> ImageSet:

@@ -22,6 +22,7 @@ from cs_jax.experiment.progress import EpochRecord, Observer, Progress
 from cs_jax.methods import FINETUNE, NONE, REWIND
 from cs_jax.methods.controls import FRESH
 from cs_jax.training import step as training_step
+from cs_jax.training.epoch import Epoch
 from cs_jax.training.problem import Problem, Snapshot, Ticket
 from cs_jax.training.step import Hyperparams, StepMetrics, TrainState
 
@@ -79,8 +80,8 @@ def search_ticket(
         start = progress.snapshot
     if config.retraining == NONE:  # the last masks may be others than those of the running averages
         model, batch_size = problem.recipe.model, config.batch_size
-        masks = training_step.network(problem.recipe.channels, *start, found)["masks"]
-        statistics = problem.executor.estimate_statistics(model, *start, masks, problem.train, batch_size=batch_size)
+        variables = training_step.network(problem.recipe.channels, *start, found)
+        statistics = problem.executor.estimate_statistics(model, variables, problem.train, batch_size=batch_size)
         start = start._replace(batch_stats=statistics)
     return Ticket(start, found), progress.round_ends
 
@@ -171,18 +172,15 @@ def _steps(config: Config, problem: Problem, progress: Progress, observer: Obser
     started = time.perf_counter() - progress.seconds
     number = min(progress.number(config), config.search_rounds)  # controls see the ticket's batches
     recipe = config.pruning_method.recipe(problem.recipe) if progress.phase == SEARCH else problem.recipe
-    order = problem.epoch_order(number, progress.epoch)
-    num_steps = -(-len(order) // config.batch_size)
-    calls = problem.executor.train_epoch(
-        recipe,
-        progress.state,
+    epoch = Epoch(
         problem.train,
-        order,
+        problem.epoch_order(number, progress.epoch),
         problem.key_for("augment", number),
         hyperparams(config, progress.phase, progress.epoch),
         batch_size=config.batch_size,
         first_step=progress.step,
     )
+    calls = problem.executor.train_epoch(recipe, progress.state, epoch)
     with contextlib.closing(calls):  # a signal may end the run here
         for done, state, metrics in calls:
             if progress.figures:
@@ -190,7 +188,7 @@ def _steps(config: Config, problem: Problem, progress: Progress, observer: Obser
             seconds = time.perf_counter() - started
             figures = (*progress.figures, metrics)
             progress = progress._replace(step=done, state=state, figures=figures, seconds=seconds)
-            observer.on_steps(progress, num_steps)
+            observer.on_steps(progress, epoch.num_steps)
     check_finite(progress)
     return progress._replace(seconds=time.perf_counter() - started)
 

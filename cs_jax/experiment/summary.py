@@ -17,7 +17,7 @@ from cs_jax.models.multiply_adds import multiply_adds
 from cs_jax.models.wiring import WiringWarning
 from cs_jax.tickets.shrink import shrink
 from cs_jax.tickets.ticket import LoadedTicket
-from cs_jax.training.executor import share_right
+from cs_jax.training.evaluation import share_right
 from cs_jax.training.problem import Problem, Ticket
 from cs_jax.training.step import TrainState
 

@@ -17,7 +17,7 @@ from cs_jax.experiment import search
 from cs_jax.experiment.config import SEARCH, TICKET, Config
 from cs_jax.experiment.progress import EpochRecord, Observer, Progress
 from cs_jax.methods.controls import DENSE
-from cs_jax.training import executor
+from cs_jax.training import evaluation
 from cs_jax.training.executor import Executor
 from cs_jax.training.problem import Problem, Ticket
 from cs_jax.training.step import Recipe, TrainState
@@ -34,7 +34,7 @@ def assert_equal(a: Any, b: Any) -> None:
 
 
 def share_right(recipe: Recipe, variables: Any, images: ImageSet) -> float:
-    return executor.share_right(Executor().predict(recipe.model, variables, images, batch_size=8), images)
+    return evaluation.share_right(Executor().predict(recipe.model, variables, images, batch_size=8), images)
 
 
 class History(Observer):
@@ -235,11 +235,9 @@ def test_every_phase_augments_differently(problem: Problem) -> None:
     keys = []
 
     class Watcher(Executor):
-        def train_epoch(
-            self, recipe: Any, state: Any, data: Any, order: Any, key: Any, *args: Any, **kwargs: Any
-        ) -> Any:
-            keys.append(tuple(jax.random.key_data(key).tolist()))
-            return super().train_epoch(recipe, state, data, order, key, *args, **kwargs)
+        def train_epoch(self, recipe: Any, state: Any, epoch: Any) -> Any:
+            keys.append(tuple(jax.random.key_data(epoch.key).tolist()))
+            return super().train_epoch(recipe, state, epoch)
 
     problem = dataclasses.replace(problem, executor=Watcher())
     config = dataclasses.replace(CONFIG, controls=(DENSE,))

@@ -215,9 +215,9 @@ def test_the_command_writes_beside_the_ticket_and_tells_size_and_difference(
         ("{folder} --to sparse", "got a folder or a device, wanted a file"),
         ("{folder}/text --to sparse", "wanted a file of save_ticket"),
         ("{folder}/none --to sparse", "cannot be read: No such file or directory"),
-        ("{ticket} --to sparse --out {folder}", "--out: got the folder {folder}, wanted a file"),
-        ("{ticket} --to sparse --out {folder}/a/b", "--out: got {folder}/a/b, wanted a file in a folder that exists"),
-        ("{ticket} --to sparse --out {ticket}", "--out: got {ticket}, wanted another file than the ticket"),
+        ("{ticket} --to sparse --out {folder}", "--out {folder}: must be a file, not a folder"),
+        ("{ticket} --to sparse --out {folder}/a/b", "--out {folder}/a/b: the folder of the file must exist"),
+        ("{ticket} --to sparse --out {ticket}", "--out {ticket}: must not overwrite the ticket"),
     ],
 )
 def test_bad_words_are_one_line_and_write_nothing(

@@ -96,12 +96,11 @@ def pareto(arguments: Sequence[str], *, prog: str) -> None:
     if not results:
         raise ConfigError(f"{directory}: has no finished run yet, wanted one at least: {_words('sweep', given)}")
     tickets = [*read_tickets(spec, directory)]
-    written, cells = reports.write_pareto(
-        spec.name, results, missing, directory, reference=spec.reference, tickets=tickets
-    )
+    swept = reports.SweepResults(spec.name, results, missing, tickets, spec.reference)
+    written = reports.write_pareto(swept, directory)
     terminal = Console()
-    print_cells(terminal, cells)
-    methods = [*dict.fromkeys(cell.method for cell in cells if cell.control is None and cell.target is not None)]
+    print_cells(terminal, swept.cells)
+    methods = [*dict.fromkeys(cell.method for cell in swept.cells if cell.control is None and cell.target is not None)]
     if spec.reference not in spec.content["methods"] and len(methods) > 1:
         other = f'reference = "{methods[0]}" in {given.spec} chooses another'
         print_line(terminal, f"the sweep has no {spec.reference} to compare methods with: {other}")

@@ -129,7 +129,7 @@ def shrink(arguments: Sequence[str], *, prog: str) -> None:
 
 
 def speed(arguments: Sequence[str], *, prog: str) -> None:
-    """measure a ticket's forms on this device, dense, masked, shrunk and sparse, and say which one to serve"""
+    """measure a ticket's forms on this device, dense, masked and shrunk, and say which one to serve"""
     parser = command_parser(prog, speed)
     parser.add_argument("file", type=Path, metavar="FILE", help="ticket.safetensors of a run")
     parser.add_argument(

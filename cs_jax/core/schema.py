@@ -13,6 +13,9 @@ from cs_jax.core.errors import ConfigError
 
 Kind = TypeVar("Kind")
 
+MAX_NAME = 120
+"""Characters of a name in a message: names of a hostile file may be long."""
+
 _WORDS = {
     "int": "a whole number",
     "float": "a number",
@@ -43,7 +46,7 @@ def convert(value: Any, kind: type[Kind], source: str) -> Kind:
     try:
         return msgspec.convert(value, kind, dec_hook=_decode)
     except (msgspec.ValidationError, OverflowError, RecursionError) as error:
-        raise ConfigError(f"{source}: {_one_line(str(error), value, kind)}") from error
+        raise ConfigError(f"{source}: {printable(_one_line(str(error), value, kind))}") from error
 
 
 def decode(content: bytes, kind: type[Kind], source: str) -> Kind:
@@ -85,6 +88,15 @@ def parse_words(words: str | list[str], kind: Any, name: str) -> Any:
         raise ConfigError(f"{name} {word}: {_rule(problem, inner)}".removesuffix(" or null")) from error
 
 
+def printable(text: str) -> str:
+    """Text of a file on one line, with control characters escaped.
+
+    >>> print(printable("a\\nb"))
+    a\\nb
+    """
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def _decode(kind: type, value: Any) -> Any:
     """Types that msgspec does not know."""
     if kind is Path and isinstance(value, str):
@@ -101,19 +113,17 @@ def _one_line(message: str, value: Any, kind: Any) -> str:
         if index == "..." and isinstance(value, dict):
             name = next((key for key, inner in value.items() if not _fits(inner, _inner(kind, ""))), "...")
         key: Any = int(index) if index.isdigit() else name
-        field += f"[{key}]" if index.isdigit() else f".{name}" if field else name
+        shown = name if len(name) <= MAX_NAME else name[: MAX_NAME - 3] + "..."
+        field += f"[{key}]" if index.isdigit() else f".{shown}" if field else shown
         kind = _inner(kind, key)
         try:
             value = value[key]
         except (LookupError, TypeError):
             return f"{field}: {_rule(problem, kind)}"
-    missing = re.fullmatch(r"Object missing required field `(.*)`", problem)
-    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", problem)
-    prefix = f"{field}." if field else ""
-    if missing:
-        return f"{prefix}{missing[1]}: missing"
-    if unknown:
-        return f"{prefix}{unknown[1]}: unknown"
+    found = re.fullmatch(r"Object (missing required|contains unknown) field `(.*)`", problem, re.DOTALL)
+    if found:
+        rule = {"missing required": "missing", "contains unknown": "unknown"}[found[1]]
+        return f"{field}.{found[2][:MAX_NAME]}: {rule}".lstrip(".")
     return f"{field} {reprlib.repr(value)}: {_rule(problem, kind)}".lstrip()
 
 

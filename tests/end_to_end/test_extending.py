@@ -123,7 +123,7 @@ def test_a_new_temperature_schedule_changes_the_temperature(searched: Path) -> N
 def test_a_new_metric_is_recorded_and_drawn(searched: Path) -> None:
     assert all(epoch["weight_norm"] > 0 for epoch in epochs_of(searched))
     assert "Weight norm" in (searched / "report.html").read_text()
-    assert (searched / "weight-norm.png").exists()
+    assert (searched / "norm.png").exists()
 
 
 def test_new_checkpoint_content_is_saved(searched: Path) -> None:

@@ -1,4 +1,4 @@
-"""Fine-tuning of a trained network to half of its channels; the remaining weights are kept.
+"""A trained network fine-tuned into a ticket: half of its channels go, the others keep their weights.
 
 Run it: `python examples/finetune.py`.
 """

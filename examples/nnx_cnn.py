@@ -1,4 +1,4 @@
-"""A convolutional NNX network with masks as variables of type Mask, on digits.
+"""A convolutional network in NNX, whose masks are variables of their own, on handwritten digits.
 
 Run it: `python examples/nnx_cnn.py`.
 """

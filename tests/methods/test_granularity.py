@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -461,9 +460,3 @@ def test_shuffled_masks_keep_as_many_channels_of_each_layer(by_channel: Problem)
     for block, layer, kind in (A, B):
         before, after = (kept_channels(network.masks[block][layer][kind]) for network in (ticket, shuffled))
         assert before.sum() == after.sum()
-
-
-def test_the_page_about_structured_tickets_runs() -> None:
-    page = (Path(train.__file__).parent / "docs" / "structured.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    exec(block, {})

@@ -28,7 +28,7 @@ from cs_jax.tickets.export.plain_network import masked_logits, serve
 from cs_jax.tickets.ticket import LoadedTicket, save_ticket
 
 LENET = FAMILIES["lenet"]
-PAGE = Path(__file__).parents[2] / "docs" / "export.md"
+PAGE = Path(__file__).parents[2] / "docs" / "tickets" / "export.md"
 
 
 def relative(got: Any, wanted: np.ndarray) -> float:

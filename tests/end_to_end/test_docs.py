@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 import cs_jax
+import cs_jax.methods
 from cs_jax.experiment.presets import PRESETS
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -6,8 +6,8 @@ A LAYOUT is DATAxMODEL, as 4x2; FOLDER/LAYOUT.npz takes its arrays. With a coord
 in one layout, whose arrays the first process writes. How many devices a process has, XLA_FLAGS says.
 """
 
-import dataclasses
 import argparse
+import dataclasses
 from pathlib import Path
 
 import jax

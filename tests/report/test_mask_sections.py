@@ -18,7 +18,7 @@ from cs_jax.experiment.storage.paths import MASKS_FILE, METRICS_FILE, SUMMARY_FI
 from cs_jax.report import overlap_sections, plots, read_run
 from cs_jax.report.epoch_sections import spans
 from cs_jax.report.pages import Plot, Section, Table
-from cs_jax.sweep import scheduler
+from cs_jax.sweep import storage
 from cs_jax.sweep.results import SweptTicket, read_tickets
 from cs_jax.sweep.spec import make_spec
 

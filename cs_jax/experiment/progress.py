@@ -40,7 +40,7 @@ class Progress(NamedTuple):
     round_ends: tuple[EpochRecord, ...] = ()  # the last epoch of every round that is done
     figures: tuple[StepMetrics, ...] = ()  # of the epoch's steps so far
     seconds: float = 0.0  # that they took
-    kept: PyTree = None  # hard masks of the search's last epoch, as packed bits; None before there are any, and later
+    packed_masks: PyTree = None  # search: hard masks of the last epoch, one bit per entry; None before, and later
 
     def phase_name(self) -> str:
         """The phase in words: "search 0", "ticket"."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from jaxtyping import PyTree
 
-ARRAYS, PROGRESS, SUMS = "arrays", "progress.json", "SHA256SUMS"
+ARRAYS, PROGRESS, CHECKSUMS = "arrays", "progress.json", "SHA256SUMS"
 PARTIAL = ".partial"
 """Ending of what is still being written."""
 
@@ -53,23 +53,25 @@ class QuietLogs:
 quiet_logs = QuietLogs()
 
 
-def sums(folder: Path) -> str:
+def checksums(folder: Path) -> str:
     """Hashes of all files below a folder but the list itself, in the form of `sha256sum`, in order of their names."""
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return "".join(f"{file_hash(folder / file)}  {file}\n" for file in files if file != SUMS)
+    return "".join(f"{file_hash(folder / file)}  {file}\n" for file in files if file != CHECKSUMS)
 
 
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a saved folder, in a few words; None if it is as it was written."""
     try:
-        stored, found = (folder / SUMS).read_bytes(), sums(folder).encode()
+        stored, found = (folder / CHECKSUMS).read_bytes(), checksums(folder).encode()
     except OSError as error:
         name = Path(error.filename or folder).name
         return f"{name} {'is missing' if error.errno == errno.ENOENT else f'cannot be read: {error.strerror}'}"
     if stored == found:
         return None
     wrong = next((line for line in found.splitlines() if line not in stored.splitlines()), None)
-    return f"{wrong.split(b'  ')[1].decode()} has changed" if wrong else f"{SUMS} has changed, or a file is missing"
+    return (
+        f"{wrong.split(b'  ')[1].decode()} has changed" if wrong else f"{CHECKSUMS} has changed, or a file is missing"
+    )
 
 
 def file_hash(file: Path) -> str:

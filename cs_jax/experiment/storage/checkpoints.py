@@ -35,16 +35,16 @@ from cs_jax.experiment.metrics import step_figures
 from cs_jax.experiment.progress import EpochRecord, Observer, Progress
 from cs_jax.experiment.storage.checkpoint_integrity import (
     ARRAYS,
+    CHECKSUMS,
     PARTIAL,
     PROGRESS,
-    SUMS,
     CheckpointError,
     check_free_space,
+    checksums,
     file_hash,
     find_damage,
     quiet_logs,
     save_error,
-    sums,
 )
 from cs_jax.experiment.storage.progress_file import abstract_state, leaf_shapes, packed_like, progress_to_json
 from cs_jax.methods import REWIND
@@ -206,8 +206,8 @@ class Checkpoints(Observer):
         tree: dict[str, PyTree] = {"state": progress.state}
         if progress.figures:
             tree["figures"] = step_figures(progress)
-        if progress.kept is not None:
-            tree["kept"] = progress.kept
+        if progress.packed_masks is not None:
+            tree["kept"] = progress.packed_masks
         about = json.dumps(progress_to_json(progress, snapshot), indent=2) + "\n"
         self._start(tree, self._folder / name, about)
         self._saved = name
@@ -223,7 +223,7 @@ class Checkpoints(Observer):
         if not processes.from_leader(path.exists):
             self._start(progress.snapshot._asdict(), path, "")
             self._finish()
-        return processes.from_leader(lambda: file_hash(path / SUMS))
+        return processes.from_leader(lambda: file_hash(path / CHECKSUMS))
 
     def _snapshot_path(self, phase: str) -> Path:
         """Where the snapshot of a phase is: a search and a ticket rewound have the same."""
@@ -251,7 +251,7 @@ class Checkpoints(Observer):
                 return
             if about:
                 (partial / PROGRESS).write_text(about)
-            (partial / SUMS).write_text(sums(partial))
+            (partial / CHECKSUMS).write_text(checksums(partial))
             files.sync_below(partial)
             if self._metrics is not None:
                 files.sync(self._metrics)
@@ -279,7 +279,7 @@ class Checkpoints(Observer):
         if wanted is None:
             return None
         damage = find_damage(snapshot)
-        if damage is None and file_hash(snapshot / SUMS) != wanted:
+        if damage is None and file_hash(snapshot / CHECKSUMS) != wanted:
             damage = "of another run"
         return damage and f"its {snapshot.name}: {damage}"
 
@@ -307,7 +307,7 @@ class Checkpoints(Observer):
             round_ends=tuple(EpochRecord(**record) for record in about["round_ends"]),
             figures=(arrays["figures"],) if about["step"] else (),
             seconds=about["seconds"],
-            kept=arrays.get("kept"),
+            packed_masks=arrays.get("kept"),
         )
 
     def _read_arrays(self, path: Path, like: PyTree) -> PyTree:

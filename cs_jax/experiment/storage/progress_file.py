@@ -38,9 +38,9 @@ def abstract_state(config: Config, problem: Problem, phase: str) -> TrainState:
 
 def progress_to_json(progress: Progress, snapshot: str | None) -> dict[str, Any]:
     fields = progress._asdict()
-    del fields["state"], fields["figures"]
+    del fields["state"], fields["figures"], fields["packed_masks"]
     ends = [record._asdict() for record in progress.round_ends]
-    return fields | {"snapshot": snapshot, "round_ends": ends, "kept": progress.kept is not None}
+    return fields | {"snapshot": snapshot, "round_ends": ends, "kept": progress.packed_masks is not None}
 
 
 def packed_like(mask: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -175,7 +175,7 @@ def scores(run: Run) -> Section | None:
         section.notes.append(f"{SCORES_FILE} is missing or has no round yet.")
         return section
     section.texts.append(
-        f"{run.method.says_of_scores} Before: at the start of the round, after the reset. After: at its end, before "
+        f"{run.method.remark_on_scores} Before: at the start of the round, after the reset. After: at its end, before "
         "the next reset."
     )
     edges, rounds, _ = run.scores

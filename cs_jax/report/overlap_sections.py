@@ -30,7 +30,7 @@ class Pairing(NamedTuple):
 
 
 def sections(tickets: Sequence[SweptTicket]) -> list[Section]:
-    """Overlap and layer density at each target; empty if no ticket has a target or a dial."""
+    """Overlap and layer density at each target; empty if no ticket has a target or an initial score."""
     overlaps, densities = Section("Overlap of masks"), Section("Density of layers")
     tables = []
     for number, (target, group) in enumerate(_groups(tickets).items()):
@@ -60,14 +60,17 @@ def shown_share(share: float) -> str:
 
 
 def _groups(tickets: Sequence[SweptTicket]) -> dict[str, list[SweptTicket]]:
-    """Tickets by target and dial in words, densest first; without tickets that have neither."""
-    axes = {(ticket.target, ticket.dial) for ticket in tickets} - {(None, None)}
+    """Tickets by target and initial score in words, densest first; without tickets that have neither."""
+    axes = {(ticket.target, ticket.initial_score) for ticket in tickets} - {(None, None)}
     falling = sorted(axes, key=lambda axis: [np.inf if value is None else -value for value in axis])
-    return {_words(*axis): [ticket for ticket in tickets if (ticket.target, ticket.dial) == axis] for axis in falling}
+    return {
+        _words(*axis): [ticket for ticket in tickets if (ticket.target, ticket.initial_score) == axis]
+        for axis in falling
+    }
 
 
-def _words(target: float | None, dial: float | None) -> str:
-    return shown_target(target, dial, lambda share: f"density {shown_share(share)}")
+def _words(target: float | None, initial_score: float | None) -> str:
+    return shown_target(target, initial_score, lambda share: f"density {shown_share(share)}")
 
 
 def _methods(tickets: Sequence[SweptTicket]) -> list[str]:

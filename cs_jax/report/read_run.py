@@ -191,7 +191,7 @@ class Run:
         return self.config.epochs * self.config.rounds if self.method.searches else 0
 
     @property
-    def method(self) -> Method:
+    def method(self) -> type[Method]:
         """The pruning method; "cs" if the method is unknown."""
         return METHODS.get(self.config.method, METHODS["cs"])
 
@@ -224,7 +224,7 @@ def read(folder: Path) -> Run:
     """
     content = read_content(folder / CONFIG_FILE)
     if content is None:
-        raise ConfigError(f"RUN {folder}: not a run directory, it has no {CONFIG_FILE}")
+        raise ConfigError(f"RUN {folder}: not a run directory; it has no {CONFIG_FILE}")
     settings = _parse(content, str(folder / CONFIG_FILE))
     config = convert(settings, Settings, str(folder / CONFIG_FILE))
     settings = config_file.effective(settings)

@@ -78,7 +78,7 @@ def _results(run: Run) -> Section:
         section.parts.append(Table("Time", head, rows))
     ends = [list(group)[-1] for _, group in itertools.groupby(run.phase(SEARCH), key=lambda epoch: epoch.round)]
     if ends:
-        section.texts.append(run.method.says_of_rounds)
+        section.texts.append(run.method.remark_on_rounds)
         head = ("Round", "Epochs", "Density", "Soft masks", "Hard masks")
         caption = "Density and validation accuracy at the end of each round of the search"
         section.parts.append(Table(caption, head, [_round_row(run, end) for end in ends]))

@@ -53,7 +53,7 @@ def most_accurate(tickets: Sequence[Cell]) -> list[Cell]:
 
 
 def show_target(cell: Cell) -> str:
-    return shown_target(cell.target, cell.dial, shown_share)
+    return shown_target(cell.target, cell.initial_score, shown_share)
 
 
 def show_density(cell: Cell) -> str:

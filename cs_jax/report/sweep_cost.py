@@ -4,7 +4,14 @@ from collections.abc import Callable, Sequence
 
 from cs_jax.report.pages import Section, Table
 from cs_jax.report.sweep_cells import methods_of, show_target
-from cs_jax.sweep.statistics import RETRAINED, Cell, budgets, peer, references, shown_epochs
+from cs_jax.sweep.statistics import (
+    CONTROL_EPOCHS_NOTE,
+    Cell,
+    counterpart,
+    epoch_ratios,
+    reference_methods,
+    shown_epochs,
+)
 
 SECONDS = (
     "Seconds include all epochs and evaluations. The first network of a kind in a process also includes compilation, "
@@ -30,17 +37,17 @@ def cost(cells: Sequence[Cell]) -> Section | None:
 
 def _budgets(cells: Sequence[Cell]) -> str:
     """States if compared networks were trained for the same number of epochs."""
-    if not any(cell.beside for cell in cells):
+    if not any(cell.compared_with for cell in cells):
         return "No networks are compared. Epochs are those of search and retraining together."
-    ratios, controls = budgets(cells, False), budgets(cells, True)
-    sentences = [RETRAINED] if controls else []
+    ratios, controls = epoch_ratios(cells, False), epoch_ratios(cells, True)
+    sentences = [CONTROL_EPOCHS_NOTE] if controls else []
     if ratios:
         shown = [f"{name} {_range(values, '{:.2f}'.format)}" for name, values in ratios.items()]
         sentences[:0] = [
             "Training budgets differ: a higher accuracy may come from longer training.",
             f"Ratio of epochs, search and retraining together: {'; '.join(shown)}.",
         ]
-    elif references(cells) or not controls:
+    elif reference_methods(cells) or not controls:
         kind = "methods" if controls else "networks"
         sentences.insert(
             0, f"All compared {kind} were trained for the same number of epochs, search and retraining together."
@@ -62,7 +69,7 @@ def _range(values: Sequence[float], show: Callable[[float], str]) -> str:
 
 
 def _row(cell: Cell, cells: Sequence[Cell]) -> list[str]:
-    other = peer(cell, cells)
+    other = counterpart(cell, cells)
     ratio = f"{cell.training_flops / other.training_flops:.2f}" if other and other.training_flops else "-"
     figures = [shown_epochs(cell, cells), f"{cell.training_flops:.3g}", f"{cell.seconds:,.1f}"]
-    return [cell.method, cell.control or "ticket", show_target(cell), *figures, cell.beside or "-", ratio]
+    return [cell.method, cell.control or "ticket", show_target(cell), *figures, cell.compared_with or "-", ratio]

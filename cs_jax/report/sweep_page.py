@@ -23,9 +23,9 @@ from cs_jax.sweep.statistics import (
     LEVEL,
     Cell,
     count_tests,
-    front,
     is_reference,
-    references,
+    pareto_front,
+    reference_methods,
     shown_epochs,
     shown_p,
 )
@@ -74,7 +74,7 @@ def _gaps(tickets: Sequence[Cell], reference: str) -> list[str]:
     if not tickets:
         return ["No ticket has been trained yet."]
     methods = methods_of(tickets)
-    if len(methods) == 1 or references(tickets):
+    if len(methods) == 1 or reference_methods(tickets):
         return []
     if reference not in methods:
         return [f"Methods are not compared: there are no tickets of {reference}, the sweep's reference."]
@@ -98,8 +98,8 @@ def _best_table(cells: Sequence[Cell]) -> Table:
 
 def _lead(cell: Cell, tickets: Sequence[Cell], cells: Sequence[Cell]) -> list[str]:
     """Comparison of the most accurate ticket with the reference; of the reference with the second best."""
-    if cell.beside:
-        return [cell.beside, points(cell.difference, 0), shown_p(cell.p_adjusted), _significance(cell)]
+    if cell.compared_with:
+        return [cell.compared_with, points(cell.difference, 0), shown_p(cell.p_adjusted), _significance(cell)]
     others = [other for other in tickets if other.method != cell.method]
     if not is_reference(cell, cells):
         return ["-"] * 4
@@ -124,7 +124,7 @@ def _front_table(cells: Sequence[Cell]) -> Table:
     head = ("Method", "Target", "Density", "Test accuracy", "Epochs")
     rows = [
         [cell.method, show_target(cell), show_density(cell), show_accuracy(cell), shown_epochs(cell, cells)]
-        for cell in front(cells)
+        for cell in pareto_front(cells)
     ]
     caption = "Pareto front: tickets that no network dominates in density and accuracy"
     return Table(caption, head, rows, words=2, wide=True)
@@ -157,7 +157,7 @@ def _differences(cells: Sequence[Cell]) -> Section | None:
 
 def _tests(cells: Sequence[Cell]) -> list[str]:
     """Definitions of the differences, intervals and tests that the tables show."""
-    if not any(cell.beside for cell in cells):
+    if not any(cell.compared_with for cell in cells):
         return ["No networks are compared, so nothing is tested."]
     counts = {"tickets": count_tests(cells, False), "controls": count_tests(cells, True)}
     tests = [f"{counted(count, 'test')} of {kind}" for kind, count in counts.items() if count]
@@ -186,7 +186,7 @@ def _difference_row(cell: Cell, cells: Sequence[Cell]) -> list[str]:
         ends = (cell.difference - cell.interval, cell.difference + cell.interval)
         interval = " to ".join(points(end, 0) for end in ends)
     tests = ["-" if p is None else shown_p(p) for p in (cell.p, cell.p_adjusted)]
-    return [*figures, cell.beside + fewer, points(cell.difference, 0), interval, *tests]
+    return [*figures, cell.compared_with + fewer, points(cell.difference, 0), interval, *tests]
 
 
 def _missing(cells: Sequence[Cell], missing: Sequence[str]) -> Section:

@@ -9,7 +9,7 @@ from cs_jax.report import density_plots, plots
 from cs_jax.report.density_plots import Band, Curves, Series
 from cs_jax.report.pages import Plot, percent, plot
 from cs_jax.report.sweep_cells import SweepResults, methods_of, tickets_of
-from cs_jax.sweep.statistics import Cell, budgets
+from cs_jax.sweep.statistics import Cell, epoch_ratios
 
 COLORS = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.PURPLE, plots.INK, plots.SKY, "#e69f00", "#882255")
 CONTROL_DASHES = ("--", ":", "-.")
@@ -24,7 +24,7 @@ def accuracy_plots(sweep: SweepResults) -> list[Plot]:
     curves = Curves([*series(tickets_of(sweep.cells), sweep), *shown], bands(sweep.cells))
     if not curves.series and not curves.bands:
         return []
-    differ = budgets(sweep.cells, False)
+    differ = epoch_ratios(sweep.cells, False)
     caveat = "; methods were trained for different numbers of epochs (see Cost)" if differ else ""
     drawn = [_plot("accuracy-density", "Test accuracy against density", curves, caveat=caveat)]
     floor = _floor(curves)

@@ -73,7 +73,7 @@ def test_both_ends_are_exact_to_the_bit_and_equal_entries_stay(dtype: Any) -> No
         ({"a": np.ones(3)}, 0.0, r"others 'a': got shape \(3,\), wanted shape \(2,\)"),
         ({}, 1.0, r"others 'a': got nothing, wanted shape \(2,\)"),
         ({"a": np.ones(2, np.float32)}, 0.5, "others 'a' of dtype float32: must have dtype float64"),
-        ({"a": np.ones(2, int)}, 0.5, "weights 'a': got dtype int64, wanted a float dtype"),
+        ({"a": np.ones(2, int)}, 0.5, "weights 'a' of dtype int64: must have a float dtype"),
     ],
 )
 def test_what_cannot_be_interpolated_is_refused(others: Any, share: float, text: str) -> None:
@@ -83,7 +83,7 @@ def test_what_cannot_be_interpolated_is_refused(others: Any, share: float, text:
 
 @pytest.mark.parametrize("start, end", [(1.0, np.ones(())), (np.ones(()), 1.0)])
 def test_a_number_that_is_no_array_is_not_interpolated(start: Any, end: Any) -> None:
-    with pytest.raises(ValueError, match="^weights 'a': got 1.0, wanted a float array$"):
+    with pytest.raises(ValueError, match="^weights 'a' 1.0: must be a float array$"):
         connectivity.interpolate({"a": start}, {"a": end}, 0.5)
 
 
@@ -403,11 +403,11 @@ def compacted(run: Path) -> None:
 @pytest.mark.parametrize(
     "change, words, text",
     [
-        (lambda run: (run / "config.json").unlink(), [], "which holds no run, wanted a folder with config.json"),
+        (lambda run: (run / "config.json").unlink(), [], ": not a run directory; it has no config.json"),
         (lambda run: (run / "summary.json").unlink(), [], ": not finished; finish it with --resume "),
         (lambda run: edited(run, after="none"), [], ": has no retraining; requires a run that retrains its ticket"),
         (lambda run: edited(run, data="0" * 64), [], "--data-dir: got other examples of digits than"),
-        (lambda run: edited(run, epochs="many"), [], "its settings have epochs 'many', wanted a whole number"),
+        (lambda run: edited(run, epochs="many"), [], "its settings: epochs 'many': must be a whole number"),
         (compacted, [], ": its ticket file is compact; requires one with the rewound network"),
         (lambda run: None, ["--points", "1"], "--points 1: must be at least 2"),
         (lambda run: None, ["--seed", "-1"], "--seed -1: must be 0 to 4294967295"),

@@ -406,7 +406,7 @@ def damage_predictions(run: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     "damage, said",
     [
-        (lambda run: (run / "config.json").unlink(), "not a run directory, it has no config.json"),
+        (lambda run: (run / "config.json").unlink(), "not a run directory; it has no config.json"),
         (lambda run: (run / "config.json").write_text("{"), "config.json: not valid JSON: "),
         (lambda run: (run / "config.json").write_bytes(b"\xff"), "config.json: not valid JSON: "),
         (lambda run: (run / "config.json").write_text("[" * 100_000), "config.json: not valid JSON: "),

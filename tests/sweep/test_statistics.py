@@ -28,13 +28,13 @@ def made(
     *,
     control: str | None = None,
     target: float | None = 0.1,
-    dial: float | None = None,
+    initial_score: float | None = None,
     seed: int = 0,
     density: float = 0.1,
     epochs: int = 60,
     flops: float = 1.5e12,
 ) -> Result:
-    return Result(method, control, target, dial, seed, density, accuracy, None, epochs, flops, 30.0)
+    return Result(method, control, target, initial_score, seed, density, accuracy, None, epochs, flops, 30.0)
 
 
 def trio(method: str, accuracies: tuple[float, ...], **fields) -> list[Result]:
@@ -105,7 +105,7 @@ def test_a_cell_has_means_over_seeds_and_the_deviation_of_a_sample():
 
 def test_one_seed_has_a_difference_and_no_deviation_interval_or_p():
     _, cell = statistics.summarize([made("imp", 0.90), made("cs", 0.93)])
-    assert (cell.n, cell.deviation, cell.beside, cell.pairs) == (1, None, "imp", 1)
+    assert (cell.n, cell.deviation, cell.compared_with, cell.pairs) == (1, None, "imp", 1)
     assert cell.density_deviation is None
     assert cell.difference == pytest.approx(0.03, abs=1e-15)
     assert (cell.interval, cell.p, cell.p_adjusted) == (None, None, None)
@@ -113,7 +113,7 @@ def test_one_seed_has_a_difference_and_no_deviation_interval_or_p():
 
 def test_paired_differences_have_the_interval_and_p_of_a_t_test():
     _, cell = statistics.summarize([*IMP, *CS])
-    assert (cell.beside, cell.pairs) == ("imp", 3)
+    assert (cell.compared_with, cell.pairs) == ("imp", 3)
     assert cell.difference == pytest.approx(0.02, abs=1e-12)
     # t = 2 sqrt(3) with 2 degrees of freedom, where p = 1 - t / sqrt(t^2 + 2) and t(0.975) = 4.302653.
     assert cell.p == pytest.approx(1 - math.sqrt(12 / 14), rel=1e-9)
@@ -156,29 +156,32 @@ def test_controls_stand_beside_the_ticket_of_their_own_method_target_and_dial():
         *trio("cs", (0.5, 0.5, 0.5), target=0.2),
         *CS,
         *trio("cs", (0.90, 0.91, 0.95), control="random"),
-        *trio("cs", (0.6, 0.6, 0.6), target=None, dial=0.05),
-        *trio("cs", (0.4, 0.5, 0.6), control="random", target=None, dial=0.05),
-        *trio("cs", (0.4, 0.5, 0.6), control="random", target=None, dial=0.1),
+        *trio("cs", (0.6, 0.6, 0.6), target=None, initial_score=0.05),
+        *trio("cs", (0.4, 0.5, 0.6), control="random", target=None, initial_score=0.05),
+        *trio("cs", (0.4, 0.5, 0.6), control="random", target=None, initial_score=0.1),
     ]
-    cells = {(cell.target, cell.dial): cell for cell in statistics.summarize(results) if cell.control == "random"}
-    assert [cells[key].beside for key in ((0.1, None), (None, 0.05), (None, 0.1))] == ["cs ticket", "cs ticket", ""]
+    cells = {
+        (cell.target, cell.initial_score): cell for cell in statistics.summarize(results) if cell.control == "random"
+    }
+    keys = ((0.1, None), (None, 0.05), (None, 0.1))
+    assert [cells[key].compared_with for key in keys] == ["cs ticket", "cs ticket", ""]
     assert cells[0.1, None].difference == pytest.approx((-0.01 - 0.02 + 0) / 3, abs=1e-12)
     assert cells[None, 0.05].difference == pytest.approx(-0.1, abs=1e-12)
-    assert statistics.peer(cells[None, 0.1], [*cells.values()]) is None
+    assert statistics.counterpart(cells[None, 0.1], [*cells.values()]) is None
 
 
 def test_tickets_without_a_target_or_a_reference_at_it_are_not_compared():
     free = trio("imp", (0.9, 0.9, 0.9), target=None) + trio("cs", (0.8, 0.8, 0.9), target=None)
     elsewhere = trio("imp", (0.9, 0.9, 0.9), target=0.5) + CS
     for results in (free, elsewhere, CS):
-        assert {cell.beside for cell in statistics.summarize(results)} == {""}
-    assert [cell.beside for cell in statistics.summarize([*IMP, *CS], reference="cs")] == ["cs", ""]
+        assert {cell.compared_with for cell in statistics.summarize(results)} == {""}
+    assert [cell.compared_with for cell in statistics.summarize([*IMP, *CS], reference="cs")] == ["cs", ""]
 
 
 def test_a_reference_without_a_dial_stands_beside_every_dial():
-    cells = statistics.summarize([*IMP, *trio("cs", (0.9, 0.92, 0.9), dial=0.05)])
-    assert cells[1].beside == "imp"
-    assert statistics.peer(cells[1], cells) == cells[0]
+    cells = statistics.summarize([*IMP, *trio("cs", (0.9, 0.92, 0.9), initial_score=0.05)])
+    assert cells[1].compared_with == "imp"
+    assert statistics.counterpart(cells[1], cells) == cells[0]
 
 
 def test_holm_multiplies_by_the_tests_left_and_never_falls():
@@ -208,10 +211,10 @@ def test_tickets_and_controls_are_adjusted_as_two_families():
 
 def test_cells_are_ordered_by_method_control_and_falling_target():
     results = [
-        made("cs", 0.9, target=None, dial=-0.1),
+        made("cs", 0.9, target=None, initial_score=-0.1),
         made("cs", 0.9, control="random", target=0.1),
         made("cs", 0.9, target=0.1),
-        made("cs", 0.9, target=None, dial=0.1),
+        made("cs", 0.9, target=None, initial_score=0.1),
         made("imp", 0.9, target=0.05),
         made("cs", 0.9, control="reinit", target=0.1),
         made("cs", 0.9, target=0.5),
@@ -230,13 +233,15 @@ def test_cells_are_ordered_by_method_control_and_falling_target():
 
 
 def test_a_result_that_comes_twice_is_refused():
-    with pytest.raises(ValueError, match=r"^cs, random, target 0\.1, s0 -0\.05, seed 3: got two results, wanted one$"):
-        statistics.summarize([made("cs", accuracy, control="random", dial=-0.05, seed=3) for accuracy in (0.8, 0.9)])
+    with pytest.raises(ValueError, match=r"^cs, random, target 0\.1, s0 -0\.05, seed 3: two results; give one$"):
+        statistics.summarize(
+            [made("cs", accuracy, control="random", initial_score=-0.05, seed=3) for accuracy in (0.8, 0.9)]
+        )
 
 
 @pytest.mark.parametrize("accuracy", [98.9, -0.1, math.nan])
 def test_an_accuracy_that_is_no_share_is_refused(accuracy):
-    with pytest.raises(ValueError, match=r"^imp, ticket, target 0\.1, seed 0: got test_accuracy .*, wanted a share"):
+    with pytest.raises(ValueError, match=r"^imp, ticket, target 0\.1, seed 0: test_accuracy .*: must be in \[0, 1\]$"):
         statistics.summarize([made("imp", accuracy)])
 
 
@@ -255,7 +260,7 @@ def test_the_front_has_the_tickets_that_no_other_network_beats():
         made("cs", 0.85, control="random", target=0.05, density=0.05),
         made("cs", 0.70, target=0.01, density=0.01),
     ]
-    found = statistics.front(statistics.summarize(results))
+    found = statistics.pareto_front(statistics.summarize(results))
     assert [(cell.method, cell.target) for cell in found] == [("imp", 0.5), ("imp", 0.1), ("twin", 0.1), ("cs", 0.01)]
 
 
@@ -265,7 +270,7 @@ def test_markdown_is_the_table_that_a_reader_sees():
         *CS,
         *trio("cs", (0.90, 0.91), control="random"),
         made("snip", 0.93, density=0.1234),
-        made("cs", 0.9, target=None, dial=-0.05),
+        made("cs", 0.9, target=None, initial_score=-0.05),
     ]
     head = "method | control | target | n | density | test accuracy | epochs | training FLOPs | seconds"
     first = "imp |  | 0.1 | 3 | 0.1000 | 0.9100 ± 0.0100 | 180 | 4.5e+12 | 30.0 | reference | reference"
@@ -274,22 +279,22 @@ def test_markdown_is_the_table_that_a_reader_sees():
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         f"| {first} |",
         "| cs |  | 0.1 | 3 | 0.1000 | 0.9300 ± 0.0200 | 60 (imp 180) | 1.5e+12 | 30.0 "
-        "| +0.0200 [-0.0048, +0.0448] beside imp | 0.074 |",
+        "| +0.0200 [-0.0048, +0.0448] vs imp | 0.074 |",
         "| cs |  | s0 -0.05 | 1 | 0.1000 | 0.9000 | 60 | 1.5e+12 | 30.0 | - | - |",
         "| cs | random | 0.1 | 2 | 0.1000 | 0.9050 ± 0.0071 | 60 | 1.5e+12 | 30.0 "
-        "| -0.0150 [-0.0785, +0.0485] beside cs ticket | 0.205 |",
-        "| snip |  | 0.1 | 1 | 0.1234 | 0.9300 | 60 (imp 180) | 1.5e+12 | 30.0 | +0.0300 beside imp | - |",
+        "| -0.0150 [-0.0785, +0.0485] vs cs ticket | 0.205 |",
+        "| snip |  | 0.1 | 1 | 0.1234 | 0.9300 | 60 (imp 180) | 1.5e+12 | 30.0 | +0.0300 vs imp | - |",
     ]
 
 
 def test_markdown_says_where_pairs_are_fewer_than_seeds():
     text = statistics.to_markdown(statistics.summarize([*IMP[:2], *CS]))
-    assert "+0.0150 [-0.0485, +0.0785] beside imp, over 2 of 3 seeds | 0.205 |" in text
+    assert "+0.0150 [-0.0485, +0.0785] vs imp, over 2 of 3 seeds | 0.205 |" in text
 
 
 def test_densities_that_differ_between_seeds_have_their_deviation_everywhere():
     results = [
-        made("cs", accuracy, seed=seed, target=None, dial=0.05, density=density)
+        made("cs", accuracy, seed=seed, target=None, initial_score=0.05, density=density)
         for seed, (accuracy, density) in enumerate([(0.9, 0.1), (0.91, 0.12), (0.92, 0.14)])
     ]
     cells = statistics.summarize([*IMP, *results])
@@ -351,18 +356,20 @@ def test_the_terminals_table_tells_the_reference_from_what_cannot_be_tested_and_
         "snip       ticket    0.1     3   10.00%  98.00 ± 1.00     180   -1.00  no spread",
         "gmp        ticket    0.1     3   10.00%  98.10 ± 1.10     180   -0.90     0.012*",
         "",
-        "test %: accuracy; ± is the standard deviation of a sample. epochs: search and retraining.",
-        "points: of test accuracy, beside imp (ref.) at the same target; of a control, beside the ticket.",
-        "p: of a paired t-test over two seeds at least, adjusted by Holm; * below 0.05. "
-        "no spread: all differences are the same.",
-        "Not trained for as many epochs as what they stand beside: magnitude 1,500 (imp 180).",
-        "Controls are trained for as long as a ticket's retraining, not as its search and retraining together.",
+        "test %: accuracy ± sample standard deviation. epochs: search and retraining together.",
+        "points: difference in test accuracy vs imp (ref.) at the same target; of a control, vs its ticket.",
+        "p: paired t-test over at least two seeds, adjusted by Holm's method; * below 0.05. "
+        "no spread: all differences are equal.",
+        "Trained for different numbers of epochs: magnitude 1,500 (imp 180).",
+        "Controls are trained for the epochs of the retraining only, not for those of the search.",
     ]
 
 
 def test_the_terminals_table_breaks_long_names_and_cuts_nothing_off():
     results = [
-        made("magnitude-at-once", accuracy, seed=seed, target=None, dial=-0.05, density=density, control=control)
+        made(
+            "magnitude-at-once", accuracy, seed=seed, target=None, initial_score=-0.05, density=density, control=control
+        )
         for control, accuracy in ((None, 0.9), ("shuffled", 0.7))
         for seed, density in ((0, 0.1), (1, 0.2))
     ]
@@ -461,7 +468,7 @@ def test_the_page_says_which_ticket_is_best_and_what_its_lead_is_worth(ours, row
 
 
 def test_tickets_left_to_the_dial_are_called_best_at_no_target():
-    page = built([*IMP, *trio("cs", (0.95, 0.96, 0.97), target=None, dial=0.05)])
+    page = built([*IMP, *trio("cs", (0.95, 0.96, 0.97), target=None, initial_score=0.05)])
     assert [row[:2] for row in best(page)] == [["10%", "imp"]]
     assert [note.split(":")[0] for note in page.sections[0].notes] == ["Methods are not compared"]
     assert tables(page)["cs"].rows[0][1] == "s0 0.05" and tables(page)["cs"].rows[0][5:] == ["-"] * 5
@@ -472,7 +479,7 @@ def test_cost_says_that_budgets_differ():
     page = built([*short, *long, *CS, *trio("cs", (0.9, 0.9, 0.91), target=0.5)])
     assert cost(page) == (
         "Training budgets differ: a higher accuracy may come from longer training. "
-        "Ratio of epochs, search and retraining together: cs beside imp 2.00 to 10.00."
+        "Ratio of epochs, search and retraining together: cs vs imp 2.00 to 10.00."
     )
     caveat = "up and to the left is better; methods were trained for different numbers of epochs (see Cost)"
     assert drawn(page)["accuracy-density"].remark == caveat
@@ -482,7 +489,7 @@ def test_cost_says_that_budgets_differ():
 
 
 def test_cost_says_once_that_controls_are_trained_as_long_as_the_retraining():
-    retrained = "Controls are trained for as long as a ticket's retraining, not as its search and retraining together."
+    retrained = "Controls are trained for the epochs of the retraining only, not for those of the search."
     controls = [
         *trio("cs", (0.9, 0.9, 0.9), control="random", epochs=15),
         *trio("imp", (0.9, 0.9, 0.9), control="random", epochs=15),
@@ -492,7 +499,7 @@ def test_cost_says_once_that_controls_are_trained_as_long_as_the_retraining():
     )
     assert cost(built([*IMP, *trio("snip", (0.9, 0.9, 0.9), epochs=20), *controls])) == (
         "Training budgets differ: a higher accuracy may come from longer training. "
-        f"Ratio of epochs, search and retraining together: snip beside imp 0.33. {retrained}"
+        f"Ratio of epochs, search and retraining together: snip vs imp 0.33. {retrained}"
     )
     assert cost(built([*CS, *controls[:3]])) == retrained
     assert cost(built(CS)) == "No networks are compared. Epochs are those of search and retraining together."

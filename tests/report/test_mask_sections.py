@@ -145,10 +145,10 @@ def test_a_page_says_of_rounds_and_scores_what_is_true_of_its_method(run: Path) 
         said[method] = words(page(run)), (run / "scores-round-1.png").read_bytes()
     for method, (text, _) in said.items():
         assert ("A weight is kept if its score is above 0" in text) is (method != "iss")
-        assert ("Soft masks are those of the round" in text) is (method == "cs")
+        assert ("Soft masks are computed at the round's final temperature" in text) is (method == "cs")
         assert ("Weights are pruned at the end of every epoch" in text) is (method == "gmp")
         assert ("Weights are pruned at the end of a round's last epoch" in text) is (method == "imp")
-        assert ("a weight is kept with the probability sigmoid(score)" in text) is (method == "iss")
+        assert ("a weight is kept with probability sigmoid(score)" in text) is (method == "iss")
     assert said["iss"][1] != said["cs"][1] == said["imp"][1]  # no line at 0, and one colour
 
 

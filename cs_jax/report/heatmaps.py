@@ -38,7 +38,7 @@ def bars(names: Sequence[str], shares: Sequence[float]) -> Figure:
     axes.grid(visible=False, axis="y")
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(percent_tick))
-    axes.set_xlabel("weights kept")
+    axes.set_xlabel("density (share of weights kept)")
     return figure
 
 
@@ -88,8 +88,8 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
             color = "white" if shares[row, column] > 0.4 else INK
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=8.5)
     axes.grid(visible=False)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
     return figure
 
 

@@ -161,7 +161,10 @@ def connectivity(run: Run) -> Section | None:
     alt = f"Test error and loss of {len(shares)} networks on the line: error {ends}; "
     alt += f"loss {losses[0]:.4g} and {losses[-1]:.4g} at the ends, {max(losses):.4g} at most."
     figure = plots.line_between(shares, errors, losses)
-    title, remark = "Linear mode connectivity", "test set; dotted line: mean of the two ends"
+    title, remark = (
+        "Linear mode connectivity",
+        "test set, with new BatchNorm statistics at every point; dotted line: mean of the two ends",
+    )
     section.parts.append(plot("connectivity", title, remark, alt, figure))
     return section
 

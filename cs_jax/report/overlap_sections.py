@@ -39,7 +39,7 @@ def sections(tickets: Sequence[SweptTicket]) -> list[Section]:
             overlaps.parts.append(_overlap_plot(f"overlap-{number}", target, _methods(group), found))
             rows = [_row(pairing) for pairing in found]
             head = ("Method", "Other method", "Pairs", "Shared", "By chance", "z, minimum to maximum")
-            caption = f"Overlap at {target}"
+            caption = f"Overlap, {target}"
             tables.append(Table(caption, head, rows, words=2, wide=True, folded=len(rows) > LONG_TABLE))
         densities.parts.append(_density_plot(f"layer-density-{number}", target, group))
     overlaps.parts.extend(tables)  # after the plots, which form a grid on a wide page
@@ -109,7 +109,7 @@ def _overlap_plot(name: str, target: str, methods: Sequence[str], found: Sequenc
             texts[place] = f"{_whole(pairing.shared)}\n({_whole(pairing.chance)})"
     labels = plots.short(methods, length=LABEL, kind="method")
     pairs = [f"{one.method} and {one.other} {percent(one.shared)}, by chance {percent(one.chance)}" for one in found]
-    title, remark = f"Masks shared at {target}", "in brackets: by chance; diagonal: two seeds of one method"
+    title, remark = f"Mask overlap, {target}", "in brackets: by chance; diagonal: two seeds of one method"
     figure = heatmaps.matrix(Matrix(labels, labels, shares, texts), title=title)
     return plot(name, title, remark, f"{title}: {'; '.join(pairs)}.", figure)
 
@@ -135,7 +135,7 @@ def _density_plot(name: str, target: str, tickets: Sequence[SweptTicket]) -> Plo
     ends = [(float(np.nanmin(column)), float(np.nanmax(column))) for column in shares.T]
     ranges = [f"{method} {percent(low)} to {percent(high)}" for method, (low, high) in zip(methods, ends, strict=True)]
     labels = plots.short(methods, length=LABEL, kind="method")
-    title, remark = f"Layers at {target}", "share of weights kept, from input to output"
+    title, remark = f"Layer densities, {target}", "share of weights kept, from input to output"
     figure = heatmaps.matrix(Matrix(heatmaps.layer_labels(layers), labels, shares, texts), log=True, title=title)
     return plot(name, title, remark, f"{title}, minimum to maximum density: {'; '.join(ranges)}.", figure)
 

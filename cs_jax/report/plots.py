@@ -177,7 +177,7 @@ def histogram(
     ticks = _score_ticks(edges, axes.get_xlim())
     axes.set_xticks(np.interp(ticks, edges, places), [f"{tick:g}".replace("-", "−") for tick in ticks])
     axes.set_xlabel("score (logarithmic scale on both sides of 0)")
-    axes.set_ylabel("weights")
+    axes.set_ylabel("number of weights")
     figure.legend(loc="outside lower center", ncols=3, handlelength=1.2, columnspacing=1.2, fontsize=9.5)
     return figure
 

@@ -254,7 +254,7 @@ def _read_json(path: Path, kind: type[Kind]) -> Kind | None:
 def _parse(content: bytes, source: str) -> Any:
     """A JSON value without NaN and infinities.
 
-    Python's reader accepts lone surrogates, which stand for undecodable bytes of paths; msgspec's does not.
+    Reads with `json`: paths with undecodable bytes are stored as lone surrogates, and msgspec refuses these.
     """
 
     def refuse(constant: str) -> None:

@@ -190,7 +190,7 @@ def _settings(run: Run) -> Section:
     else:
         section.notes.append(f"{CONFIG_FILE} has no versions.")
     rest = [[name, shown(value)] for name, value in values.items() if name not in changed]
-    caption = f"{'Other' if rows else 'All'} settings, equal to the {base}"
+    caption = f"{'Other' if rows else 'All'} settings: equal to the {base}, except out"
     section.parts.append(Table(caption, ("Setting", "This run"), rest, words=2, folded=True))
     return section
 

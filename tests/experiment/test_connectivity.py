@@ -1,4 +1,4 @@
-"""The line between two networks, and between two trainings of a run's ticket."""
+"""Error and loss on the line between two networks, and between two retrainings of a ticket."""
 
 import dataclasses
 import io

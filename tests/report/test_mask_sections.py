@@ -1,4 +1,4 @@
-"""What reports say of masks: flips, overlaps of rounds, methods and seeds, and the line between two trainings."""
+"""Sections of reports on masks: flip rate, overlap of rounds, methods and seeds, and the line between retrainings."""
 
 import json
 import math
@@ -356,7 +356,7 @@ def test_methods_are_compared_at_equal_seeds_and_each_with_itself_between_seeds(
     ]
     (drawn,) = (part for part in found["Overlap of masks"].parts if isinstance(part, Plot))
     assert drawn.alt == (
-        "Masks shared at density 20%: cs and cs 50.00%, by chance 20.00%; cs and imp 50.00%, by chance 20.00%; "
+        "Mask overlap, density 20%: cs and cs 50.00%, by chance 20.00%; cs and imp 50.00%, by chance 20.00%; "
         "imp and imp 0.00%, by chance 20.00%."
     )
     assert drawn.png.startswith(b"\x89PNG")
@@ -382,7 +382,7 @@ def test_each_target_has_its_own_plots_densest_first_and_tickets_without_one_non
     dials = [swept("cs", seed, 0, 20, target=None, initial_score=-0.1) for seed in (0, 1)]
     found = built([*tickets, *dials])["Overlap of masks"].parts
     titles = [part.title for part in found if isinstance(part, Plot)]
-    assert titles == [f"Masks shared at {target}" for target in ("density 50%", "density 0.5%", "s0 -0.1")]
+    assert titles == [f"Mask overlap, {target}" for target in ("density 50%", "density 0.5%", "s0 -0.1")]
     assert [part.name for part in found if isinstance(part, Plot)] == ["overlap-0", "overlap-1", "overlap-2"]
     assert built([swept("cs", seed, 0, 20, target=None) for seed in (0, 1)]) == {}
 
@@ -393,7 +393,7 @@ def test_figures_name_their_density_where_they_are_looked_at_without_the_page(
     titles = []
     monkeypatch.setattr(plots, "images", lambda figure: titles.append(figure.axes[0].get_title()) or (b"", b""))
     built([*CS, *IMP])
-    assert titles == ["Masks shared at density 20%", "Layers at density 20%"]
+    assert titles == ["Mask overlap, density 20%", "Layer densities, density 20%"]
 
 
 def test_masks_that_are_empty_or_full_everywhere_are_drawn() -> None:

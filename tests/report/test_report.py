@@ -1,4 +1,4 @@
-"""Reports of runs as their readers meet them: what is shown, what is said to be missing, and what is refused."""
+"""Reports of runs: results shown, missing files named, damaged files refused."""
 
 import dataclasses
 import html

@@ -22,18 +22,19 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cs_jax import methods
 from cs_jax.core import masks, target_density
+from cs_jax.data.images import ImageSet
 from cs_jax.data.stream import Images
 from cs_jax.experiment import metrics, search
 from cs_jax.experiment.config import SEARCH, Config
+from cs_jax.experiment.experiment import Search
 from cs_jax.experiment.prepare import prepare
 from cs_jax.experiment.presets import PRESETS
 from cs_jax.experiment.progress import Observer
 from cs_jax.methods.base import selection
-from cs_jax.training import compiled, executor
+from cs_jax.training import compiled, evaluation
 from cs_jax.training.problem import Problem, Ticket
-from cs_jax.training.step import TrainState
+from cs_jax.training.step import StepInputs, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +87,12 @@ def run(target: float, rate: float | None, seed: int) -> tuple[float, float, flo
 
 
 def accuracy(config: Config, problem: Problem, state: TrainState, ticket: Ticket, images: Images) -> float:
-    logits = metrics.logits(config, problem, state, ticket.masks, images, Observer())
-    return executor.share_right(logits, images)
+    logits = metrics.logits(Search(config, problem), state, ticket.masks, images)
+    return evaluation.share_right(logits, images)
 
 
 def search_by_dual_ascent(config: Config, problem: Problem, target: float, rate: float) -> tuple[Ticket, TrainState]:
+    assert isinstance(problem.train, ImageSet)
     state, weight, snapshot = search.init_state(config, problem), 0.0, None
     for round in range(config.rounds):
         wanted = target_density.round_density(target, round, config.rounds)
@@ -104,10 +106,11 @@ def search_by_dual_ascent(config: Config, problem: Problem, target: float, rate:
             for start in range(0, len(order), config.batch_size):
                 hyper = hyper._replace(penalty_weight=jnp.asarray(weight, float))
                 indices = order[start : start + config.batch_size]
-                state, _ = compiled.compiled_step(problem.recipe, state, problem.train, indices, key, hyper)
+                inputs = StepInputs(problem.train, indices, key, hyper)
+                state, _ = compiled.compiled_step(problem.recipe, state, inputs)
                 weight += rate * (float(_mean_mask(state.scores, hyper.temperature)) - wanted)
         if round < config.rounds - 1:
-            state = methods.of(config).begin_round(config, problem, state, None)
+            state = config.pruning_method.begin_round(problem, state, None)
     assert snapshot is not None
     chosen = selection(config, state.scores, target)
     return Ticket(

@@ -38,6 +38,7 @@ from cs_jax.experiment.run import run
 from cs_jax.experiment.storage import paths
 from cs_jax.models import MODELS
 from cs_jax.models.multiply_adds import multiply_adds
+from cs_jax.training.epoch import Epoch
 from cs_jax.training.executor import Executor
 from cs_jax.training.step import Recipe
 
@@ -86,15 +87,8 @@ class Steps:
     def run(self) -> float:
         """Seconds of a step."""
         started = time.perf_counter()
-        calls = Executor().train_epoch(
-            self._recipe,
-            self._state,
-            self._data,
-            self._order,
-            jax.random.key(1),
-            self._hyper,
-            batch_size=BATCH_SIZE,
-        )
+        epoch = Epoch(self._data, self._order, jax.random.key(1), self._hyper, batch_size=BATCH_SIZE)
+        calls = Executor().train_epoch(self._recipe, self._state, epoch)
         for _, self._state, _ in calls:
             pass
         jax.block_until_ready(self._state)

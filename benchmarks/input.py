@@ -35,8 +35,9 @@ from cs_jax.experiment.config import Config
 from cs_jax.models import MODELS
 from cs_jax.training import step
 from cs_jax.training.compiled import compiled_step
+from cs_jax.training.epoch import Epoch
 from cs_jax.training.executor import Executor
-from cs_jax.training.step import Hyperparams, Recipe, TrainState
+from cs_jax.training.step import Hyperparams, Recipe, StepInputs, TrainState
 
 CLASSES, SHARDS = 1000, 4
 
@@ -92,18 +93,19 @@ class Bench:
         self._state = search_state(self._recipe, self._batch)
 
     def load(self) -> None:
-        for _ in self._stream.batches(self._order, batch_size=self._settings.batch_size, augment=RESIZED_CROP):
+        for _ in self._stream.batches(self._order, batch_size=self._settings.batch_size, crop_seed=0):
             pass
 
     def step(self) -> None:
         places = np.arange(self._settings.batch_size)
+        inputs = StepInputs(self._batch, places, self._key, self._hyper)
         for _ in range(self._settings.steps):
-            self._state, _ = compiled_step(self._recipe, self._state, self._batch, places, self._key, self._hyper)
+            self._state, _ = compiled_step(self._recipe, self._state, inputs)
         jax.block_until_ready(self._state)
 
     def train(self) -> None:
-        arguments = (self._stream, self._order, self._key, self._hyper)
-        calls = Executor().train_epoch(self._recipe, self._state, *arguments, batch_size=self._settings.batch_size)
+        epoch = Epoch(self._stream, self._order, self._key, self._hyper, batch_size=self._settings.batch_size)
+        calls = Executor().train_epoch(self._recipe, self._state, epoch)
         for _, self._state, _ in calls:
             pass
         jax.block_until_ready(self._state)

@@ -13,7 +13,7 @@ from cs_jax.data.images import ImageSet
 from cs_jax.tickets import fold
 from cs_jax.training import compiled as compiled_programs
 from cs_jax.training import step
-from cs_jax.training.step import Hyperparams, Recipe, TrainState
+from cs_jax.training.step import Hyperparams, Recipe, StepInputs, TrainState
 
 Network = tuple[Recipe, TrainState]
 
@@ -50,5 +50,6 @@ def make_step(recipe: Recipe, state: TrainState, data: ImageSet) -> Stepper:
     """The compiled step with all of `data` as its batch; the state is donated."""
     order, key = jnp.arange(len(data)), jax.random.key(1)
     hyper = Hyperparams(*(jnp.asarray(value, float) for value in (3.0, 0.0, 0.01, 0.01, 1e-8)))
-    compiled = compiled_programs.compiled(recipe)[0].lower(recipe, state, data, order, key, hyper).compile()
-    return Stepper(compiled, state, (data, order, key, hyper))
+    inputs = StepInputs(data, order, key, hyper)
+    compiled = compiled_programs.compiled(recipe)[0].lower(recipe, state, inputs).compile()
+    return Stepper(compiled, state, (inputs,))

@@ -62,6 +62,32 @@ def decode(content: bytes, kind: type[Kind], source: str) -> Kind:
     return convert(value, kind, source)
 
 
+def parse_words(words: str | list[str], kind: Any, name: str) -> Any:
+    """The value of a type that words of a command line spell; "none" is None where the type has None and no text.
+
+    Args:
+        words: one word, or a list of them for a tuple type.
+        kind: as for `convert`.
+        name: of the flag, with which an error begins.
+
+    Raises:
+        ConfigError: "NAME WORD: RULE", for the first word that does not fit.
+
+    >>> parse_words(["1", "2"], tuple[int, ...], "--lr-schedule")
+    (1, 2)
+    """
+    if isinstance(words, str) and words.lower() == "none" and _fits(None, kind) and not _fits("none", kind):
+        return None
+    try:
+        return msgspec.convert(words, kind, strict=False, dec_hook=_decode)
+    except (msgspec.ValidationError, OverflowError) as error:
+        problem, _, place = str(error).partition(" - at `")
+        index = re.search(r"\[(\d+)\]", place)
+        word = words[int(index[1])] if index else words
+        inner = _inner(kind, int(index[1])) if index else kind
+        raise ConfigError(f"{name} {word}: {_rule(problem, inner)}".removesuffix(" or null")) from error
+
+
 def printable(text: str) -> str:
     """Text of a file on one line, with control characters escaped.
 
@@ -102,7 +128,7 @@ def _one_line(message: str, value: Any, kind: Any) -> str:
 
 
 def _rule(problem: str, kind: Any) -> str:
-    """What is wrong, in words."""
+    """The broken rule, in words."""
     if problem.startswith("Invalid enum value"):
         choices = [str(choice) for option in (kind, *typing.get_args(kind)) for choice in _choices(option)]
         return f"must be one of {', '.join(choices)}" if choices else "not an allowed value"

@@ -21,7 +21,7 @@ from jaxtyping import PyTree
 from cs_jax.core import files, trees
 from cs_jax.core.errors import ConfigError, one_of
 from cs_jax.data.images import normalize
-from cs_jax.models import MODELS, build, takes
+from cs_jax.models import MODELS, build, has_field
 from cs_jax.models.features import Features
 from cs_jax.models.multiply_adds import evaluation_mode
 from cs_jax.tickets import checks, file_format
@@ -196,7 +196,7 @@ def _check_model(about: Mapping[str, Any], arrays: Arrays, model: nn.Module | No
     elif name is not None:
         check("metadata: model.name", name, name in MODELS, f"must be {one_of(name, MODELS)}")
         dtype = entry.get("dtype") or "float32"
-        supported = dtype == "float32" or takes(name, "dtype")
+        supported = dtype == "float32" or has_field(name, "dtype")
         check("metadata: model.dtype", dtype, supported, f"must be float32, the only dtype of {name}")
         features = entry.get("features") or {}
         _check_features(name, features, arrays)
@@ -214,7 +214,7 @@ def _check_model(about: Mapping[str, Any], arrays: Arrays, model: nn.Module | No
 
 def _check_features(name: str, features: Features, arrays: Arrays) -> None:
     """Raises unless the model supports other layer widths and the ticket has the layers that have them."""
-    supported = not features or takes(name, "features")
+    supported = not features or has_field(name, "features")
     check("metadata: model.features", features, supported, f"must be empty, {name} has fixed layer widths")
     for layer in features:
         known = any(key.startswith(f"params/{layer}/") for key in arrays)

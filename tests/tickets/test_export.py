@@ -28,7 +28,7 @@ from cs_jax.tickets.export.plain_network import make_plain_network, masked_logit
 from cs_jax.tickets.ticket import LoadedTicket, save_ticket
 
 LENET = FAMILIES["lenet"]
-PAGE = Path(__file__).parents[2] / "docs" / "export.md"
+PAGE = Path(__file__).parents[2] / "docs" / "tickets" / "export.md"
 
 
 def relative(got: Any, wanted: np.ndarray) -> float:
@@ -164,7 +164,7 @@ def not_finite() -> LoadedTicket:
         (emptied(), "layer 'hidden1': its mask keeps no weight.*; --keep-shapes exports it without shrinking$"),
         (
             ticket(Unwired(), (2, 2, 1)),
-            "got Unwired, which does not say how it is wired.*; --keep-shapes exports it without",
+            "model Unwired: does not declare its wiring.*; --keep-shapes exports it",
         ),
         (
             dataclasses.replace(ticket(*LENET), model=None),
@@ -225,9 +225,9 @@ def test_the_command_writes_beside_the_ticket_and_tells_size_and_difference(
         ("{folder} --to sparse", "is a folder or a device: must be a file"),
         ("{folder}/text --to sparse", "not a file of save_ticket"),
         ("{folder}/none --to sparse", "cannot be read: No such file or directory"),
-        ("{ticket} --to sparse --out {folder}", "--out: got the folder {folder}, wanted a file"),
-        ("{ticket} --to sparse --out {folder}/a/b", "--out: got {folder}/a/b, wanted a file in a folder that exists"),
-        ("{ticket} --to sparse --out {ticket}", "--out: got {ticket}, wanted another file than the ticket"),
+        ("{ticket} --to sparse --out {folder}", "--out {folder}: must be a file, not a folder"),
+        ("{ticket} --to sparse --out {folder}/a/b", "--out {folder}/a/b: the folder of the file must exist"),
+        ("{ticket} --to sparse --out {ticket}", "--out {ticket}: must not overwrite the ticket"),
     ],
 )
 def test_bad_words_are_one_line_and_write_nothing(

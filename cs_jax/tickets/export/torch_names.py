@@ -1,9 +1,9 @@
 """PyTorch names and layouts of a network's arrays, and conversion in both directions.
 
-`ResNet` has the names of the authors' release, `BottleneckResNet` the names of torchvision's ResNets. Other networks
-are named like `ResNet`: the path of the layer with dots, also after a stage. Kernels are (out, in, height, width) and
-(out, in). PyTorch flattens images with channels first, so a dense layer after flattening reads its inputs in another
-order.
+`ResNet` has the names of the authors' release, or of torchvision's ResNets if it has bottleneck blocks. Other networks
+are named as in the release: the path of the layer with dots, also after a stage. Kernels are (out, in, height, width)
+and (out, in). PyTorch flattens images with channels first, so a dense layer after flattening reads its inputs in
+another order.
 """
 
 import math
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from flax import linen as nn
 
-from cs_jax.models import BottleneckResNet, wiring
+from cs_jax.models import ResNet, wiring
 from cs_jax.models.wiring import Attention, Input, Linear
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -101,7 +101,7 @@ def entries(model: nn.Module, shapes: Shapes, image_channels: int) -> list[Entry
 
 def _name(model: nn.Module, path: str) -> str:
     _, *layers, leaf = path.split("/")
-    if isinstance(model, BottleneckResNet):
+    if isinstance(model, ResNet) and model.bottleneck:
         layers = [re.sub(r"stage(\d+)_block(\d+)", _torchvision_block, TORCHVISION.get(name, name)) for name in layers]
     else:
         layers = [re.sub(r"^(stage\d+)_", r"\1.", name) for name in layers]

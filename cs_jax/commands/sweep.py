@@ -67,7 +67,7 @@ def sweep(arguments: Sequence[str], *, prog: str) -> None:
     given = parser.parse_args(arguments)
     if given.jobs is not None and given.jobs < 1:
         raise ConfigError(f"--jobs {given.jobs}: must be at least 1")
-    tickets = command_line.read_tickets(given.tickets or "auto", auto=True)
+    tickets = command_line.read_tickets(given.tickets or "auto")
     swept = _read_sweep(given)
     total, resume = len(swept.spec.runs), f"resume with: {swept.command('sweep')}"
     with Interrupts() as watch:

@@ -143,7 +143,7 @@ def of_model(model: nn.Module, image_shape: Sequence[int]) -> Channels:
     if not owners:
         raise ValueError(f"{type(model).__name__} has no masked layer with channels that can be taken out")
     in_order = sorted(owners, key=lambda owner: [*masked].index(owner.path))
-    groups = tuple(grouping(owner.path, masked[owner.path], Axes((owner.axis,)), "auto") for owner in in_order)
+    groups = tuple(grouping(owner.path, masked[owner.path], Axes((owner.axis,))) for owner in in_order)
     return Channels(
         scored=groups,
         whole=tuple(path for path in masked if path not in {leaf.path for leaf in groups}),

@@ -11,7 +11,7 @@ from flax.core import FrozenDict
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from cs_jax.core.arrays import of_logits
+from cs_jax.core.arrays import logits_dtype
 from cs_jax.layers import convolution
 from cs_jax.layers.batch_norm import BatchNorm
 from cs_jax.layers.masked import MaskedConv
@@ -77,7 +77,7 @@ class ResNet(nn.Module):
         return nn.Dense(
             self.num_classes,
             kernel_init=xavier_normal,
-            dtype=of_logits(self.dtype),
+            dtype=logits_dtype(self.dtype),
             param_dtype=self.param_dtype,
             name="classifier",
         )(x)
@@ -217,7 +217,7 @@ class BottleneckResNet(nn.Module):
             x = make_block(width, stride, projects, name=name, **fields)(x, train)
         x = jnp.mean(x, axis=(1, 2))
         like_pytorch = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        dtypes["dtype"] = of_logits(self.dtype)
+        dtypes["dtype"] = logits_dtype(self.dtype)
         return nn.Dense(self.num_classes, kernel_init=like_pytorch, name="classifier", **dtypes)(x)
 
     def _blocks(self) -> Iterator[_Place]:
@@ -299,7 +299,7 @@ def _conv(
         kernel_init=kernel_init,
         dtype=dtype,
         param_dtype=param_dtype,
-        conv_general_dilated_cls=convolution.chosen,
+        conv_general_dilated_cls=convolution.get_convolve,
         name=name,
     )
 

@@ -502,7 +502,7 @@ def test_tickets_of_one_command_at_once(
         (["--tickets", "2", "--tickets", "3"], "--tickets: got 2 of them, wanted one"),
         (["--tickets", "2", "--resume", "there"], "--tickets: got 2 beside --resume, wanted the command that began"),
         (["--tickets", "2", "--seed", "4294967295"], "--tickets 2: must be at most 1 with --seed 4294967295"),
-        (["--tickets", "2", "--val-set-size", "9999"], "--val-set-size: got 9999, wanted less than the 1437 "),
+        (["--tickets", "2", "--val-set-size", "9999"], "--val-set-size 9999: must be less than 1437, the number "),
         (["--tickets", "2", "--out", "file"], "--out: got file/digits-seed0, "),
         (
             ["--tickets", "2", "--out", "run"],

@@ -7,11 +7,11 @@ of a round, and soft and hard accuracy agree only after the temperature has rise
 import warnings
 from collections.abc import Sequence
 
-from cs_jax import methods
 from cs_jax.core.errors import CsJaxWarning
 from cs_jax.core.target_density import CollapsedLayerWarning, UnfinishedSearchWarning
 from cs_jax.experiment.config import SEARCH, Config
 from cs_jax.experiment.progress import EpochRecord, Observer, Progress
+from cs_jax.methods import METHODS
 
 ACCURACY_GAP = 0.02
 """Smallest difference between soft and hard validation accuracy at the end of a round that causes a warning.
@@ -54,7 +54,7 @@ class Health(Observer):
         self._was_resumed_at_end = progress.epoch == self._config.epochs
 
     def on_phase_end(self, progress: Progress) -> None:
-        if progress.phase != SEARCH or self._was_resumed_at_end or not methods.of(self._config).anneals:
+        if progress.phase != SEARCH or self._was_resumed_at_end or not METHODS[self._config.method].anneals:
             return
         is_last = len(progress.round_ends) == self._config.rounds
         if is_last and self._config.target is not None:

@@ -111,12 +111,11 @@ def pareto(arguments: Sequence[str], *, prog: str) -> None:
     if not results:
         raise ConfigError(f"{directory}: no finished run; start the sweep with: {swept.command('sweep')}")
     tickets = [*read_tickets(spec, directory)]
-    written, cells = reports.write_pareto(
-        spec.name, results, missing, directory, reference=spec.reference, tickets=tickets
-    )
+    found = reports.SweepResults(spec.name, results, missing, tickets, spec.reference)
+    written = reports.write_pareto(found, directory)
     terminal = Console()
-    print_cells(terminal, cells)
-    methods = [*dict.fromkeys(cell.method for cell in cells if cell.control is None and cell.target is not None)]
+    print_cells(terminal, found.cells)
+    methods = [*dict.fromkeys(cell.method for cell in found.cells if cell.control is None and cell.target is not None)]
     if spec.reference not in spec.content["methods"] and len(methods) > 1:
         advice = f'set reference = "{methods[0]}" or another method in {given.spec}'
         print_line(terminal, f"methods are not compared: the sweep has no {spec.reference}; {advice}")

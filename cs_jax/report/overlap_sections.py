@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cs_jax.report import heatmaps, plots
+from cs_jax.report.heatmaps import Matrix
 from cs_jax.report.mask_sections import LONG_TABLE, shown_z
 from cs_jax.report.pages import Plot, Section, Table, percent, plot
 from cs_jax.sweep.results import SweptTicket
@@ -109,7 +110,7 @@ def _overlap_plot(name: str, target: str, methods: Sequence[str], found: Sequenc
     labels = plots.short(methods, length=LABEL, kind="method")
     told = [f"{one.method} and {one.other} {percent(one.shared)}, by chance {percent(one.chance)}" for one in found]
     title, remark = f"Masks shared at {target}", "in brackets: by chance; diagonal: between seeds"
-    figure = heatmaps.matrix(labels, labels, shares, texts, title=title)
+    figure = heatmaps.matrix(Matrix(labels, labels, shares, texts), title=title)
     return plot(name, title, remark, f"{title}: {'; '.join(told)}.", figure)
 
 
@@ -135,7 +136,7 @@ def _density_plot(name: str, target: str, tickets: Sequence[SweptTicket]) -> Plo
     told = [f"{method} {percent(low)} to {percent(high)}" for method, (low, high) in zip(methods, ends, strict=True)]
     labels = plots.short(methods, length=LABEL, kind="method")
     title, remark = f"Layers at {target}", "weights kept, from input to output"
-    figure = heatmaps.matrix(heatmaps.layer_labels(layers), labels, shares, texts, log=True, title=title)
+    figure = heatmaps.matrix(Matrix(heatmaps.layer_labels(layers), labels, shares, texts), log=True, title=title)
     return plot(name, title, remark, f"{title}, lowest to highest density: {'; '.join(told)}.", figure)
 
 

@@ -125,7 +125,7 @@ def test_a_terminal_shows_the_bar_with_step_and_loss(tmp_path: Path) -> None:
     terminal = Console(file=shown, force_terminal=True, width=100)
     settings = parser.parse([*QUICK, "--controls", "--out", str(tmp_path / "run")])
     problem, data = prepare.prepare(settings)
-    with opened(settings, new=True) as directory, ProgressDisplay(settings, terminal) as display:
+    with opened(settings, new=True) as directory, ProgressDisplay(terminal, total_epochs=6) as display:
         directory.begin(fingerprint(data))
         pipeline.run(settings, problem, data, directory, display)
     text = shown.getvalue()

@@ -437,7 +437,7 @@ def test_a_ticket_that_cannot_be_loaded_is_refused_by_its_file(sweep: Path, dama
 
 
 def test_a_sweeps_page_has_the_overlaps_before_the_cost(tmp_path: Path) -> None:
-    report.write_pareto("some", [], [], tmp_path, reference="imp", tickets=[*CS, *IMP])
+    report.write_pareto(report.SweepResults("some", [], tickets=[*CS, *IMP]), tmp_path)
     headings = re.findall(r"<h2[^>]*>([^<]+)</h2>", page(tmp_path))
-    assert headings == ["Accuracy against density", "Overlap of masks", "Density of layers", "What is missing"]
+    assert headings == ["Accuracy against density", "Overlap of masks", "Density of layers", "Missing runs"]
     assert {"overlap-0.png", "layer-density-0.png"} <= set(files(tmp_path))

@@ -54,7 +54,8 @@ class Health(Observer):
         self._was_resumed_at_end = progress.epoch == self._config.epochs
 
     def on_phase_end(self, progress: Progress) -> None:
-        if progress.phase != SEARCH or self._was_resumed_at_end or not METHODS[self._config.method].anneals:
+        anneals = METHODS[self._config.method].anneals
+        if progress.phase != SEARCH or self._was_resumed_at_end or not anneals:
             return
         is_last = len(progress.round_ends) == self._config.rounds
         if is_last and self._config.target is not None:

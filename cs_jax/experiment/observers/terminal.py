@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 
 from cs_jax.core.errors import CsJaxWarning
-from cs_jax.experiment.config import Config
 from cs_jax.experiment.progress import EpochRecord, Observer, Progress
 
 REFRESH_SECONDS = 0.5
@@ -92,17 +91,25 @@ def progress_bars(console: Console, *, width: int) -> bars.Progress:
 
 
 class ProgressDisplay(Observer):
-    """Prints a line for each epoch and, on a terminal, a progress bar with the current step below.
+    """Prints a line for each epoch and, on a terminal, a progress bar with the current step.
 
     A context manager, which removes the bar at the end.
+
+    Args:
+        console: where the lines and the bar are printed.
+        total_epochs: int > 0, of all phases together.
+        epochs_done: int >= 0, epochs that earlier processes have done.
+        labels: names of the phases in their order; phases without a label have their own name.
     """
 
-    def __init__(self, config: Config, console: Console) -> None:
-        self._config, self._console = config, console
+    def __init__(
+        self, console: Console, *, total_epochs: int, epochs_done: int = 0, labels: Sequence[str] = ()
+    ) -> None:
+        self._console, self._done = console, epochs_done
+        self._labels, self._label = iter(labels), ""
         self._next_refresh = 0.0
         self._bar = progress_bars(console, width=16)
-        phases = config.search_rounds + len(config.retrainings)
-        self._task = self._bar.add_task("starting", total=config.epochs * phases)
+        self._task = self._bar.add_task("starting", total=total_epochs)
 
     def __enter__(self) -> "ProgressDisplay":
         self._print(_HEADER)
@@ -115,23 +122,24 @@ class ProgressDisplay(Observer):
         self._bar.stop()
 
     def on_phase_start(self, progress: Progress) -> None:
-        if not self._bar.tasks[0].completed:  # epochs of an earlier process must not count for the remaining time
-            self._bar.reset(self._task, completed=progress.epochs_done(self._config))
+        self._label = next(self._labels, progress.phase_name())
+        if not self._bar.tasks[0].completed:  # the speed of earlier processes does not predict the time left
+            self._bar.reset(self._task, completed=self._done)
 
     def on_steps(self, progress: Progress, total: int) -> None:
         if self._bar.disable or time.monotonic() < self._next_refresh:
             return
         loss = np.asarray(progress.figures[-2:][0].loss).flat[-1]  # of the previous call: the last one may still run
         self._next_refresh = time.monotonic() + REFRESH_SECONDS
-        description = f"{progress.phase_name()} epoch {progress.epoch} step {progress.step}/{total} loss {loss:.4f}"
-        completed = progress.epochs_done(self._config) + progress.step / total
-        self._bar.update(self._task, completed=completed, description=description)
+        description = f"{self._label} epoch {progress.epoch} step {progress.step}/{total} loss {loss:.4f}"
+        self._bar.update(self._task, completed=self._done + progress.step / total, description=description)
 
     def on_epoch_end(self, record: EpochRecord, progress: Progress) -> None:
-        self._bar.update(self._task, completed=progress.epochs_done(self._config))
+        self._done += 1
+        self._bar.update(self._task, completed=self._done)
         temperature = "-" if record.temperature is None else f"{record.temperature:.1f}"
         self._print(
-            f"{progress.phase_name():<9} {record.epoch:>5} {record.loss:>8.4f} {record.learning_rate:>7g} "
+            f"{self._label:<9} {record.epoch:>5} {record.loss:>8.4f} {record.learning_rate:>7g} "
             f"{temperature:>6} {record.density:>8.2%} {percent(record.soft_accuracy):>9} "
             f"{percent(record.hard_accuracy):>9} {record.seconds:>8.1f}"
         )

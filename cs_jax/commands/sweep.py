@@ -129,7 +129,7 @@ def pareto(arguments: Sequence[str], *, prog: str) -> None:
 
 def _sweep_parser(prog: str, command: Callable[..., None]) -> argparse.ArgumentParser:
     parser = command_parser(prog, command)
-    parser.add_argument("spec", type=Path, metavar="SPEC", help="TOML file: see docs/sweeps.md")
+    parser.add_argument("spec", type=Path, metavar="SPEC", help="TOML file: see docs/experiments/sweeps.md")
     parser.add_argument("--out", type=Path, help="directory of the sweep (default: sweeps/NAME for a file NAME.toml)")
     return parser
 

@@ -20,7 +20,7 @@ from cs_jax.data.registry import source_of
 from cs_jax.experiment.config import Config
 from cs_jax.experiment.observers.terminal import print_line
 from cs_jax.experiment.presets import PRESETS
-from cs_jax.models.features import NONE
+from cs_jax.models.features import DEFAULT_FEATURES
 from cs_jax.models.multiply_adds import multiply_adds
 from cs_jax.tickets import describe
 from cs_jax.tickets import shrink as shrinking
@@ -183,7 +183,7 @@ def _what_changed(before: LoadedTicket, after: LoadedTicket) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     assert before.model is not None and after.model is not None
-    whole = before.model.clone(features=NONE)  # pyright: ignore[reportCallIssue]
+    whole = before.model.clone(features=DEFAULT_FEATURES)  # pyright: ignore[reportCallIssue]
     image_shape = tuple(before.metadata["model"]["image_shape"])
     dense, old, new = (_sizes(model, image_shape) for model in (whole, before.model, after.model))
     for name, size in new.items():

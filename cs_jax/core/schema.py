@@ -128,7 +128,7 @@ def _one_line(message: str, value: Any, kind: Any) -> str:
 
 
 def _rule(problem: str, kind: Any) -> str:
-    """What is wrong, in words."""
+    """The broken rule, in words."""
     if problem.startswith("Invalid enum value"):
         choices = [str(choice) for option in (kind, *typing.get_args(kind)) for choice in _choices(option)]
         return f"must be one of {', '.join(choices)}" if choices else "not an allowed value"

@@ -10,7 +10,7 @@ from cs_jax.data.config import DataConfig
 from cs_jax.methods import METHODS, NONE, RETRAININGS, Method
 from cs_jax.methods.config import DEFAULT_MULTIPLE, MethodConfig
 from cs_jax.methods.controls import CONTROLS, DENSE
-from cs_jax.models import MODELS, takes
+from cs_jax.models import MODELS, has_field
 
 SEARCH, TICKET = "search", "ticket"
 """Names of phases; the others are names of controls."""
@@ -72,7 +72,7 @@ class Config(DataConfig, MethodConfig):
             self._check("rewind_epoch", 0 <= self.rewind_epoch < self.epochs, inside)
         self._check_choice("model", MODELS)
         for name, default in (("remat", False), ("dtype", "float32")):
-            works = getattr(self, name) == default or takes(self.model, name)
+            works = getattr(self, name) == default or has_field(self.model, name)
             self._check(name, works, f"--model {self.model} does not support it")
         self._check_granularity()
         self._check_method()

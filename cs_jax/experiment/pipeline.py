@@ -124,7 +124,7 @@ def _write_ticket(experiment: Experiment, start: Snapshot | None, state: TrainSt
         "versions": versions(),
     }
     if state.channels is not None:
-        metadata["unmasked"] = [trees.name(path) for path in state.channels.whole]
+        metadata["unmasked"] = [trees.name(path) for path in state.channels.unscored]
     directory.write_predictions(predictions(np.asarray(logits), data.test))
     directory.write_ticket(
         params=state.params,

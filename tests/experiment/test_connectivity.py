@@ -468,7 +468,7 @@ def test_the_guide_to_analysis_runs_and_prints_what_it_shows(
     monkeypatch.chdir(tmp_path)
     for name in ("one", "two"):
         shutil.copytree(finished, tmp_path / "runs" / name)
-    guide = (Path(__file__).parents[2] / "docs" / "analysis.md").read_text()
+    guide = (Path(__file__).parents[2] / "docs" / "experiments" / "analysis.md").read_text()
     namespace: dict[str, Any] = {}
     printed = []
     for kind, block in re.findall(r"```(python|text)\n(.*?)```", guide, re.DOTALL):

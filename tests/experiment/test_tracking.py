@@ -26,7 +26,7 @@ crc: Any = pytest.importorskip("tensorboardX.record_writer")
 
 CONFIG = dataclasses.replace(small.SEARCH, controls=(DENSE,))
 LAYERS = ["hidden0/kernel", "hidden1/kernel"]
-DOCS = Path(__file__).parents[2] / "docs"
+PAGE = Path(__file__).parents[2] / "docs" / "experiments" / "tracking.md"
 
 
 class Log(Tracker):
@@ -147,7 +147,7 @@ def test_the_guide_lists_the_tags_that_a_run_has(problem: Problem) -> None:
     for tag in {tag for values in (*log.scalars, *log.histograms) for tag in values}:
         phase, name = tag.split("/", 1)
         given.setdefault(re.sub(r"/hidden.*", "/LAYER", name), set()).add(phase)
-    rows = re.findall(r"^\| `([a-z][\w/]*)` \| ([a-z, ]+) \|", (DOCS / "tracking.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z][\w/]*)` \| ([a-z, ]+) \|", PAGE.read_text(), re.MULTILINE)
     assert {name: set(phases.split(", ")) for name, phases in rows} == given
 
 

@@ -18,7 +18,7 @@ from cs_jax.experiment.storage.paths import MASKS_FILE, METRICS_FILE, SUMMARY_FI
 from cs_jax.report import overlap_sections, plots, read_run
 from cs_jax.report.epoch_sections import spans
 from cs_jax.report.pages import Plot, Section, Table
-from cs_jax.sweep import scheduler
+from cs_jax.sweep import storage
 from cs_jax.sweep.results import SweptTicket, read_tickets
 from cs_jax.sweep.spec import make_spec
 
@@ -406,7 +406,7 @@ def sweep(tmp_path: Path) -> Path:
     """A folder in which two of the runs of a sweep have ended."""
     spec = make_spec("some", SPEC)
     for planned in spec.runs[:2]:
-        folder = scheduler.folder_of(tmp_path, planned)
+        folder = storage.folder_of(tmp_path, planned)
         folder.mkdir(parents=True)
         (folder / SUMMARY_FILE).write_text("{}")
         write_ticket(folder)
@@ -422,7 +422,7 @@ def test_tickets_are_those_of_the_runs_that_have_ended(sweep: Path) -> None:
     assert [ticket[:4] for ticket in found] == [("imp", 0.1, None, 0), ("imp", 0.1, None, 1)]
     for name, mask in kept(TICKET).items():
         np.testing.assert_array_equal(found[0].masks[name].ravel(), mask)
-    folder = scheduler.folder_of(sweep, spec.runs[2])  # the dense network is nobody's ticket
+    folder = storage.folder_of(sweep, spec.runs[2])  # the dense network is nobody's ticket
     folder.mkdir()
     (folder / SUMMARY_FILE).write_text("{}")
     assert len([*read_tickets(spec, sweep)]) == 2
@@ -430,7 +430,7 @@ def test_tickets_are_those_of_the_runs_that_have_ended(sweep: Path) -> None:
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"ticket")])
 def test_a_ticket_that_cannot_be_loaded_is_refused_by_its_file(sweep: Path, damage: Callable[[Path], Any]) -> None:
-    path = scheduler.folder_of(sweep, make_spec("some", SPEC).runs[1]) / TICKET_FILE
+    path = storage.folder_of(sweep, make_spec("some", SPEC).runs[1]) / TICKET_FILE
     damage(path)
     with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}: "):
         list(read_tickets(make_spec("some", SPEC), sweep))

@@ -28,7 +28,7 @@ from cs_jax.tickets.export.plain_network import masked_logits, serve
 from cs_jax.tickets.ticket import LoadedTicket, save_ticket
 
 LENET = FAMILIES["lenet"]
-PAGE = Path(__file__).parents[2] / "docs" / "export.md"
+PAGE = Path(__file__).parents[2] / "docs" / "tickets" / "export.md"
 
 
 def relative(got: Any, wanted: np.ndarray) -> float:
@@ -162,7 +162,7 @@ def not_finite() -> LoadedTicket:
     "given, complaint",
     [
         (emptied(), "layer 'hidden1': its mask keeps no weight.*; with --keep-shapes nothing is taken out"),
-        (ticket(Unwired(), (2, 2, 1)), "got Unwired, which does not say how it is wired.*; with --keep-shapes"),
+        (ticket(Unwired(), (2, 2, 1)), "model Unwired: does not declare its wiring.*; with --keep-shapes"),
         (dataclasses.replace(ticket(*LENET), model=None), "is of a model of its maker's own"),
         (dataclasses.replace(ticket(*LENET), metadata={}), r"image_shape: got \[\], wanted height"),
         (not_finite(), "params/classifier/bias: got entries that are not finite, wanted numbers"),

@@ -171,8 +171,8 @@ class ThreeNorms(nn.Module):
     [
         ("another epsilon", "the wiring of ThreeNorms is wrong: with norms folded by it, outputs differ by"),
         ("swapped", "the wiring of ThreeNorms is wrong: with norms folded by it, outputs differ by"),
-        ("partly", "wiring: says nothing of 'norm1/bias', wanted every layer"),
-        ("unknown", "wiring: names 'norm3', but there is no such layer among the params"),
+        ("partly", "wiring: misses 'norm1/bias'; name every layer in `wire`"),
+        ("unknown", "wiring of layer 'norm3': no such layer in the params"),
     ],
 )
 def test_a_wrong_wiring_is_refused(told: str, complaint: str) -> None:

@@ -292,7 +292,7 @@ def test_a_second_sigint_ends_the_process_at_once_even_while_it_computes(tmp_pat
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=5)
     assert process.returncode == 130
-    assert error == "ended at once; give the same command again to resume from the last checkpoint\n"
+    assert error == "ended at once; run the same command to resume from the last checkpoint\n"
 
 
 def test_a_signal_that_has_to_wait_is_told_to_be_heard() -> None:

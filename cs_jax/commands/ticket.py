@@ -14,13 +14,13 @@ from rich.table import Table
 
 from cs_jax.commands.parser import command_parser
 from cs_jax.core import files, trees
-from cs_jax.core.errors import ConfigError, out_of_memory, told_of
+from cs_jax.core.errors import ConfigError, error_in_file, out_of_memory
 from cs_jax.data.load import load_test
 from cs_jax.data.registry import source_of
 from cs_jax.experiment.config import Config
 from cs_jax.experiment.observers.terminal import print_line
 from cs_jax.experiment.presets import PRESETS
-from cs_jax.models.features import NONE
+from cs_jax.models.features import DEFAULT_FEATURES
 from cs_jax.models.multiply_adds import multiply_adds
 from cs_jax.tickets import describe
 from cs_jax.tickets import shrink as shrinking
@@ -119,7 +119,7 @@ def shrink(arguments: Sequence[str], *, prog: str) -> None:
     out = given.out or given.file.with_name(f"{given.file.stem}-shrunk.safetensors")
     files.check_out(out, source=given.file)
     loaded = load_ticket(given.file)
-    with told_of(given.file, TypeError, ValueError):  # of a model whose wiring is missing or wrong
+    with error_in_file(given.file, TypeError, ValueError):  # of a model whose wiring is missing or wrong
         smaller = shrinking.shrink_ticket(loaded)
     save_ticket(out, **smaller.variables, metadata=smaller.metadata)
     terminal = Console()
@@ -129,7 +129,7 @@ def shrink(arguments: Sequence[str], *, prog: str) -> None:
 
 
 def speed(arguments: Sequence[str], *, prog: str) -> None:
-    """measure a ticket's forms on this device, dense, masked, shrunk and sparse, and say which one to serve"""
+    """measure a ticket's forms on this device, dense, masked and shrunk, and say which one to serve"""
     parser = command_parser(prog, speed)
     parser.add_argument("file", type=Path, metavar="FILE", help="ticket.safetensors of a run")
     parser.add_argument(
@@ -142,7 +142,7 @@ def speed(arguments: Sequence[str], *, prog: str) -> None:
             if value < 1:
                 raise ConfigError(f"{name}: got {value}, wanted at least 1")
     loaded = load_ticket(given.file)
-    with told_of(given.file, TypeError, ValueError):  # of a model whose wiring is missing or wrong
+    with error_in_file(given.file, TypeError, ValueError):  # of a model whose wiring is missing or wrong
         forms = speeds.forms(loaded)
     shape, terminal = loaded.metadata["model"]["image_shape"], Console()
     if loaded.metadata["model"].get("features"):
@@ -183,7 +183,7 @@ def _what_changed(before: LoadedTicket, after: LoadedTicket) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     assert before.model is not None and after.model is not None
-    whole = before.model.clone(features=NONE)  # pyright: ignore[reportCallIssue]
+    whole = before.model.clone(features=DEFAULT_FEATURES)  # pyright: ignore[reportCallIssue]
     image_shape = tuple(before.metadata["model"]["image_shape"])
     dense, old, new = (_sizes(model, image_shape) for model in (whole, before.model, after.model))
     for name, size in new.items():

@@ -13,6 +13,9 @@ from cs_jax.core.errors import ConfigError
 
 Kind = TypeVar("Kind")
 
+MAX_NAME = 120
+"""Characters of a name in a message: names of a hostile file may be long."""
+
 _WORDS = {
     "int": "a whole number",
     "float": "a number",
@@ -43,7 +46,7 @@ def convert(value: Any, kind: type[Kind], source: str) -> Kind:
     try:
         return msgspec.convert(value, kind, dec_hook=_decode)
     except (msgspec.ValidationError, OverflowError, RecursionError) as error:
-        raise ConfigError(f"{source}: {_one_line(str(error), value, kind)}") from error
+        raise ConfigError(f"{source}: {printable(_one_line(str(error), value, kind))}") from error
 
 
 def decode(content: bytes, kind: type[Kind], source: str) -> Kind:
@@ -57,6 +60,41 @@ def decode(content: bytes, kind: type[Kind], source: str) -> Kind:
     except (msgspec.DecodeError, RecursionError) as error:
         raise ConfigError(f"{source}: not valid JSON: {error}") from error
     return convert(value, kind, source)
+
+
+def parse_words(words: str | list[str], kind: Any, name: str) -> Any:
+    """The value of a type that words of a command line spell; "none" is None where the type has None and no text.
+
+    Args:
+        words: one word, or a list of them for a tuple type.
+        kind: as for `convert`.
+        name: of the flag, with which an error begins.
+
+    Raises:
+        ConfigError: "NAME WORD: RULE", for the first word that does not fit.
+
+    >>> parse_words(["1", "2"], tuple[int, ...], "--lr-schedule")
+    (1, 2)
+    """
+    if isinstance(words, str) and words.lower() == "none" and _fits(None, kind) and not _fits("none", kind):
+        return None
+    try:
+        return msgspec.convert(words, kind, strict=False, dec_hook=_decode)
+    except (msgspec.ValidationError, OverflowError) as error:
+        problem, _, place = str(error).partition(" - at `")
+        index = re.search(r"\[(\d+)\]", place)
+        word = words[int(index[1])] if index else words
+        inner = _inner(kind, int(index[1])) if index else kind
+        raise ConfigError(f"{name} {word}: {_rule(problem, inner)}".removesuffix(" or null")) from error
+
+
+def printable(text: str) -> str:
+    """Text of a file on one line, with control characters escaped.
+
+    >>> print(printable("a\\nb"))
+    a\\nb
+    """
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _decode(kind: type, value: Any) -> Any:
@@ -75,24 +113,22 @@ def _one_line(message: str, value: Any, kind: Any) -> str:
         if index == "..." and isinstance(value, dict):
             name = next((key for key, inner in value.items() if not _fits(inner, _inner(kind, ""))), "...")
         key: Any = int(index) if index.isdigit() else name
-        field += f"[{key}]" if index.isdigit() else f".{name}" if field else name
+        shown = name if len(name) <= MAX_NAME else name[: MAX_NAME - 3] + "..."
+        field += f"[{key}]" if index.isdigit() else f".{shown}" if field else shown
         kind = _inner(kind, key)
         try:
             value = value[key]
         except (LookupError, TypeError):
             return f"{field}: {_rule(problem, kind)}"
-    missing = re.fullmatch(r"Object missing required field `(.*)`", problem)
-    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", problem)
-    prefix = f"{field}." if field else ""
-    if missing:
-        return f"{prefix}{missing[1]}: missing"
-    if unknown:
-        return f"{prefix}{unknown[1]}: unknown"
+    found = re.fullmatch(r"Object (missing required|contains unknown) field `(.*)`", problem, re.DOTALL)
+    if found:
+        rule = {"missing required": "missing", "contains unknown": "unknown"}[found[1]]
+        return f"{field}.{found[2][:MAX_NAME]}: {rule}".lstrip(".")
     return f"{field} {reprlib.repr(value)}: {_rule(problem, kind)}".lstrip()
 
 
 def _rule(problem: str, kind: Any) -> str:
-    """What is wrong, in words."""
+    """The broken rule, in words."""
     if problem.startswith("Invalid enum value"):
         choices = [str(choice) for option in (kind, *typing.get_args(kind)) for choice in _choices(option)]
         return f"must be one of {', '.join(choices)}" if choices else "not an allowed value"

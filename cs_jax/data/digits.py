@@ -5,13 +5,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from cs_jax.data.config import DataConfig
 from cs_jax.data.source import Examples
 from cs_jax.data.split import Split
-from cs_jax.experiment.config import Config
 
 
 @contextlib.contextmanager
-def opened(config: Config, *splits: str) -> Iterator[Examples]:
+def opened(config: DataConfig, *splits: str) -> Iterator[Examples]:
     """scikit-learn's 1,797 digits, 8x8 pixels, whose 17 grey levels are scaled to 0 to 255.
 
     The test split is a fifth of them, the same for every seed.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cs_jax.core.errors import ConfigError
+from cs_jax.data.config import DataConfig
 from cs_jax.data.images import ImageSet
 from cs_jax.data.records import Records
 from cs_jax.data.registry import source_of
@@ -26,7 +27,6 @@ from cs_jax.data.split import (
     statistics,
 )
 from cs_jax.data.stream import Images, ImageStream, default_threads
-from cs_jax.experiment.config import Config
 
 MAX_SAMPLE = 1000
 """Maximum number of streamed images from which statistics are computed."""
@@ -49,7 +49,7 @@ class _Constants(NamedTuple):
     std: Sequence[float] | np.ndarray
 
 
-def load_data(config: Config) -> Data:
+def load_data(config: DataConfig) -> Data:
     """Data of a config, split into training, validation and test examples, and normalised.
 
     Raises:
@@ -65,7 +65,7 @@ def load_data(config: Config) -> Data:
     return _resident(config, train, test, examples.classes)
 
 
-def load_test(config: Config, mean: Sequence[float], std: Sequence[float]) -> tuple[Images, tuple[str, ...]]:
+def load_test(config: DataConfig, mean: Sequence[float], std: Sequence[float]) -> tuple[Images, tuple[str, ...]]:
     """Test examples of a config's data set, normalised by constants per channel, and the names of the classes.
 
     Raises:
@@ -80,7 +80,7 @@ def load_test(config: Config, mean: Sequence[float], std: Sequence[float]) -> tu
     return _make_set(test, constants), examples.classes
 
 
-def _check_stream_settings(config: Config, source: Source) -> None:
+def _check_stream_settings(config: DataConfig, source: Source) -> None:
     """Refuses settings of streams for a source that cannot stream."""
     if source.can_stream:
         return
@@ -91,7 +91,7 @@ def _check_stream_settings(config: Config, source: Source) -> None:
     check_resident(config, f"requires streamed images, which --dataset {config.dataset} does not support")
 
 
-def _resident(config: Config, train: Split, test: Split, classes: tuple[str, ...]) -> Data:
+def _resident(config: DataConfig, train: Split, test: Split, classes: tuple[str, ...]) -> Data:
     """Data in device memory."""
     for split, labels in (("training", train.labels), ("test", test.labels)):
         if len(labels) == 0:
@@ -106,7 +106,6 @@ def _resident(config: Config, train: Split, test: Split, classes: tuple[str, ...
     validation_indices, train_indices = split_validation(config, train.labels, rng)
     if config.max_train_examples is not None:
         train_indices = train_indices[: config.max_train_examples]
-    _check_batch_size(config, train_indices)
     validation, train = train[validation_indices], train[train_indices]
     constants = _Constants(*(STATISTICS.get(base_name(config)) or statistics([train.images])))
     return Data(
@@ -122,13 +121,12 @@ def _make_set(split: Split, constants: _Constants) -> ImageSet:
     return ImageSet(jnp.asarray(split.images), jnp.asarray(split.labels), mean, std)
 
 
-def _streamed(config: Config, train: Records, test: Records, classes: tuple[str, ...]) -> Data:
+def _streamed(config: DataConfig, train: Records, test: Records, classes: tuple[str, ...]) -> Data:
     """Data that stay in their files until needed. Validation is drawn at random, because no label is read for it."""
     check_validation_size(config, len(train))
     order = np.random.default_rng(config.seed).permutation(len(train))
     validation_indices, train_indices = np.split(order, [config.val_set_size])
     train_indices = train_indices[: config.max_train_examples]
-    _check_batch_size(config, train_indices)
     constants = _Constants(*(STATISTICS.get(base_name(config)) or _sample_statistics(config, train)))
     return Data(
         _make_stream(config, train, train_indices, constants),
@@ -138,7 +136,7 @@ def _streamed(config: Config, train: Records, test: Records, classes: tuple[str,
     )
 
 
-def _make_stream(config: Config, records: Records, indices: np.ndarray, constants: _Constants) -> ImageStream:
+def _make_stream(config: DataConfig, records: Records, indices: np.ndarray, constants: _Constants) -> ImageStream:
     height, width, channels = records.image_shape
     shape = (config.image_size or height, config.image_size or width, channels)
     assert shape[0] is not None and shape[1] is not None  # sources require an image size for images of varying shape
@@ -153,20 +151,13 @@ def _make_stream(config: Config, records: Records, indices: np.ndarray, constant
     )
 
 
-def _sample_statistics(config: Config, records: Records) -> tuple[np.ndarray, np.ndarray]:
+def _sample_statistics(config: DataConfig, records: Records) -> tuple[np.ndarray, np.ndarray]:
     """`statistics` of a sample of images, preprocessed as for evaluation; the same sample for every seed."""
     indices = np.random.default_rng(0).permutation(len(records))[:MAX_SAMPLE]
     channels = records.image_shape[-1]
     sample = _make_stream(config, records, indices, _Constants(np.zeros(channels), np.ones(channels)))
     with contextlib.closing(sample.batches(np.arange(len(indices)), batch_size=100)) as batches:
         return statistics(batch.images for batch in batches)
-
-
-def _check_batch_size(config: Config, train_indices: np.ndarray) -> None:
-    if config.batch_size > len(train_indices):
-        raise ConfigError(
-            f"--batch-size {config.batch_size}: must be at most {len(train_indices)}, the number of training examples"
-        )
 
 
 def fingerprint(data: Data) -> str:

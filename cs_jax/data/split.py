@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cs_jax.core.errors import ConfigError
+from cs_jax.data.config import DataConfig
 from cs_jax.data.images import AUGMENTATIONS, RESIZED_CROP
-from cs_jax.experiment.config import Config
 
 STATISTICS = {
     "cifar10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),  # the authors'
@@ -20,7 +20,7 @@ Other data sets use the statistics of their training examples.
 """
 
 
-def base_name(config: Config) -> str:
+def base_name(config: DataConfig) -> str:
     """Name of the data set, without variant or version."""
     return re.split("[/:]", config.dataset)[0]
 
@@ -39,7 +39,7 @@ class Split:
         return Split(self.images[indices], self.labels[indices])
 
 
-def split_validation(config: Config, labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def split_validation(config: DataConfig, labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Indices of validation and of training examples, both in random order.
 
     `config.val_set_size` examples go to validation, the same number of each class. A class with too few examples gives
@@ -65,7 +65,7 @@ def split_validation(config: Config, labels: np.ndarray, rng: np.random.Generato
     return validation, rng.permutation(train)
 
 
-def check_validation_size(config: Config, examples: int) -> None:
+def check_validation_size(config: DataConfig, examples: int) -> None:
     if config.val_set_size >= examples:
         raise ConfigError(
             f"--val-set-size {config.val_set_size}: must be less than {examples}, the number of training examples"
@@ -94,7 +94,7 @@ def statistics(batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.where(std > 0, std, 1.0)
 
 
-def check_resident(config: Config, rule: str) -> None:
+def check_resident(config: DataConfig, rule: str) -> None:
     """Refuses settings of streams for images in memory. `rule` is the reason in the error message."""
     if config.image_size is not None:
         raise ConfigError(f"--image-size {config.image_size}: {rule}; omit --image-size")

@@ -15,18 +15,18 @@ import jax
 import numpy as np
 
 from cs_jax.core.errors import ConfigError, closest, quiet
+from cs_jax.data.config import DataConfig
 from cs_jax.data.decode import MODES
 from cs_jax.data.records import Records, Shard, allow_open_files, reason_of
 from cs_jax.data.source import Examples
 from cs_jax.data.split import Split, base_name, check_resident
-from cs_jax.experiment.config import Config
 
 CONNECT_SECONDS = 6
 """Seconds after which a data set's server that does not answer counts as out of reach."""
 
 
 @contextlib.contextmanager
-def opened(config: Config, *splits: str, other_names: tuple[str, ...]) -> Iterator[Examples]:
+def opened(config: DataConfig, *splits: str, other_names: tuple[str, ...]) -> Iterator[Examples]:
     """Examples of a prepared image classification set, in memory or as record files to stream.
 
     Images without a fixed shape are always streamed; others are streamed if the config says so. If there is no "test"
@@ -52,7 +52,7 @@ def opened(config: Config, *splits: str, other_names: tuple[str, ...]) -> Iterat
         yield Examples(read(builder, [test if split == "test" else split for split in splits]), _classes(builder))
 
 
-def _is_streamed(config: Config, builder: Any) -> bool:
+def _is_streamed(config: DataConfig, builder: Any) -> bool:
     """True if images are streamed.
 
     Raises:
@@ -70,7 +70,7 @@ def _is_streamed(config: Config, builder: Any) -> bool:
     return False
 
 
-def _test_split(config: Config, builder: Any) -> str:
+def _test_split(config: DataConfig, builder: Any) -> str:
     """Split to test on: "test", or "validation" if there is no "test" or its labels are secret."""
     named = [name for name in ("test", "validation") if name in builder.info.splits]
     test = next((name for name in named if name == named[-1] or _has_labels(builder, name)), None)
@@ -94,12 +94,12 @@ def _classes(builder: Any) -> tuple[str, ...]:
     return tuple(builder.info.features["label"].names)
 
 
-def _data_dir(config: Config) -> Path:
+def _data_dir(config: DataConfig) -> Path:
     return (config.data_dir or Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")).expanduser()
 
 
 @contextlib.contextmanager
-def _errors_in_one_line(config: Config) -> Iterator[None]:
+def _errors_in_one_line(config: DataConfig) -> Iterator[None]:
     """Turns every error while prepared files are read into a ConfigError of one line."""
     try:
         yield
@@ -115,7 +115,7 @@ def _errors_in_one_line(config: Config) -> Iterator[None]:
         ) from error
 
 
-def _builder(config: Config, other_names: tuple[str, ...]) -> Any:
+def _builder(config: DataConfig, other_names: tuple[str, ...]) -> Any:
     import tensorflow_datasets as tfds
 
     directory = _data_dir(config)
@@ -131,7 +131,7 @@ def _builder(config: Config, other_names: tuple[str, ...]) -> Any:
     return tfds.builder(config.dataset, data_dir=directory)
 
 
-def _check_features(config: Config, builder: Any) -> None:
+def _check_features(config: DataConfig, builder: Any) -> None:
     import tensorflow_datasets as tfds
 
     features = builder.info.features
@@ -149,7 +149,7 @@ def _check_features(config: Config, builder: Any) -> None:
         )
 
 
-def _is_prepared(config: Config, builder: Any) -> bool:
+def _is_prepared(config: DataConfig, builder: Any) -> bool:
     """True if the files of the data set are there; refuses formats other than array_record."""
     directory = Path(builder.data_dir)
     if not (directory / "dataset_info.json").exists():
@@ -163,7 +163,7 @@ def _is_prepared(config: Config, builder: Any) -> bool:
     return True
 
 
-def _prepare(config: Config, builder: Any) -> Any:
+def _prepare(config: DataConfig, builder: Any) -> Any:
     """Download and prepare the data set, if TensorFlow is installed and a server answers; the new builder.
 
     TFDS reads prepared sets without TensorFlow, but needs it to encode images. If the servers are out of reach, TFDS

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -10,7 +9,7 @@ from cs_jax.experiment.config import SEARCH, TICKET
 from cs_jax.experiment.storage.paths import METRICS_FILE
 from cs_jax.report import plots
 from cs_jax.report.pages import Plot, Section, describe_lines, numbers, plot
-from cs_jax.report.plots import Line, Span
+from cs_jax.report.plots import Line, Span, YAxis
 from cs_jax.report.read_run import Run
 
 AFTERWARDS = ("retraining", "controls")
@@ -31,12 +30,11 @@ def curves(run: Run) -> Section:
     loss = by_epoch(run, "loss", search | ticket | controls)
     density = by_epoch(run, "density", search | ticket)
     temperature = by_epoch(run, "temperature", search)
-    shares = {"percent": True}
     drawn = [
-        curve(run, "Loss", "mean over the training examples, penalty included", loss),
-        curve(run, "Validation accuracy", "of the search, then of retraining", soft + hard, **shares),
-        curve(run, "Density", "maskable weights that hard masks keep", density, from_zero=True, **shares),
-        curve(run, "Temperature", "higher makes masks harder", temperature, log=True),
+        curve(run, YAxis("loss"), "mean over training examples, penalty included", loss),
+        curve(run, YAxis("validation accuracy", percent=True), "search, then retraining", soft + hard),
+        curve(run, YAxis("density", percent=True, from_zero=True), "maskable weights kept by hard masks", density),
+        curve(run, YAxis("temperature", log=True), "masks are harder at higher temperatures", temperature),
     ]
     section.parts.extend(plot for plot in drawn if plot is not None)
     if not soft + hard:
@@ -55,14 +53,13 @@ def by_epoch(run: Run, key: str, looks: Mapping[str, tuple[str, str, str]]) -> l
     return [line for line in lines if np.isfinite(line.y).any()]
 
 
-def curve(run: Run, title: str, remark: str, lines: Sequence[Line], **options: Any) -> Plot | None:
+def curve(run: Run, y_axis: YAxis, remark: str, lines: Sequence[Line]) -> Plot | None:
+    """Plot of curves over epochs; None without curves."""
     if not lines:
         return None
-    name = title.lower().split()[-1]
-    figure = plots.curves(lines, x_label="epoch", y_label=title.lower(), spans=spans(run), **options)
-    return plot(
-        name, title, remark, f"{title} by epoch. {describe_lines(lines, percents='percent' in options)}", figure
-    )
+    title = y_axis.label.capitalize()
+    alt = f"{title} by epoch. {describe_lines(lines, percents=y_axis.percent)}"
+    return plot(y_axis.label.split()[-1], title, remark, alt, plots.curves(lines, y_axis, spans(run)))
 
 
 def spans(run: Run) -> list[Span]:

@@ -1,6 +1,7 @@
 """Bar charts, heat maps and matrices."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from cs_jax.report.plots import BLUE, INK, MANY_LAYERS, Span, mark_spans, new_axes, percent_tick, short
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Table of shares."""
+
+    rows: Sequence[str]  # names, from the top
+    columns: Sequence[str]  # names
+    shares: np.ndarray  # (rows, columns), in [0, 1]; NaN is an empty cell
+    texts: np.ndarray  # (rows, columns), text of each cell
 
 
 def bars(names: Sequence[str], shares: Sequence[float]) -> Figure:
@@ -76,25 +87,15 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
     return figure
 
 
-def matrix(
-    rows: Sequence[str],
-    columns: Sequence[str],
-    shares: np.ndarray,
-    texts: np.ndarray,
-    *,
-    log: bool = False,
-    title: str = "",
-) -> Figure:
-    """A table of shares in [0, 1] as colours, with a text in each cell where there is room.
+def matrix(cells: Matrix, *, log: bool = False, title: str = "") -> Figure:
+    """Table of shares as colours, with a text in each cell if the table is small enough.
 
     Args:
-        rows: their names, the first on top.
-        columns: their names.
-        shares: (rows, columns); NaN leaves a cell empty.
-        texts: of the cells, (rows, columns).
-        log: colours go by the logarithm, from the least share above 0.
-        title: stands above, for a figure that is looked at without its page.
+        cells: rows, columns, shares and texts.
+        log: logarithmic colour scale, from the smallest share above 0.
+        title: shown above, so that the PNG file can be read without the page.
     """
+    rows, columns, shares, texts = cells.rows, cells.columns, cells.shares, cells.texts
     crowded = len(rows) > MANY_LAYERS or len(columns) > 10
     lines = max(text.count("\n") + 1 for text in texts.flat)
     figure, axes = new_axes(1.2 + len(rows) * (0.09 if len(rows) > MANY_LAYERS else 0.12 + 0.16 * lines))

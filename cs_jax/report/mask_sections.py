@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from cs_jax.experiment.config import SEARCH, TICKET
-from cs_jax.experiment.connectivity import ends_highest
+from cs_jax.experiment.connectivity import barrier_note
 from cs_jax.experiment.storage.paths import MASKS_FILE, METRICS_FILE, SCORES_FILE
 from cs_jax.report import heatmaps, plots
 from cs_jax.report.epoch_sections import AFTERWARDS, spans
 from cs_jax.report.pages import Plot, Section, Table, describe_lines, percent, plot
-from cs_jax.report.plots import Line
+from cs_jax.report.plots import Line, YAxis
 from cs_jax.report.read_arrays import Bits, Masks
 from cs_jax.report.read_run import Epoch, Run
 from cs_jax.tickets import overlap as mask_overlap
@@ -109,12 +109,9 @@ def _flips(run: Run) -> Plot | None:
         remark += f"; {len(known) - len(flipped)} epochs without a flip have no point"
         rates = [rate if rate > 0 else math.nan for rate in rates]
     line = Line("search", [1.0 + index for index in range(len(rates))], rates)
-    figure = plots.curves(
-        [line], x_label="epoch", y_label="flip rate", percent=True, log=log, from_zero=not log, spans=spans(run)
-    )
-    return plot(
-        "flip-rate", "Flip rate", remark, f"Flip rate by epoch. {describe_lines([line], percents=True)}", figure
-    )
+    figure = plots.curves([line], YAxis("flip rate", percent=True, log=log, from_zero=not log), spans(run))
+    alt = f"Flip rate by epoch. {describe_lines([line], percents=True)}"
+    return plot("flip-rate", "Flip rate", remark, alt, figure)
 
 
 def _overlap_rows(masks: Masks, sizes: Mapping[str, int]) -> list[list[str]]:
@@ -149,12 +146,12 @@ def connectivity(run: Run) -> Section | None:
         return None
     section = Section("Linear mode connectivity")
     accuracies = " and ".join(percent(child["test_accuracy"]) for child in found["children"])
-    at_end = ends_highest(found["points"])
+    note = barrier_note(found["points"])
     section.texts.append(
         "The ticket was trained twice more, with other batches and augmentation and all else alike; the children are "
         f"right on {accuracies} of the test set. The barrier is how far the worst network on the line between them is "
         f"above the mean of its ends: {100 * found['barrier']:.2f} points of error, {found['loss_barrier']:.4f} of "
-        f"loss{at_end and f' ({at_end})'}. With next to none, batches do not decide where the training of this ticket "
+        f"loss{note and f' ({note})'}. With next to none, batches do not decide where the training of this ticket "
         "ends."
     )
     shares, errors, losses = ([point[name] for point in found["points"]] for name in ("share", "error", "loss"))
@@ -176,7 +173,7 @@ def scores(run: Run) -> Section | None:
         section.notes.append(f"{SCORES_FILE} is missing or has no round yet.")
         return section
     section.texts.append(
-        f"{run.found_by.says_of_scores} Before: at the round's start, after the reset. After: at its end, before the "
+        f"{run.found_by.remark_on_scores} Before: at the round's start, after the reset. After: at its end, before the "
         "next reset."
     )
     edges, rounds, _ = run.scores

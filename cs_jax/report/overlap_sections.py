@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cs_jax.report import heatmaps, plots
+from cs_jax.report.heatmaps import Matrix
 from cs_jax.report.mask_sections import LONG_TABLE, shown_z
 from cs_jax.report.pages import Plot, Section, Table, percent, plot
 from cs_jax.sweep.results import SweptTicket
@@ -29,7 +30,7 @@ class Pairing(NamedTuple):
 
 
 def sections(tickets: Sequence[SweptTicket]) -> list[Section]:
-    """Overlaps and densities of layers at each target; nothing where there are no tickets of a target or a dial."""
+    """Overlaps and layer densities at each target; empty without tickets of a target or an initial score."""
     overlaps, densities = Section("Overlap of masks"), Section("Density of layers")
     tables = []
     for number, (target, group) in enumerate(_groups(tickets).items()):
@@ -59,14 +60,17 @@ def shown_share(share: float) -> str:
 
 
 def _groups(tickets: Sequence[SweptTicket]) -> dict[str, list[SweptTicket]]:
-    """Tickets by their target and dial in words, densest first; those that have neither are left out."""
-    axes = {(ticket.target, ticket.dial) for ticket in tickets} - {(None, None)}
+    """Tickets by their target and initial score in words, densest first; those that have neither are left out."""
+    axes = {(ticket.target, ticket.initial_score) for ticket in tickets} - {(None, None)}
     falling = sorted(axes, key=lambda axis: [np.inf if value is None else -value for value in axis])
-    return {_words(*axis): [ticket for ticket in tickets if (ticket.target, ticket.dial) == axis] for axis in falling}
+    return {
+        _words(*axis): [ticket for ticket in tickets if (ticket.target, ticket.initial_score) == axis]
+        for axis in falling
+    }
 
 
-def _words(target: float | None, dial: float | None) -> str:
-    return shown_target(target, dial, lambda share: f"density {shown_share(share)}")
+def _words(target: float | None, initial_score: float | None) -> str:
+    return shown_target(target, initial_score, lambda share: f"density {shown_share(share)}")
 
 
 def _methods(tickets: Sequence[SweptTicket]) -> list[str]:
@@ -106,7 +110,7 @@ def _overlap_plot(name: str, target: str, methods: Sequence[str], found: Sequenc
     labels = plots.short(methods, length=LABEL, kind="method")
     told = [f"{one.method} and {one.other} {percent(one.shared)}, by chance {percent(one.chance)}" for one in found]
     title, remark = f"Masks shared at {target}", "in brackets: by chance; diagonal: between seeds"
-    figure = heatmaps.matrix(labels, labels, shares, texts, title=title)
+    figure = heatmaps.matrix(Matrix(labels, labels, shares, texts), title=title)
     return plot(name, title, remark, f"{title}: {'; '.join(told)}.", figure)
 
 
@@ -132,7 +136,7 @@ def _density_plot(name: str, target: str, tickets: Sequence[SweptTicket]) -> Plo
     told = [f"{method} {percent(low)} to {percent(high)}" for method, (low, high) in zip(methods, ends, strict=True)]
     labels = plots.short(methods, length=LABEL, kind="method")
     title, remark = f"Layers at {target}", "weights kept, from input to output"
-    figure = heatmaps.matrix(heatmaps.layer_labels(layers), labels, shares, texts, log=True, title=title)
+    figure = heatmaps.matrix(Matrix(heatmaps.layer_labels(layers), labels, shares, texts), log=True, title=title)
     return plot(name, title, remark, f"{title}, lowest to highest density: {'; '.join(told)}.", figure)
 
 

@@ -77,7 +77,6 @@ class Page(NamedTuple):
 
     title: str
     lead: str
-    verdict: str
     tiles: list[Tile]
     sections: list[Section]
 

@@ -6,6 +6,7 @@ Draw and render inside `style()`. Colours are those of Okabe and Ito, which colo
 import contextlib
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -18,8 +19,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 BLUE, SKY, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#cc79a7", "#6b7280"
-CYCLE = [(color, dashes) for dashes in ("-", "--", ":") for color in (BLUE, ORANGE, GREEN, PURPLE, SKY, GREY)]
-"""Colour and dashes of the first, second, ... of several runs."""
 
 WIDTH = 5.6  # inches: at 10.5 pt, text is still readable where the figure is shrunk to a telephone's width
 MARKERS = "os^DvPX*"
@@ -60,35 +59,14 @@ class Line(NamedTuple):
     dashes: str = "-"
 
 
-class Point(NamedTuple):
-    """What a ticket costs and is worth."""
+@dataclass(frozen=True)
+class YAxis:
+    """Label and scale of a y axis."""
 
     label: str
-    density: float
-    accuracy: float
-    dense: float | None  # accuracy of the dense network
-
-
-class Series(NamedTuple):
-    """A method over densities, with its deviations; NaN where there is one seed."""
-
-    label: str
-    densities: Sequence[float]
-    accuracies: Sequence[float]
-    deviations: Sequence[float]
-    seeds: Sequence[tuple[float, float]]  # density and accuracy of each network
-    color: str
-    marker: str
-    dashes: str = "-"
-    thin: bool = False  # a control, which is drawn under the methods and without error bars
-
-
-class Band(NamedTuple):
-    """An accuracy that has no density of its own, such as that of the dense network."""
-
-    label: str
-    accuracy: float
-    deviation: float  # 0 where there is one seed
+    percent: bool = False  # values are shares in [0, 1], shown in percent
+    log: bool = False  # logarithmic scale
+    from_zero: bool = False  # starts at 0
 
 
 class Span(NamedTuple):
@@ -132,49 +110,34 @@ def short(names: Sequence[str], *, length: int = 24, kind: str = "class") -> lis
     ]
 
 
-def curves(
-    lines: Sequence[Line],
-    *,
-    x_label: str,
-    y_label: str,
-    percent: bool = False,
-    log: bool = False,
-    from_zero: bool = False,
-    spans: Sequence[Span] = (),
-    listed: bool = False,
-) -> Figure:
-    """Lines over epochs.
+def curves(lines: Sequence[Line], y_axis: YAxis, spans: Sequence[Span] = ()) -> Figure:
+    """Curves over epochs.
 
     Args:
-        lines: what is drawn; the legend names them where there is more than one.
-        x_label: of the axis.
-        y_label: of the axis.
-        percent: y is a share in [0, 1], shown in percent.
-        log: y is shown on a logarithmic scale.
-        from_zero: the y axis begins at 0.
-        spans: named parts of the x axis, marked off from each other.
-        listed: the legend has a row for each line, below each other, and the figure room for it.
+        lines: curves; with more than one there is a legend.
+        y_axis: label and scale.
+        spans: named parts of the x axis, separated by vertical lines.
     """
-    columns = 1 if listed else min(len(lines), LEGEND_COLUMNS)
+    columns = min(len(lines), LEGEND_COLUMNS)
     rows = -(-len(lines) // max(1, columns))
-    figure, axes = new_axes(3.3 + 0.2 * (rows if listed else rows - 1))
+    figure, axes = new_axes(3.3 + 0.2 * (rows - 1))
     for line in lines:
         marker = "o" if np.isfinite(np.asarray(line.y, float)).sum() <= 20 else ""
         axes.plot(line.x, line.y, line.dashes, color=line.color, label=line.label, marker=marker, markersize=3.5)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(y_axis.label)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    if percent:
+    if y_axis.percent:
         axes.yaxis.set_major_formatter(FuncFormatter(percent_tick))
         axes.margins(y=0.08)
-    if from_zero:
+    if y_axis.from_zero:
         axes.set_ylim(bottom=0)
-    if log:
-        _log_scale(axes, percent=percent)
+    if y_axis.log:
+        _log_scale(axes, percent=y_axis.percent)
     mark_spans(axes, spans)
-    if spans:  # the same for all figures of a run
+    if spans:  # the same x range in all figures of a run
         axes.set_xlim(spans[0].start - 0.5, spans[-1].end + 0.5)
-    if len(lines) > 1 or listed:
+    if len(lines) > 1:
         figure.legend(loc="outside lower center", ncols=columns, handlelength=1.8)
     return figure
 

@@ -17,6 +17,7 @@ from cs_jax.experiment.presets import PRESETS
 from cs_jax.experiment.storage import config_file
 from cs_jax.experiment.storage.paths import PREDICTIONS_FILE
 from cs_jax.experiment.storage.run_directory import CONFIG_FILE
+from cs_jax.methods.controls import DENSE
 from cs_jax.report import epoch_sections, heatmaps, mask_sections
 from cs_jax.report.pages import Example, Page, Section, Table, Tile, percent, plot, points, shown
 from cs_jax.report.read_run import Epoch, Network, Run, Summary
@@ -43,28 +44,7 @@ def page(run: Run) -> Page:
     names = {"dataset": "data set", "model": "model", "method": "method", "seed": "seed"}
     about = [run.settings.get(name) for name in names]
     lead = " · ".join(f"{name} {value}" for name, value in zip(names.values(), about, strict=True) if value is not None)
-    return Page(f"Run {run.name}", lead, _verdict(run), _tiles(run), [*filter(None, sections)])
-
-
-def _verdict(run: Run) -> str:
-    if run.summary is None:
-        return " ".join(run.unfinished())
-    ticket, dense = run.summary["ticket"], run.summary["dense"]
-    right = percent(ticket["test_accuracy"])
-    beside = f"; the dense network on {percent(dense['test_accuracy'])}" if dense else ""
-    if ticket["density"] == 0:
-        return f"The ticket is empty: no maskable weight is left. It is right on {right} of the test set{beside}."
-    kept = percent(ticket["density"])
-    told = f"The ticket keeps {kept} of the maskable weights and is right on {right} of the test set{beside}."
-    return f"{told} {_trained(run)}"
-
-
-def _trained(run: Run) -> str:
-    """For how long each network was trained: the ticket's search is not free."""
-    search, ticket = len(run.phase(SEARCH)), len(run.phase(TICKET))
-    parts = [f"{search} of search" * bool(search), f"{ticket} of retraining" * bool(ticket)]
-    others = [f"{name} {len(run.phase(name))}" for name in run.controls if run.phase(name)]
-    return f"Epochs: ticket {'; '.join([' and '.join(filter(None, parts)) or '0', *others])}."
+    return Page(f"Run {run.name}", lead, _tiles(run), [*filter(None, sections)])
 
 
 def _tiles(run: Run) -> list[Tile]:
@@ -85,7 +65,9 @@ def _tiles(run: Run) -> list[Tile]:
 def _results(run: Run) -> Section:
     section = Section("Results", run.unfinished())
     if run.summary is not None:
-        section.parts.append(_network_table(run.summary))
+        if run.summary["ticket"]["density"] == 0:
+            section.notes.append("The ticket is empty: no maskable weight is left.")
+        section.parts.append(_network_table(run, run.summary))
     times = [(phase, run.phase(phase)) for phase in (SEARCH, TICKET, *run.controls) if run.phase(phase)]
     if times:
         head = ("Phase", "Epochs", "Seconds", "Images a second")
@@ -94,28 +76,29 @@ def _results(run: Run) -> Section:
         section.parts.append(Table("Time", head, rows))
     ends = [list(group)[-1] for _, group in itertools.groupby(run.phase(SEARCH), key=lambda epoch: epoch["round"])]
     if ends:
-        section.texts.append(run.found_by.says_of_rounds)
+        section.texts.append(run.found_by.remark_on_rounds)
         head = ("Round", "Epochs", "Density", "Soft masks", "Hard masks")
         caption = "Search: density and validation accuracy at the end of each round"
         section.parts.append(Table(caption, head, [_round_row(run, end) for end in ends]))
     return section
 
 
-def _network_table(summary: Summary) -> Table:
+def _network_table(run: Run, summary: Summary) -> Table:
     ticket, dense = summary["ticket"], summary["dense"]
-    rows = [_network_row("ticket", percent(ticket["density"]), ticket)]
-    rows += [_network_row("dense", percent(1.0), dense)] if dense else []
+    search = len(run.phase(SEARCH))
+    rows = [_network_row("ticket", search + len(run.phase(TICKET)), ticket["density"], ticket)]
+    rows += [_network_row(DENSE, len(run.phase(DENSE)), 1.0, dense)] if dense else []
     rows += [
-        _network_row(name, percent(network["density"]), network)
+        _network_row(name, len(run.phase(name)), network["density"], network)
         for name, network in summary.get("controls", {}).items()
     ]
-    head = ("Network", "Weights", "Density", "Validation", "Test")
-    return Table("Networks: accuracy on validation and test set", head, rows)
+    head = ("Network", "Epochs", "Weights", "Density", "Validation", "Test")
+    return Table("Networks: epochs of training, and accuracy on validation and test set", head, rows)
 
 
-def _network_row(name: str, density: str, network: Network) -> list[str]:
+def _network_row(name: str, epochs: int, density: float, network: Network) -> list[str]:
     accuracies = (percent(network["val_accuracy"]), percent(network["test_accuracy"]))
-    return [name, f"{network['num_weights']:,}", density, *accuracies]
+    return [name, f"{epochs:,}", f"{network['num_weights']:,}", percent(density), *accuracies]
 
 
 def _round_row(run: Run, end: Epoch) -> list[str]:

@@ -21,7 +21,7 @@ from jaxtyping import PyTree
 from cs_jax.core import files, trees
 from cs_jax.core.errors import ConfigError, one_of
 from cs_jax.data.images import normalize
-from cs_jax.models import MODELS, build, takes
+from cs_jax.models import MODELS, build, has_field
 from cs_jax.models.features import Features
 from cs_jax.models.multiply_adds import evaluation_mode
 from cs_jax.tickets import checks, file_format
@@ -194,7 +194,7 @@ def _check_model(about: Mapping[str, Any], arrays: Arrays, model: nn.Module | No
     elif name is not None:
         checks.check("model", name, name in MODELS, one_of(name, MODELS))
         dtype = entry.get("dtype") or "float32"
-        checks.check("model dtype", dtype, dtype == "float32" or takes(name, "dtype"), f"float32, as {name} has")
+        checks.check("model dtype", dtype, dtype == "float32" or has_field(name, "dtype"), f"float32, as {name} has")
         features = entry.get("features") or {}
         _check_features(name, features, arrays)
         model, wanted = _known_model(name, entry["num_classes"], image_shape, dtype, FrozenDict(features))
@@ -211,7 +211,7 @@ def _check_model(about: Mapping[str, Any], arrays: Arrays, model: nn.Module | No
 
 def _check_features(name: str, features: Features, arrays: Arrays) -> None:
     """Raises unless a model has the layers whose features are told."""
-    checks.check("model features", features, not features or takes(name, "features"), f"none, as {name} has")
+    checks.check("model features", features, not features or has_field(name, "features"), f"none, as {name} has")
     for layer in features:
         known = any(key.startswith(f"params/{layer}/") for key in arrays)
         checks.check("model features", layer, known, "layers that the ticket has")

@@ -70,7 +70,7 @@ def test_each_command_has_a_help_of_its_own(name: str, capsys: pytest.CaptureFix
     [
         (
             ["tran"],
-            "python -m cs_jax: error: got 'tran', wanted one of train, ticket, verify, shrink, speed, report, ",
+            "python -m cs_jax: error: command 'tran': must be one of train, ticket, verify, shrink, speed, report, ",
         ),
         (["ticket"], "python -m cs_jax ticket: error: the following arguments are required: FILE"),
         (["ticket", "nowhere"], "python -m cs_jax ticket: error: nowhere: "),
@@ -292,7 +292,7 @@ def test_a_second_sigint_ends_the_process_at_once_even_while_it_computes(tmp_pat
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=5)
     assert process.returncode == 130
-    assert error == "ended at once; the same command goes on from the last checkpoint\n"
+    assert error == "ended at once; give the same command again to resume from the last checkpoint\n"
 
 
 def test_a_signal_that_has_to_wait_is_told_to_be_heard() -> None:
@@ -306,7 +306,7 @@ def test_a_signal_that_has_to_wait_is_told_to_be_heard() -> None:
     process = listening(script)
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=20)
-    assert error == "stopping as soon as this step or compilation is done; Ctrl-C again ends at once, unsaved\n"
+    assert error == "stopping after this step or compilation; press Ctrl-C again to end at once without saving\n"
 
 
 def test_a_ctrl_c_that_a_forked_child_hears_too_counts_once() -> None:

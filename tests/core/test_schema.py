@@ -68,6 +68,27 @@ def test_an_entry_that_does_not_fit_is_found_among_others() -> None:
         convert({"a": 1, "b": "x"}, dict[str, int], "file")
 
 
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ({"x\n\x1b[31m": "y"}, r"file: x\n\x1b[31m 'y': must be a whole number"),
+        ({"x" * 9000: "y"}, f"file: {'x' * 117}... 'y': must be a whole number"),
+        ({"x - at `$.y": "y"}, "file: x - at `$.y 'y': must be a whole number"),
+    ],
+)
+def test_a_strange_name_leaves_the_message_one_short_line(value: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        convert(value, dict[str, int], "file")
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b", "a - at `$.name", "x" * 9000])
+def test_an_unknown_field_of_a_strange_name_is_one_short_line(name: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        convert({**network(), name: 1}, Network, "file")
+    assert str(error.value).isprintable() and len(str(error.value)) < 200
+
+
 @pytest.mark.parametrize("content", [b"{", b"[NaN]", b"\xff", b"[" * 100_000])
 def test_bytes_that_are_not_json_are_refused(content: bytes) -> None:
     with pytest.raises(ConfigError, match="^file: not valid JSON: "):

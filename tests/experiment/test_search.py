@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import small
 
-from cs_jax import CollapsedLayerWarning, UnfinishedSearchWarning, methods
+from cs_jax import CollapsedLayerWarning, UnfinishedSearchWarning
 from cs_jax.core import masks, target_density
 from cs_jax.data.images import ImageSet
 from cs_jax.experiment import search
@@ -107,7 +107,7 @@ def test_pruned_entries_come_back_after_the_released_reset_alone(problem: Proble
     restarted = {}
     for reset in ("released", "paper"):
         config = dataclasses.replace(CONFIG, reset=reset, final_temp=200.0)
-        scores = methods.of(config).begin_round(config, problem, state, None).scores
+        scores = config.pruning_method.begin_round(problem, state, None).scores
         restarted[reset] = float(jax.tree.leaves(masks.soft_mask(scores, 1.0, init_value=0.0))[0][0, 0])
     assert restarted["released"] == pytest.approx(0.975, abs=1e-3)
     assert restarted["paper"] < 1e-3

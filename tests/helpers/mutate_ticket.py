@@ -147,7 +147,7 @@ DTYPE_NAMES = {"F16": "float16", "F32": "float32", "F64": "float64", "U8": "uint
 
 
 def content_hash(parts: Parts) -> str:
-    """The hash as docs/tickets.md describes it."""
+    """The hash as docs/tickets/tickets.md describes it."""
     about = {key: value for key, value in parts.about.items() if key != "sha256"}
     names = sorted(parts.arrays)
     kinds = [[name, DTYPE_NAMES.get(str(parts.arrays[name].dtype), "?"), parts.arrays[name].shape] for name in names]

@@ -18,7 +18,7 @@ from cs_jax.experiment.storage.paths import MASKS_FILE, METRICS_FILE, SUMMARY_FI
 from cs_jax.report import overlap_sections, plots, read_run
 from cs_jax.report.epoch_sections import spans
 from cs_jax.report.pages import Plot, Section, Table
-from cs_jax.sweep import scheduler
+from cs_jax.sweep import storage
 from cs_jax.sweep.results import SweptTicket, read_tickets
 from cs_jax.sweep.spec import make_spec
 
@@ -319,7 +319,9 @@ def test_a_real_run_has_all_of_its_masks_in_its_report(tmp_path: Path) -> None:
 
 def swept(method: str, seed: int, start: int, stop: int, **fields: Any) -> SweptTicket:
     masks = {"conv0/kernel": (np.arange(100) >= start) & (np.arange(100) < stop)}
-    return SweptTicket(**{"method": method, "target": 0.2, "dial": None, "seed": seed, "masks": masks, **fields})
+    return SweptTicket(
+        **{"method": method, "target": 0.2, "initial_score": None, "seed": seed, "masks": masks, **fields}
+    )
 
 
 def built(tickets: list[SweptTicket]) -> dict[str, Section]:
@@ -368,7 +370,7 @@ def test_one_seed_has_no_pair_with_itself_and_other_networks_none_at_all() -> No
 
 def test_each_target_has_its_own_plots_densest_first_and_tickets_without_one_none() -> None:
     tickets = [swept("cs", seed, 0, 20, target=target) for target in (0.005, 0.5) for seed in (0, 1)]
-    dials = [swept("cs", seed, 0, 20, target=None, dial=-0.1) for seed in (0, 1)]
+    dials = [swept("cs", seed, 0, 20, target=None, initial_score=-0.1) for seed in (0, 1)]
     found = built([*tickets, *dials])["Overlap of masks"].parts
     titles = [part.title for part in found if isinstance(part, Plot)]
     assert titles == [f"Masks shared at {target}" for target in ("density 50%", "density 0.5%", "s0 -0.1")]
@@ -404,7 +406,7 @@ def sweep(tmp_path: Path) -> Path:
     """A folder in which two of the runs of a sweep have ended."""
     spec = make_spec("some", SPEC)
     for planned in spec.runs[:2]:
-        folder = scheduler.folder_of(tmp_path, planned)
+        folder = storage.folder_of(tmp_path, planned)
         folder.mkdir(parents=True)
         (folder / SUMMARY_FILE).write_text("{}")
         write_ticket(folder)
@@ -420,7 +422,7 @@ def test_tickets_are_those_of_the_runs_that_have_ended(sweep: Path) -> None:
     assert [ticket[:4] for ticket in found] == [("imp", 0.1, None, 0), ("imp", 0.1, None, 1)]
     for name, mask in kept(TICKET).items():
         np.testing.assert_array_equal(found[0].masks[name].ravel(), mask)
-    folder = scheduler.folder_of(sweep, spec.runs[2])  # the dense network is nobody's ticket
+    folder = storage.folder_of(sweep, spec.runs[2])  # the dense network is nobody's ticket
     folder.mkdir()
     (folder / SUMMARY_FILE).write_text("{}")
     assert len([*read_tickets(spec, sweep)]) == 2
@@ -428,14 +430,14 @@ def test_tickets_are_those_of_the_runs_that_have_ended(sweep: Path) -> None:
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"ticket")])
 def test_a_ticket_that_cannot_be_loaded_is_refused_by_its_file(sweep: Path, damage: Callable[[Path], Any]) -> None:
-    path = scheduler.folder_of(sweep, make_spec("some", SPEC).runs[1]) / TICKET_FILE
+    path = storage.folder_of(sweep, make_spec("some", SPEC).runs[1]) / TICKET_FILE
     damage(path)
     with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}: "):
         list(read_tickets(make_spec("some", SPEC), sweep))
 
 
 def test_a_sweeps_page_has_the_overlaps_before_the_cost(tmp_path: Path) -> None:
-    report.write_pareto("some", [], [], tmp_path, reference="imp", tickets=[*CS, *IMP])
+    report.write_pareto(report.SweepResults("some", [], tickets=[*CS, *IMP]), tmp_path)
     headings = re.findall(r"<h2[^>]*>([^<]+)</h2>", page(tmp_path))
-    assert headings == ["Accuracy against density", "Overlap of masks", "Density of layers", "What is missing"]
+    assert headings == ["Accuracy against density", "Overlap of masks", "Density of layers", "Missing runs"]
     assert {"overlap-0.png", "layer-density-0.png"} <= set(files(tmp_path))

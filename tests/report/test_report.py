@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from cs_jax import report
+from cs_jax import commands, report
 from cs_jax.commands import parser
 from cs_jax.core.errors import ConfigError
 from cs_jax.experiment.storage import config_file, score_histograms
@@ -190,12 +190,10 @@ def test_the_page_says_what_came_out(tmp_path: Path) -> None:
     write(run / "summary.json", summary)
     report.write_report(run)
     text = words(page(run))
-    assert "The ticket keeps 3.12% of the maskable weights and is right on 96.11% of the test set" in text
-    assert "the dense network on 97.22%. Epochs: ticket 8 of search and 4 of retraining; dense 4." in text
     assert "−1.11 points beside dense" in text
-    assert "ticket 1,234 3.12% 95.00% 96.11% dense 1,250 100.00% 95.00% 97.22%" in text
+    assert "ticket 12 1,234 3.12% 95.00% 96.11% dense 4 1,250 100.00% 95.00% 97.22%" in text
     assert "0 4 of 4 52.08% 80.79% 70.79% 1 4 of 4 4.17% 86.55% 76.55%" in text  # rounds
-    assert "search 8 4.0 5,000" in text
+    assert "search 8 4.0 5,000 ticket 4 2.0 5,000 dense 4 2.0 5,000" in text
     assert "conv0/kernel 15 of 200 7.50%" in text
     assert "jax 0.9" in text
 
@@ -210,7 +208,7 @@ def test_controls_have_their_rows_and_curves(tmp_path: Path) -> None:
     control = {"num_weights": 123, "density": 0.0625, "val_accuracy": 0.9, "test_accuracy": 0.89}
     write(run / "summary.json", {**summary, "controls": {"shuffled": control}})
     report.write_report(run)
-    assert "dense 1,250 100.00% 95.00% 97.22% shuffled 123 6.25% 90.00% 89.00%" in words(page(run))
+    assert "dense 4 1,250 100.00% 95.00% 97.22% shuffled 4 123 6.25% 90.00% 89.00%" in words(page(run))
     assert "dense 4 2.0 5,000 shuffled 4 2.0 5,000" in words(page(run))
     assert re.search(r'alt="Loss by epoch\.[^"]*; shuffled: 0\.5 in epoch 9, 0\.5 in epoch 12\."', page(run))
 
@@ -245,8 +243,6 @@ def test_text_out_of_files_is_only_ever_shown(tmp_path: Path) -> None:
     text = page(run)
     assert not re.search(r"<(script|b>|img src=x|/svg)", text)
     assert "&lt;script&gt;alert(&#39;x&#39;)" in text
-    report.write_comparison([run, make_run(tmp_path / "other", thin=True)], tmp_path / "out")
-    assert not re.search(r"<(script|b>|img src=x|/svg)", page(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
@@ -301,7 +297,7 @@ def test_without_validation_set_the_page_says_so(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rounds=1, validation=False)
     assert run / "accuracy.png" not in report.write_report(run)
     assert "the run set no validation examples aside" in words(page(run))
-    assert "ticket 149 8.25% - 93.18%" in words(page(run))
+    assert "ticket 8 149 8.25% - 93.18%" in words(page(run))
 
 
 def test_an_empty_ticket_is_said_to_be_empty(tmp_path: Path) -> None:
@@ -487,76 +483,22 @@ def test_a_folder_in_the_way_is_refused_before_anything_is_written(tmp_path: Pat
     assert files(run) == before
 
 
-def test_a_comparison_puts_runs_side_by_side(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / "a", epochs=3, thin=True), make_run(tmp_path / "b", dense=False, thin=True)]
-    for run, density, accuracy in zip(runs, (0.05, 0.021), (0.97, 0.94), strict=True):
-        summary = json.loads((run / "summary.json").read_text())
-        summary["ticket"] |= {"density": density, "test_accuracy": accuracy}
-        write(run / "summary.json", summary)
-    before = files(runs[0])
-    out = tmp_path / "deep" / "out"
-    written = report.write_comparison(runs, out)
-    curves = ["search-loss", "search-accuracy", "search-density", "ticket-loss", "ticket-accuracy"]
-    assert written == [out / "report.html", *(out / f"{name}.png" for name in ("accuracy-density", *curves))]
-    assert set(files(out)) == {path.name for path in written}
-    assert files(runs[0]) == before
-    text = words(page(out))
-    assert "The most accurate ticket is that of a: 97.00% of the test set at density 5.00%" in text
-    assert "The sparsest is that of b: 94.00% of the test set at density 2.10%" in text
-    assert "a cs 9 5.00% 100 95.00% 97.00% 97.22% −0.22 34 b cs 12 2.10% 100 95.00% 94.00% - - 34" in text
-    assert "Run controls epochs a dense 3 b none 4" in text
-    assert "Versions that differ: none." in text
-    assert "standard deviation" not in text
+@pytest.mark.parametrize(
+    "given, named", [(["one", "two"], "RUN one two"), (["one", "two", "three", "four"], "RUN one two ...")]
+)
+def test_the_command_refuses_several_runs_and_names_the_commands_that_compare(
+    given: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert commands.main(["report", *given]) == 2
+    assert capsys.readouterr().err == (
+        f"python -m cs_jax report: error: {named}: accepts one run directory; "
+        "to compare runs, use python -m cs_jax sweep SPEC and python -m cs_jax pareto SPEC\n"
+    )
 
 
-def test_of_equally_accurate_tickets_the_sparsest_is_the_best(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / name, thin=True) for name in ("a", "b")]
-    for run, density in zip(runs, (0.05, 0.02), strict=True):
-        summary = json.loads((run / "summary.json").read_text())
-        summary["ticket"] |= {"density": density, "test_accuracy": 0.97}
-        write(run / "summary.json", summary)
-    report.write_comparison(runs, tmp_path / "out")
-    said = "The most accurate ticket, and the sparsest, is that of b: 97.00% of the test set at density 2.00%."
-    assert said in words(page(tmp_path / "out"))
-
-
-def test_a_comparison_gives_mean_and_deviation_over_seeds(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / f"s{seed}", seed=seed, thin=True) for seed in (0, 1)]
-    for run, density in zip(runs, (0.04, 0.06), strict=True):
-        summary = json.loads((run / "summary.json").read_text())
-        summary["ticket"] |= {"density": density, "test_accuracy": 0.9 + density}
-        write(run / "summary.json", summary)
-    report.write_comparison(runs, tmp_path / "out")
-    assert "s0, s1 2 5.00% ± 1.41% 95.00% ± 1.41%" in words(page(tmp_path / "out"))
-
-
-def test_a_comparison_of_runs_without_results_says_what_is_missing(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / parent / "run", thin=True) for parent in ("a", "b")]
-    for run in runs:
-        (run / "summary.json").unlink()
-    (runs[1] / "metrics.jsonl").write_text("")
-    report.write_comparison(runs, tmp_path / "out")
-    text = words(page(tmp_path / "out"))
-    assert "No run has ended yet." in text
-    assert f"{runs[1]}: The search has not ended: 0 of 8 epochs." in text
-
-
-def test_a_comparison_refuses_what_it_cannot_compare_or_write(tmp_path: Path) -> None:
-    run, other = make_run(tmp_path / "run", thin=True), make_run(tmp_path / "other", thin=True)
-    (tmp_path / "file").touch()
-    before = files(run)
-    for runs, out, said in (
-        ([], tmp_path / "out", "got none, wanted run directories"),
-        ([run, tmp_path / "other" / ".." / "run"], tmp_path / "out", "twice, wanted different runs"),
-        ([run, tmp_path], tmp_path / "out", "is no run"),
-        ([run, other], run, "which is a run, wanted another folder"),
-        ([run, other], tmp_path / "file", "cannot be written there"),
-        ([run, other], tmp_path / "file" / "out", "cannot be written there: Not a directory"),
-    ):
-        with pytest.raises(ConfigError, match=said):
-            report.write_comparison(runs, out)
-    assert not (tmp_path / "out").exists()
-    assert files(run) == before
+def test_the_command_has_no_output_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.main(["report", "one", "--out", "there"]) == 2
+    assert capsys.readouterr().err == "python -m cs_jax report: error: unrecognized arguments: --out there\n"
 
 
 def test_drawing_leaves_the_users_settings_of_matplotlib(tmp_path: Path) -> None:

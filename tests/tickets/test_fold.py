@@ -171,8 +171,8 @@ class ThreeNorms(nn.Module):
     [
         ("another epsilon", "the wiring of ThreeNorms is wrong: with norms folded by it, outputs differ by"),
         ("swapped", "the wiring of ThreeNorms is wrong: with norms folded by it, outputs differ by"),
-        ("partly", "wiring: says nothing of 'norm1/bias', wanted every layer"),
-        ("unknown", "wiring: names 'norm3', but there is no such layer among the params"),
+        ("partly", "wiring: misses 'norm1/bias'; name every layer in `wire`"),
+        ("unknown", "wiring of layer 'norm3': no such layer in the params"),
     ],
 )
 def test_a_wrong_wiring_is_refused(told: str, complaint: str) -> None:
@@ -184,7 +184,7 @@ def test_a_wrong_wiring_is_refused(told: str, complaint: str) -> None:
 
 def test_a_masked_layer_in_no_field_is_refused() -> None:
     model = ThreeNorms(hidden=True)
-    with pytest.raises(ValueError, match="ThreeNorms cannot be applied without masks: last/kernel has no mask"):
+    with pytest.raises(ValueError, match="ThreeNorms cannot be applied without masks: last/kernel: needs a mask"):
         fold.fold(model, masked(model, (5,)), (5,))
 
 

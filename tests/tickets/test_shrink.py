@@ -261,9 +261,9 @@ def test_a_network_of_ones_own_tells_how_it_is_wired() -> None:
     "told, message",
     [
         ("unpadded", "wiring of Mine is wrong: .* outputs differ by"),
-        ("partly", "wiring: says nothing of 'classifier/bias', wanted every layer"),
-        ("unknown", "wiring: names 'convs', but there is no such layer among the params"),
-        ("twice", "wiring: names 'conv' twice, wanted every layer once"),
+        ("partly", "wiring: misses 'classifier/bias'; name every layer in `wire`"),
+        ("unknown", "wiring of layer 'convs': no such layer in the params"),
+        ("twice", "wiring of layer 'conv': named twice; name each layer once in `wire`"),
         ("other sizes", "`resize` of Mine does not fit its wiring: "),
     ],
 )
@@ -275,7 +275,8 @@ def test_a_wrong_wiring_is_refused(told: str, message: str) -> None:
 def test_a_network_that_does_not_tell_is_refused() -> None:
     model = nn.Sequential([MaskedDense(3), nn.Dense(2)])
     variables = model.init(jax.random.key(0), jnp.zeros((1, 4)))
-    with pytest.raises(TypeError, match="model: got Sequential, which does not say how it is wired; wanted methods"):
+    complaint = "model Sequential: does not declare its wiring; add methods `wire` and `resize`"
+    with pytest.raises(TypeError, match=complaint):
         shrink(model, variables, (4,))
 
 
@@ -358,7 +359,7 @@ def test_the_command_does_not_replace_the_ticket(tmp_path: Path, capsys: pytest.
     path = ticket_of(tmp_path / "ticket.safetensors")
     before = path.read_bytes()
     assert commands.main(["shrink", str(path), "--out", str(path)]) == 2
-    assert "wanted another file than the ticket" in capsys.readouterr().err and path.read_bytes() == before
+    assert "must not overwrite the ticket" in capsys.readouterr().err and path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -396,7 +397,7 @@ def test_a_ticket_of_a_network_that_does_not_tell_is_refused_in_a_line(
     save_ticket(tmp_path / "ticket", **variables, batch_stats={}, metadata={"model": about})
     assert commands.main([command, str(tmp_path / "ticket")]) == 2
     shown = capsys.readouterr().err
-    assert "ticket: model: got Unwired, which does not say how it is wired; wanted methods" in shown
+    assert "ticket: model Unwired: does not declare its wiring; add methods `wire` and `resize`" in shown
     assert shown.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["ticket"]
 
 

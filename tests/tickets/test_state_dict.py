@@ -23,7 +23,7 @@ from cs_jax.tickets.export import export_ticket, load_state_dict, state_dict
 from cs_jax.tickets.export.plain_network import masked_logits
 from cs_jax.tickets.ticket import load_ticket
 
-PAGE = Path(__file__).parents[2] / "docs" / "export.md"
+PAGE = Path(__file__).parents[2] / "docs" / "tickets" / "export.md"
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -318,7 +318,7 @@ def test_the_command_reads_its_file_once(tensors: dict[str, np.ndarray], tmp_pat
         "assert commands.main(['import', 'file', '--model', 'lenet300100', '--out', 'out']) == 0\n"
         "assert opened.count('file') == 1, opened\n"
     )
-    root = str(PAGE.parent.parent)
+    root = str(Path(__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=tmp_path,
@@ -368,7 +368,7 @@ def test_what_export_wrote_says_itself_what_its_images_are(tmp_path: Path) -> No
         ),
         ("--model lenet300100 --image-shape 4 4 1 --mean 120 --out {out}", "--mean and --std: got one of them"),
         ("--model resnet6 --image-shape 4 4 1 --out {out}", "'bn0.bias': got no such tensor, wanted one of shape [32]"),
-        ("--model lenet300100 --image-shape 4 4 1 --out {file}", "wanted another file than the state dict"),
+        ("--model lenet300100 --image-shape 4 4 1 --out {file}", "must not overwrite the state dict"),
         ("--model lenet300100 --image-shape 4 4 1", "the following arguments are required: --out"),
     ],
 )

@@ -29,7 +29,7 @@ from cs_jax.models import MODELS
 from cs_jax.tickets import describe
 from cs_jax.tickets.ticket import TicketError, load_ticket, save_ticket
 
-DOCS = Path(__file__).parents[2] / "docs" / "tickets.md"
+DOCS = Path(__file__).parents[2] / "docs" / "tickets" / "tickets.md"
 
 FLOATS = (np.float16, jnp.bfloat16, np.float32, np.float64)
 

@@ -18,7 +18,7 @@ from cs_jax.experiment.pipeline import search
 from cs_jax.experiment.prepare import make_recipe, prepare
 from cs_jax.experiment.run import run
 from cs_jax.methods.stochastic import draw_masks
-from cs_jax.models import MODELS, VGG, BottleneckResNet, ConvNet, ResNet, VisionTransformer, takes
+from cs_jax.models import MODELS, VGG, BottleneckResNet, ConvNet, ResNet, VisionTransformer, has_field
 from cs_jax.training import accumulation
 from cs_jax.training import compiled as compiled_programs
 from cs_jax.training import step as training_step
@@ -156,7 +156,7 @@ def test_gradients_are_the_same_where_activations_are_computed_again(name: str) 
 
 
 def test_every_model_with_blocks_takes_remat() -> None:
-    with_blocks = {name for name in MODELS if takes(name, "remat")}
+    with_blocks = {name for name in MODELS if has_field(name, "remat")}
     assert set(MODELS) - with_blocks == {"lenet300100"}
     for name in with_blocks:
         assert MODELS[name](remat=True).remat  # pyright: ignore[reportAttributeAccessIssue]

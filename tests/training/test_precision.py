@@ -12,11 +12,10 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from small import SEARCH
 
-from cs_jax import methods
 from cs_jax.commands import parser
 from cs_jax.commands.ticket import measure_test_accuracy
 from cs_jax.core import masks
-from cs_jax.core.arrays import DTYPES, round_at_random
+from cs_jax.core.arrays import DTYPES, stochastic_round
 from cs_jax.data.images import ImageSet
 from cs_jax.experiment import search
 from cs_jax.experiment.config import Config
@@ -136,7 +135,7 @@ def test_a_masked_kernel_is_rounded_once() -> None:
 @pytest.mark.parametrize("value", [1.0, -1.0, 0.3, -1e-3, 3e-39, 1 + 2**-9])
 def test_rounding_at_random_keeps_the_mean_and_takes_a_neighbour(value: float) -> None:
     n = 100_000
-    rounded = np.asarray(round_at_random(KEY, jnp.full(n, value)), np.float64)
+    rounded = np.asarray(stochastic_round(KEY, jnp.full(n, value)), np.float64)
     values = np.unique(rounded)
     assert len(values) <= 2
     spacing = float(np.ptp(values))
@@ -149,7 +148,7 @@ def test_rounding_at_random_keeps_what_bfloat16_has_and_what_is_not_finite() -> 
     all_ones = np.array([-1], np.int32).view(np.float32)  # a NaN whose bits would carry over
     array = np.concatenate([kept, all_ones])
     for number in range(20):
-        rounded = round_at_random(jax.random.fold_in(KEY, number), jnp.asarray(array))
+        rounded = stochastic_round(jax.random.fold_in(KEY, number), jnp.asarray(array))
         np.testing.assert_array_equal(np.asarray(rounded, np.float32), array)
         assert np.signbit(np.asarray(rounded, np.float32)[1])
 
@@ -192,10 +191,10 @@ def test_masks_of_bfloat16_scores_are_float32_with_the_scale_exact(problem: Prob
     config = dataclasses.replace(SEARCH, mask_initial_value=0.1, score_dtype="bfloat16")
     state = search.init_state(config, problem)
     hyper = search.hyperparams(config, "search", 0)
-    method = methods.of(config)
+    method = config.pruning_method
     assert {leaf.dtype for leaf in jax.tree.leaves(state.scores)} == {BFLOAT16}
     scale = np.float32(1 + np.exp(-0.1))
-    for found in (method.hard_masks(state, hyper), method.ticket_masks(config, state)):
+    for found in (method.hard_masks(state, hyper), method.ticket_masks(state)):
         for mask in jax.tree.leaves(found):
             np.testing.assert_allclose(mask, scale, rtol=1e-6)
     assert {leaf.dtype for leaf in jax.tree.leaves(method.soft_masks(state, hyper))} == {FLOAT32}
@@ -240,13 +239,13 @@ def test_weights_that_a_stochastic_search_pruned_stay_pruned_in_bfloat16(problem
         SEARCH, method="iss", target_density=0.25, score_dtype="bfloat16", epochs=1, rewind_epoch=0
     )
     state = search.init_state(config, problem)
-    method = methods.of(config)
-    pruned = method.end_epoch(config, state, 0, 0)
+    method = config.pruning_method
+    pruned = method.end_epoch(state, 0, 0)
     density = masks.density(method.hard_masks(pruned, search.hyperparams(config, "search", 0)))
     assert density == pytest.approx(0.5, abs=1e-4)
     recipe = method.recipe(problem.recipe)
     after, _ = training_step.step(recipe, pruned, StepInputs(problem.train, jnp.arange(16), KEY, HYPER))
-    assert masks.density(method.ticket_masks(config, after)) == density
+    assert masks.density(method.ticket_masks(after)) == density
 
 
 @pytest.mark.parametrize("phase", ["search", "ticket"])

@@ -1,8 +1,9 @@
 """Names and layouts that PyTorch has for the arrays of a network, and the way between the two.
 
-A `ResNet` is called as the authors' release calls it, a `BottleneckResNet` as torchvision calls its ResNets, and others
-as `ResNet`: the path of the layer with dots, after a stage too. Kernels are (out, in, height, width) and (out, in).
-PyTorch flattens images with the channels first: a dense layer after that reads its input in another order.
+A `ResNet` has the names of the authors' release, with bottleneck blocks the names of torchvision's ResNets. Other
+networks are named as in the release: the path of the layer with dots, after a stage too. Kernels are (out, in, height,
+width) and (out, in). PyTorch flattens images with the channels first: a dense layer after that reads its input in
+another order.
 """
 
 import math
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from flax import linen as nn
 
-from cs_jax.models import BottleneckResNet, wiring
+from cs_jax.models import ResNet, wiring
 from cs_jax.models.wiring import Attention, Input, Linear
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -100,7 +101,7 @@ def entries(model: nn.Module, shapes: Shapes, image_channels: int) -> list[Entry
 
 def _name(model: nn.Module, path: str) -> str:
     _, *layers, leaf = path.split("/")
-    if isinstance(model, BottleneckResNet):
+    if isinstance(model, ResNet) and model.bottleneck:
         layers = [re.sub(r"stage(\d+)_block(\d+)", _torchvision_block, TORCHVISION.get(name, name)) for name in layers]
     else:
         layers = [re.sub(r"^(stage\d+)_", r"\1.", name) for name in layers]

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from cs_jax.commands.parser import command_parser
 from cs_jax.core import files
-from cs_jax.core.errors import ConfigError, one_of, told_of
+from cs_jax.core.errors import ConfigError, error_in_file, one_of
 from cs_jax.core.masks import density
 from cs_jax.experiment.observers.terminal import print_line
 from cs_jax.models import MODELS
@@ -33,7 +33,7 @@ def export(arguments: Sequence[str], *, prog: str) -> None:
     out = given.out or given.file.with_suffix(formats.FORMATS[given.to].suffix)
     files.check_out(out, source=given.file)
     loaded = load_ticket(given.file)
-    with told_of(given.file):
+    with error_in_file(given.file):
         found = formats.export_ticket(loaded, given.to, out, keep_shapes=given.keep_shapes, fold=given.fold)
     share = found.size / found.dense_size
     print_line(
@@ -64,7 +64,7 @@ def import_state_dict(arguments: Sequence[str], *, prog: str) -> None:
     if (given.mean is None) != (given.std is None):
         raise ConfigError("--mean and --std: got one of them, wanted both or none")
     files.check_out(given.out, source=given.file, kind="state dict")
-    with told_of(given.file):
+    with error_in_file(given.file):
         tensors, about = state_dict.read(given.file)
         about |= {"image_shape": given.image_shape} if given.image_shape else {}
         about |= {"normalization": {"mean": given.mean, "std": given.std}} if given.mean else {}

@@ -46,7 +46,7 @@ def sweep(arguments: Sequence[str], *, prog: str) -> None:
     given = parser.parse_args(arguments)
     if given.jobs is not None and given.jobs < 1:
         raise ConfigError(f"--jobs: got {given.jobs}, wanted at least 1")
-    tickets = command_line.read_tickets(given.tickets or "auto", auto=True)
+    tickets = command_line.read_tickets(given.tickets or "auto")
     spec, directory = _read_sweep(given)
     hint = f"the same command goes on: {_words('sweep', given)}"
     advice = "where trying again cannot help, correct the file: runs that have failed may have other settings"

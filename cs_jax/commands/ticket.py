@@ -14,8 +14,9 @@ from rich.table import Table
 
 from cs_jax.commands.parser import command_parser
 from cs_jax.core import files, trees
-from cs_jax.core.errors import ConfigError, out_of_memory, told_of
+from cs_jax.core.errors import ConfigError, error_in_file, out_of_memory
 from cs_jax.data.load import load_test
+from cs_jax.data.registry import source_of
 from cs_jax.experiment.config import Config
 from cs_jax.experiment.observers.terminal import print_line
 from cs_jax.experiment.presets import PRESETS
@@ -26,7 +27,8 @@ from cs_jax.tickets import shrink as shrinking
 from cs_jax.tickets import speed as speeds
 from cs_jax.tickets.speed import Measured
 from cs_jax.tickets.ticket import LoadedTicket, load_ticket, save_ticket, shapes_of
-from cs_jax.training.executor import Executor, share_right
+from cs_jax.training.evaluation import share_right
+from cs_jax.training.executor import Executor
 
 
 def measure_test_accuracy(config: Config, ticket: LoadedTicket, name: str) -> float:
@@ -83,13 +85,14 @@ def verify(arguments: Sequence[str], *, prog: str) -> None:
     loaded = load_ticket(given.file)
     made_with = loaded.metadata.get("config") or {}
     dataset = PRESETS[given.dataset].dataset if given.dataset in PRESETS else given.dataset
-    size = None if dataset == "digits" else _image_size(made_with)
+    can_stream = source_of(dataset).can_stream
+    size = _image_size(made_with) if can_stream else None
     asked = Config(
         dataset=dataset,
         data_dir=given.data_dir,
         batch_size=given.batch_size,
         image_size=size,
-        stream=dataset != "digits" and (size is not None or made_with.get("stream") is True),
+        stream=can_stream and (size is not None or made_with.get("stream") is True),
     )
     found = measure_test_accuracy(asked, loaded, str(given.file))
     recorded = (loaded.metadata.get("accuracy") or {}).get("test_accuracy")
@@ -116,7 +119,7 @@ def shrink(arguments: Sequence[str], *, prog: str) -> None:
     out = given.out or given.file.with_name(f"{given.file.stem}-shrunk.safetensors")
     files.check_out(out, source=given.file)
     loaded = load_ticket(given.file)
-    with told_of(given.file, TypeError, ValueError):  # of a model whose wiring is missing or wrong
+    with error_in_file(given.file, TypeError, ValueError):  # of a model whose wiring is missing or wrong
         smaller = shrinking.shrink_ticket(loaded)
     save_ticket(out, **smaller.variables, metadata=smaller.metadata)
     terminal = Console()
@@ -126,7 +129,7 @@ def shrink(arguments: Sequence[str], *, prog: str) -> None:
 
 
 def speed(arguments: Sequence[str], *, prog: str) -> None:
-    """measure a ticket's forms on this device, dense, masked, shrunk and sparse, and say which one to serve"""
+    """measure a ticket's forms on this device, dense, masked and shrunk, and say which one to serve"""
     parser = command_parser(prog, speed)
     parser.add_argument("file", type=Path, metavar="FILE", help="ticket.safetensors of a run")
     parser.add_argument(
@@ -139,7 +142,7 @@ def speed(arguments: Sequence[str], *, prog: str) -> None:
             if value < 1:
                 raise ConfigError(f"{name}: got {value}, wanted at least 1")
     loaded = load_ticket(given.file)
-    with told_of(given.file, TypeError, ValueError):  # of a model whose wiring is missing or wrong
+    with error_in_file(given.file, TypeError, ValueError):  # of a model whose wiring is missing or wrong
         forms = speeds.forms(loaded)
     shape, terminal = loaded.metadata["model"]["image_shape"], Console()
     if loaded.metadata["model"].get("features"):

@@ -28,13 +28,15 @@ from cs_jax.core.errors import ConfigError
 from cs_jax.data.stream import Images
 from cs_jax.experiment import metrics, search
 from cs_jax.experiment.config import Config
+from cs_jax.experiment.experiment import Search
 from cs_jax.experiment.progress import EpochRecord, Observer, Progress
 from cs_jax.experiment.storage import config_file, paths, run_directory
 from cs_jax.experiment.storage.versions import versions
 from cs_jax.methods import NONE
 from cs_jax.tickets.overlap import check_alike
 from cs_jax.tickets.ticket import load_ticket
-from cs_jax.training.executor import Executor, share_right
+from cs_jax.training.evaluation import share_right
+from cs_jax.training.executor import Executor
 from cs_jax.training.problem import Problem, Snapshot, Ticket
 from cs_jax.training.step import network
 
@@ -164,8 +166,9 @@ def connect(
     path = []
     for share in (point / (points - 1) for point in range(points)):
         params, batch_stats = (interpolate(one, other, share) for one, other in zip(*ends, strict=True))
-        batch_stats = Executor().estimate_statistics(model, params, batch_stats, masks, data, batch_size=batch_size)
         variables = {"params": params, "batch_stats": batch_stats, "masks": masks}
+        batch_stats = Executor().estimate_statistics(model, variables, data, batch_size=batch_size)
+        variables = {**variables, "batch_stats": batch_stats}
         logits = Executor().predict(model, variables, validation, batch_size=batch_size)
         labels = jnp.asarray(validation.labels)
         wrong = int(jnp.sum(jnp.argmax(logits, axis=-1) != labels))
@@ -260,7 +263,7 @@ def measure(
         own = child(problem, number, seed=seed)
         named = _Named(observer, name)
         state = search.retrain(config, own, search.begin_retraining(own, ticket), named)
-        logits = metrics.logits(config, problem, state, state.masks, test, observer)
+        logits = metrics.logits(Search(config, problem, observer), state, state.masks, test)
         ends.append(Snapshot(state.params, state.batch_stats))
         children.append({"test_accuracy": share_right(logits, test)})
     model, batch_size = problem.recipe.model, config.batch_size

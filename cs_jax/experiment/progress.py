@@ -1,15 +1,12 @@
 """Where a run stands, what it reports, and who is told."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from jaxtyping import PyTree
 
-from cs_jax.training.step import StepMetrics, TrainState
-
-if TYPE_CHECKING:  # the config checks the phases that it asks for
-    from cs_jax.experiment.config import Config
-
+from cs_jax.experiment.config import Config
 from cs_jax.training.problem import Snapshot
+from cs_jax.training.step import StepMetrics, TrainState
 
 
 class EpochRecord(NamedTuple):
@@ -49,11 +46,11 @@ class Progress(NamedTuple):
         """The phase in words: "search 0", "ticket"."""
         return self.phase if self.round is None else f"{self.phase} {self.round}"
 
-    def number(self, config: "Config") -> int:
+    def number(self, config: Config) -> int:
         """Of the phase, counted from 0: the rounds, the ticket, the controls."""
         return config.search_rounds + config.retrainings.index(self.phase) if self.round is None else self.round
 
-    def epochs_done(self, config: "Config") -> int:
+    def epochs_done(self, config: Config) -> int:
         """Over all phases."""
         return self.number(config) * config.epochs + self.epoch
 

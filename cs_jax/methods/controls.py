@@ -4,7 +4,6 @@ Beside a ticket that is fine-tuned, those of `FRESH` weights have the whole sche
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -12,31 +11,26 @@ import numpy as np
 
 from cs_jax.core import trees
 from cs_jax.methods.random import random_ranks
-from cs_jax.training.problem import Ticket
+from cs_jax.training.problem import Problem, Ticket
 from cs_jax.training.step import expand
 
-if TYPE_CHECKING:
-    from cs_jax.experiment.config import Config
-    from cs_jax.training.problem import Problem
 
-
-def dense(config: "Config", problem: "Problem", ticket: Ticket) -> Ticket:
+def dense(problem: Problem, ticket: Ticket) -> Ticket:
     """The dense network as a ticket that keeps every weight, unscaled, from its initialisation."""
-    del config, ticket
+    del ticket
     return problem.init_ticket()
 
 
-def reinit(config: "Config", problem: "Problem", ticket: Ticket) -> Ticket:
+def reinit(problem: Problem, ticket: Ticket) -> Ticket:
     """The ticket's masks over other initial weights: whether the masks alone make it.
 
     References:
         Frankle and Carbin, ICLR 2019, arXiv:1803.03635, section 2.
     """
-    del config
     return problem.init_ticket("reinit")._replace(masks=ticket.masks)
 
 
-def shuffled(config: "Config", problem: "Problem", ticket: Ticket) -> Ticket:
+def shuffled(problem: Problem, ticket: Ticket) -> Ticket:
     """The ticket's weights under its masks shuffled within each layer: whether the layers' densities alone make it.
 
     These are random masks with the ticket's own density in each layer.
@@ -45,7 +39,6 @@ def shuffled(config: "Config", problem: "Problem", ticket: Ticket) -> Ticket:
         Frankle, Dziugaite, Roy and Carbin, "Pruning Neural Networks at Initialization: Why are We Missing the Mark?",
         ICLR 2021, arXiv:2009.08576, section 5.
     """
-    del config
     channels = problem.recipe.channels
 
     def shuffle(key: jax.Array, mask: jax.Array) -> jax.Array:
@@ -56,9 +49,8 @@ def shuffled(config: "Config", problem: "Problem", ticket: Ticket) -> Ticket:
     return ticket._replace(masks=expand(channels, drawn))
 
 
-def random(config: "Config", problem: "Problem", ticket: Ticket) -> Ticket:
+def random(problem: Problem, ticket: Ticket) -> Ticket:
     """The ticket's weights under random masks of its density over all layers: whether its density alone makes it."""
-    del config
     leaves = trees.leaves_by_path(ticket.masks)
     values = jnp.concatenate([mask.ravel() for mask in leaves.values()])
     ranks = trees.leaves_by_path(random_ranks(problem.key_for("random"), ticket.masks))
@@ -74,7 +66,7 @@ DENSE, REINIT = "dense", "reinit"
 FRESH = (DENSE, REINIT)
 """Controls whose weights are new."""
 
-CONTROLS: dict[str, Callable[["Config", "Problem", Ticket], Ticket]] = {
+CONTROLS: dict[str, Callable[[Problem, Ticket], Ticket]] = {
     DENSE: dense,
     REINIT: reinit,
     "shuffled": shuffled,

@@ -1,7 +1,5 @@
 """Magnitude pruning in one shot, and what all pruning by magnitude ranks."""
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
@@ -9,9 +7,6 @@ from jaxtyping import PyTree
 from cs_jax.core import trees
 from cs_jax.methods.base import Method, keep_highest
 from cs_jax.training.step import TrainState
-
-if TYPE_CHECKING:
-    from cs_jax.experiment.config import Config
 
 
 class OneShotMagnitudePruning(Method):
@@ -25,11 +20,11 @@ class OneShotMagnitudePruning(Method):
     wants_target = True
     takes_channels = True
 
-    def end_epoch(self, config: "Config", state: TrainState, round: int, epoch: int) -> TrainState:
-        if (round, epoch) != (config.rounds - 1, config.epochs - 1):
+    def end_epoch(self, state: TrainState, round: int, epoch: int) -> TrainState:
+        if (round, epoch) != (self.config.rounds - 1, self.config.epochs - 1):
             return state
-        assert config.target is not None
-        return state.replace(masks=keep_highest(config, magnitudes(state), config.target, state.channels))
+        assert self.config.target is not None
+        return state.replace(masks=keep_highest(self.config, magnitudes(state), self.config.target, state.channels))
 
 
 def magnitudes(state: TrainState) -> PyTree:

@@ -1,16 +1,11 @@
 """Random masks."""
 
-from typing import TYPE_CHECKING
-
 import jax
 from jaxtyping import PyTree
 
 from cs_jax.core import trees
 from cs_jax.methods.base import AtInitialization, keep_highest
-
-if TYPE_CHECKING:
-    from cs_jax.experiment.config import Config
-    from cs_jax.training.problem import Problem
+from cs_jax.training.problem import Problem
 
 
 class RandomPruning(AtInitialization):
@@ -23,11 +18,11 @@ class RandomPruning(AtInitialization):
     wants_target = True
     takes_channels = True
 
-    def begin(self, config: "Config", problem: "Problem", variables: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
-        assert config.target is not None
+    def begin(self, problem: Problem, variables: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
+        assert self.config.target is not None
         found, channels = variables["masks"], problem.recipe.channels
         ranks = random_ranks(problem.key_for("masks"), found if channels is None else channels.first_entries(found))
-        return {}, keep_highest(config, ranks, config.target, channels)
+        return {}, keep_highest(self.config, ranks, self.config.target, channels)
 
 
 def random_ranks(key: jax.Array, masks: PyTree) -> PyTree:

@@ -19,7 +19,7 @@ class Supermask(ContinuousSparsification):
     """
 
     retrainings = (NONE,)
-    why_these = "whose weights are frozen"
+    why_these_retrainings = "its weights are frozen"
     takes_channels = False
 
     def recipe(self, recipe: Recipe) -> Recipe:
@@ -34,7 +34,7 @@ class StochasticSupermask(IterativeStochasticSparsification):
     """
 
     retrainings = (NONE,)
-    why_these = "whose weights are frozen"
+    why_these_retrainings = "its weights are frozen"
 
     def recipe(self, recipe: Recipe) -> Recipe:
         return dataclasses.replace(super().recipe(recipe), moves_weights=False)

@@ -144,7 +144,7 @@ def of_model(model: nn.Module, image_shape: Sequence[int]) -> Channels:
     if not sites:
         raise ValueError(f"model {type(model).__name__}: no masked layer has prunable channels")
     in_order = sorted(sites, key=lambda site: [*masked].index(site.path))
-    scored = tuple(grouping(site.path, masked[site.path], Axes((site.axis,)), "auto") for site in in_order)
+    scored = tuple(grouping(site.path, masked[site.path], Axes((site.axis,))) for site in in_order)
     return Channels(
         scored=scored,
         unscored=tuple(path for path in masked if path not in {leaf.path for leaf in scored}),

@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
-from cs_jax.core.arrays import of_logits
+from cs_jax.core.arrays import logits_dtype
 from cs_jax.layers.masked import MaskedConv, MaskedDense
 from cs_jax.models.features import DEFAULT_FEATURES, Features
 from cs_jax.models.lenet import xavier_normal
@@ -61,7 +61,7 @@ class ConvNet(nn.Module):
         x = x.reshape(x.shape[0], -1)
         for name in ("hidden0", "hidden1"):
             x = nn.relu(self.dense(self.features.get(name, 256), name=name, **fields)(x))
-        fields["dtype"] = of_logits(self.dtype)
+        fields["dtype"] = logits_dtype(self.dtype)
         return nn.Dense(self.num_classes, name="classifier", **fields)(x)
 
     def _stage(self, x: jax.Array, stage: int) -> jax.Array:

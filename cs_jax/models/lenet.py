@@ -6,7 +6,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
-from cs_jax.core.arrays import of_logits
+from cs_jax.core.arrays import logits_dtype
 from cs_jax.layers.masked import MaskedDense
 from cs_jax.models.features import DEFAULT_FEATURES, Features
 from cs_jax.models.wiring import Signal, Wiring
@@ -56,7 +56,7 @@ class LeNet300100(nn.Module):
         return nn.Dense(
             self.num_classes,
             kernel_init=xavier_normal,
-            dtype=of_logits(self.dtype),
+            dtype=logits_dtype(self.dtype),
             param_dtype=self.param_dtype,
             name="classifier",
         )(x)

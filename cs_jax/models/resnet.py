@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
-from cs_jax.core.arrays import of_logits
+from cs_jax.core.arrays import logits_dtype
 from cs_jax.layers import convolution
 from cs_jax.layers.batch_norm import BatchNorm
 from cs_jax.layers.masked import MaskedConv
@@ -94,7 +94,7 @@ class ResNet(nn.Module):
         return nn.Dense(
             self.num_classes,
             kernel_init=torch_linear if self.bottleneck else xavier_normal,
-            dtype=of_logits(self.dtype),
+            dtype=logits_dtype(self.dtype),
             param_dtype=self.param_dtype,
             name="classifier",
         )(x)
@@ -212,7 +212,7 @@ def _conv_norm(module: ResNet | ResidualBlock, conv: _Conv, features: int, x: ja
         padding=conv.size // 2,
         use_bias=module.folded and conv.norm is not None,
         kernel_init=he_normal_fan_out if module.bottleneck else xavier_normal,
-        conv_general_dilated_cls=convolution.chosen,
+        conv_general_dilated_cls=convolution.get_convolve,
         name=conv.name,
         **dtypes,
     )(x)

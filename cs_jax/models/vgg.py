@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
-from cs_jax.core.arrays import of_logits
+from cs_jax.core.arrays import logits_dtype
 from cs_jax.layers.batch_norm import BatchNorm
 from cs_jax.layers.masked import MaskedConv
 from cs_jax.models.conv import check_pools
@@ -67,7 +67,7 @@ class VGG(nn.Module):
         return nn.Dense(
             self.num_classes,
             kernel_init=nn.initializers.normal(0.01),
-            dtype=of_logits(self.dtype),
+            dtype=logits_dtype(self.dtype),
             param_dtype=self.param_dtype,
             name="classifier",
         )(x)

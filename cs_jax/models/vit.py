@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
-from cs_jax.core.arrays import of_logits
+from cs_jax.core.arrays import logits_dtype
 from cs_jax.layers.masked import MaskedDenseGeneral
 from cs_jax.models.features import DEFAULT_FEATURES, Features, submodule_features
 from cs_jax.models.wiring import Signal, Wiring
@@ -70,7 +70,7 @@ class VisionTransformer(nn.Module):
             features = FrozenDict({**submodule_features(self.features, name), "heads": heads})
             x = make_block(self.num_heads, features, dense=self.dense, name=name, **dtypes)(x)
         x = nn.LayerNorm(epsilon=1e-6, name="norm", **dtypes)(x[:, 0])
-        dtypes["dtype"] = of_logits(self.dtype)
+        dtypes["dtype"] = logits_dtype(self.dtype)
         return nn.Dense(self.num_classes, kernel_init=narrow_normal, name="classifier", **dtypes)(x)
 
     def _blocks(self) -> list[str]:

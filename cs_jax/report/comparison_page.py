@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from cs_jax.experiment.config import SEARCH, TICKET
-from cs_jax.experiment.storage.config_file import NOT_IN_RESULT
+from cs_jax.experiment.storage.config_file import decides_result
 from cs_jax.report import density_plots, plots
 from cs_jax.report.pages import Page, Plot, Section, Table, describe_lines, numbers, percent, plot, points, shown
 from cs_jax.report.plots import Line, Point
@@ -151,7 +151,11 @@ def _different(runs: Mapping[str, Run]) -> Section:
     """Settings and versions that are not the same in all runs."""
     section = Section("What differs")
     settings = [
-        {name: shown(value) for name, value in run.settings.items() if name not in ("versions", "data", *NOT_IN_RESULT)}
+        {
+            name: shown(value)
+            for name, value in run.settings.items()
+            if name not in ("versions", "data") and decides_result(name)
+        }
         for run in runs.values()
     ]
     versions = [run.settings.get("versions", {}) for run in runs.values()]

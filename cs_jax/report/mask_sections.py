@@ -176,7 +176,7 @@ def scores(run: Run) -> Section | None:
         section.notes.append(f"{SCORES_FILE} is missing or has no round yet.")
         return section
     section.texts.append(
-        f"{run.found_by.says_of_scores} Before: at the round's start, after the reset. After: at its end, before the "
+        f"{run.found_by.remark_on_scores} Before: at the round's start, after the reset. After: at its end, before the "
         "next reset."
     )
     edges, rounds, _ = run.scores

@@ -182,7 +182,7 @@ class Run:
         return self.settings["epochs"] * self.settings["rounds"] if self.found_by.searches else 0
 
     @property
-    def found_by(self) -> Method:
+    def found_by(self) -> type[Method]:
         """The method, where it is known; else what is asked of it is that of the first."""
         return METHODS.get(self.settings.get("method", "cs"), METHODS["cs"])
 

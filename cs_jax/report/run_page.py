@@ -94,7 +94,7 @@ def _results(run: Run) -> Section:
         section.parts.append(Table("Time", head, rows))
     ends = [list(group)[-1] for _, group in itertools.groupby(run.phase(SEARCH), key=lambda epoch: epoch["round"])]
     if ends:
-        section.texts.append(run.found_by.says_of_rounds)
+        section.texts.append(run.found_by.remark_on_rounds)
         head = ("Round", "Epochs", "Density", "Soft masks", "Hard masks")
         caption = "Search: density and validation accuracy at the end of each round"
         section.parts.append(Table(caption, head, [_round_row(run, end) for end in ends]))

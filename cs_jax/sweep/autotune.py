@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 
-from cs_jax import methods
 from cs_jax.core.errors import ConfigError, out_of_memory
 from cs_jax.experiment import search
 from cs_jax.experiment.config import SEARCH, Config
 from cs_jax.experiment.prepare import prepare
 from cs_jax.experiment.storage import config_file
 from cs_jax.sweep.scheduler import MOST
+from cs_jax.training.epoch import Epoch
 from cs_jax.training.executor import STEPS_PER_CALL, Executor
 from cs_jax.training.problem import Problem
 from cs_jax.training.shared_device import Together
@@ -127,13 +127,12 @@ def _states(config: Config, problem: Problem, runs: int) -> list[Any]:
 
 def _seconds(config: Config, problem: Problem, state: Any, executor: Executor) -> float:
     """Seconds of a step of an epoch, or of its beginning where it is long."""
-    method, size = methods.of(config), config.batch_size
+    method, size = config.pruning_method, config.batch_size
     recipe = method.recipe(problem.recipe) if method.searches else problem.recipe
     order = problem.epoch_order(0, 0)[: STEPS * size]
-    hyper = search.hyperparams(config, SEARCH, 0)
+    epoch = Epoch(problem.train, order, problem.key, search.hyperparams(config, SEARCH, 0), batch_size=size)
     started, done, metrics = time.perf_counter(), 0, None
-    calls = executor.train_epoch(recipe, state, problem.train, order, problem.key, hyper, batch_size=size)
-    for done, _, metrics in calls:  # noqa: B007
+    for done, _, metrics in executor.train_epoch(recipe, state, epoch):  # noqa: B007
         pass
     jax.block_until_ready(metrics)
     return (time.perf_counter() - started) / done

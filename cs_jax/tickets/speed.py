@@ -13,16 +13,12 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.linen.dtypes import promote_dtype
-from jax.experimental import sparse
 from jaxtyping import PyTree
 
-from cs_jax.core import trees
 from cs_jax.layers.convolution import for_serving
-from cs_jax.models.multiply_adds import evaluation_mode, layer_multiply_adds, multiply_adds
+from cs_jax.models.multiply_adds import evaluation_mode, multiply_adds
 from cs_jax.tickets.fold import fold
 from cs_jax.tickets.shrink import shrink
 from cs_jax.tickets.ticket import LoadedTicket, save_ticket
@@ -65,8 +61,6 @@ class Measured(NamedTuple):
 def forms(ticket: LoadedTicket) -> dict[str, Form]:
     """The forms that a ticket has, by their names.
 
-    `sparse`, the fully connected layers as `jax.experimental.sparse.BCOO`, is there where masks have such layers.
-
     Raises:
         ConfigError: it names no model of `cs_jax.models`, or a mask keeps nothing of its layer.
     """
@@ -79,10 +73,6 @@ def forms(ticket: LoadedTicket) -> dict[str, Form]:
     cost = {name: multiply_adds(model, shape) for name, (model, _) in networks.items()}
     found = {name: _form(model, variables, cost[name]) for name, (model, variables) in networks.items()}
     found["masked"] = found["masked"]._replace(num_bytes=_compact_size(ticket))
-    connected = [path[:-1] for path, mask in trees.leaves_by_path(ticket.variables["masks"]).items() if mask.ndim == 2]
-    if connected:
-        costs = layer_multiply_adds(model, shape)
-        found["sparse"] = _sparse(*networks[DENSE], connected, cost[DENSE], costs)
     return {DENSE: found.pop(DENSE), **found}
 
 
@@ -96,39 +86,6 @@ def _compact_size(ticket: LoadedTicket) -> int:
         path = Path(folder) / "ticket"
         save_ticket(path, **ticket.variables, metadata=ticket.metadata, compact=True)
         return path.stat().st_size
-
-
-def _sparse(
-    model: nn.Module, variables: PyTree, layers: Sequence[trees.Path], cost: int, costs: Mapping[str, int]
-) -> Form:
-    """The network with these layers' kernels as sparse matrices (in, out); `costs` are those of whole kernels."""
-    weights = trees.leaves_by_path(variables["params"])
-    matrices = {path: sparse.BCOO.fromdense(weights[(*path, "kernel")]) for path in layers}
-    rest = {path: leaf for path, leaf in weights.items() if path[:-1] not in matrices or path[-1] != "kernel"}
-    for path, matrix in matrices.items():
-        dense = costs[trees.name((*path, "kernel"))]
-        cost += dense * matrix.nse // matrix.size - dense
-    held = {"matrices": matrices, "rest": trees.nest(rest), "batch_stats": variables.get("batch_stats", {})}
-
-    def apply(held: Mapping[str, Any], images: jax.Array) -> Any:
-        def multiply(follow: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-            path = context.module.path
-            if path not in held["matrices"] or context.method_name != "__call__":
-                return follow(*args, **kwargs)
-            matrix, bias = held["matrices"][path], context.module.variables["params"].get("bias")
-            x, data, bias = promote_dtype(args[0], matrix.data, bias, dtype=context.module.dtype)
-            product = x @ sparse.BCOO((data, matrix.indices), shape=matrix.shape)
-            return product if bias is None else product + jnp.broadcast_to(bias, product.shape)
-
-        # Its layers find a kernel, which they need not have: nothing is computed of it.
-        params = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in weights.items() if path[:-1] in matrices}
-        params = trees.nest(params | trees.leaves_by_path(held["rest"]))
-        with nn.intercept_methods(multiply):
-            collections = {"params": params, "batch_stats": held["batch_stats"]}
-            return model.apply(collections, images, **evaluation_mode(model))
-
-    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(held))
-    return Form(apply, held, num_bytes, cost)
 
 
 def measure(found: Mapping[str, Form], image_shape: Sequence[int], *, batch_size: int, repeats: int) -> list[Measured]:

@@ -107,7 +107,7 @@ def test_verify_takes_the_name_of_a_preset_for_its_data(
 ) -> None:
     words = ["verify", str(run / TICKET_FILE), "fashion-mnist", "--data-dir", str(tmp_path)]
     assert main(words) == 2
-    assert "--dataset: got fashion_mnist, which is not in" in capsys.readouterr().err
+    assert "--dataset fashion_mnist: is not in" in capsys.readouterr().err
 
 
 def saved_again(run: Path, path: Path, **changes: Any) -> Path:

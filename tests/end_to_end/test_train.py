@@ -223,10 +223,10 @@ def test_cifar10_from_the_prepared_set(tmp_path: Path) -> None:
     [
         (["digit"], "preset: got 'digit', wanted one of"),
         (["--epochs", "none"], "--epochs: got none, wanted a whole number"),
-        (["--val-set-size", "1437"], "--val-set-size: got 1437, wanted less than the 1437 training examples"),
-        (["--batch-size", "1258"], "--batch-size: got 1258, wanted at most 1257, the training examples"),
-        (["--dataset", "imagenet", "--data-dir", "."], "--dataset: got 'imagenet', wanted digits or a name in"),
-        (["cifar10", "--data-dir", "nowhere"], "--dataset: got cifar10, which is not in nowhere"),
+        (["--val-set-size", "1437"], "--val-set-size 1437: must be less than 1437, the number of training examples"),
+        (["--batch-size", "1258"], "--batch-size 1258: must be at most 1257, the number of training examples"),
+        (["--dataset", "imagenet", "--data-dir", "."], "--dataset 'imagenet': must be digits or a name in"),
+        (["cifar10", "--data-dir", "nowhere"], "--dataset cifar10: is not in nowhere"),
     ],
 )
 def test_what_cannot_be_used_is_one_line_and_leaves_nothing(

@@ -70,7 +70,7 @@ def test_both_ends_are_exact_to_the_bit_and_equal_entries_stay(dtype: Any) -> No
         ({"a": np.ones(3)}, 0.0, r"others 'a': got shape \(3,\), wanted shape \(2,\)"),
         ({}, 1.0, r"others 'a': got nothing, wanted shape \(2,\)"),
         ({"a": np.ones(2, np.float32)}, 0.5, "others 'a': got dtype float32, wanted float64"),
-        ({"a": np.ones(2, int)}, 0.5, "weights 'a': got dtype int64, wanted a float dtype"),
+        ({"a": np.ones(2, int)}, 0.5, "weights 'a' of dtype int64: must have a float dtype"),
     ],
 )
 def test_what_cannot_be_interpolated_is_refused(others: Any, share: float, text: str) -> None:

@@ -21,6 +21,7 @@ from cs_jax.experiment import search
 from cs_jax.experiment.config import SEARCH
 from cs_jax.experiment.prepare import prepare
 from cs_jax.training import mesh, processes
+from cs_jax.training.epoch import Epoch
 from cs_jax.training.executor import Executor
 from cs_jax.training.problem import Problem
 
@@ -44,10 +45,8 @@ def train(problem: Problem) -> dict[str, np.ndarray]:
     state = problem.executor.place(jax.tree.map(to_double, search.init_state(CONFIG, problem)))
     hyper, size = search.hyperparams(CONFIG, SEARCH, 3), CONFIG.batch_size
     order = np.concatenate([np.random.default_rng(epoch).permutation(len(problem.train)) for epoch in range(3)])
-    steps = problem.executor.train_epoch(
-        problem.recipe, state, problem.train, order[: STEPS * size], problem.key, hyper, batch_size=size
-    )
-    for _, state, _ in steps:  # noqa: B007
+    epoch = Epoch(problem.train, order[: STEPS * size], problem.key, hyper, batch_size=size)
+    for _, state, _ in problem.executor.train_epoch(problem.recipe, state, epoch):  # noqa: B007, B020
         pass
     assert int(state.step) == STEPS
     hard = masks.hard_mask(state.scores, init_value=CONFIG.mask_initial_value)

@@ -67,7 +67,7 @@ def config(request: pytest.FixtureRequest) -> Config:
 
 
 def test_dense_keeps_every_weight_from_initialisation(config: Config, problem: Problem) -> None:
-    dense = CONTROLS[DENSE](config, problem, find_ticket(config, problem))
+    dense = CONTROLS[DENSE](problem, find_ticket(config, problem))
     fresh = problem.init_variables()
     assert_equal(tuple(dense.start), (fresh["params"], fresh["batch_stats"]))
     assert values(dense.masks) == {1.0} and sum(counts(dense.masks)) == 40800
@@ -75,7 +75,7 @@ def test_dense_keeps_every_weight_from_initialisation(config: Config, problem: P
 
 def test_reinit_has_the_tickets_masks_over_other_initial_weights(config: Config, problem: Problem) -> None:
     ticket = find_ticket(config, problem)
-    reinit = CONTROLS["reinit"](config, problem, ticket)
+    reinit = CONTROLS["reinit"](problem, ticket)
     assert_equal(reinit.masks, ticket.masks)
     fresh = problem.init_variables()["params"]
     for name, layer in reinit.start.params.items():
@@ -86,7 +86,7 @@ def test_reinit_has_the_tickets_masks_over_other_initial_weights(config: Config,
 
 def test_shuffled_has_the_tickets_weights_and_as_many_in_each_layer(config: Config, problem: Problem) -> None:
     ticket = find_ticket(config, problem)
-    shuffled = CONTROLS["shuffled"](config, problem, ticket)
+    shuffled = CONTROLS["shuffled"](problem, ticket)
     assert_equal(tuple(shuffled.start), tuple(ticket.start))
     assert counts(shuffled.masks) == counts(ticket.masks) and len(set(counts(ticket.masks))) == 2
     assert values(shuffled.masks) == values(ticket.masks)
@@ -97,7 +97,7 @@ def test_shuffled_has_the_tickets_weights_and_as_many_in_each_layer(config: Conf
 
 def test_random_has_the_tickets_weights_and_as_many_in_all(config: Config, problem: Problem) -> None:
     ticket = find_ticket(config, problem)
-    drawn = CONTROLS["random"](config, problem, ticket)
+    drawn = CONTROLS["random"](problem, ticket)
     assert_equal(tuple(drawn.start), tuple(ticket.start))
     assert sum(counts(drawn.masks)) == sum(counts(ticket.masks)) == round(0.1234 * 40800)
     assert values(drawn.masks) == values(ticket.masks)
@@ -125,20 +125,20 @@ def hand_made(shapes: dict[str, tuple[int, ...]], kept: dict[str, int]) -> Ticke
 @pytest.mark.filterwarnings("ignore::cs_jax.CollapsedLayerWarning")
 def test_random_keeps_as_many_weights_as_any_ticket(kept: dict[str, int], scope: Any, problem: Problem) -> None:
     ticket = hand_made({"a": (3, 3), "b": (3, 5), "c": (7, 3)}, kept)
-    drawn = CONTROLS["random"](dataclasses.replace(CONFIG, scope=scope), problem, ticket)
+    drawn = CONTROLS["random"](problem, ticket)
     assert sum(counts(drawn.masks)) == sum(kept.values())
 
 
 def test_random_of_a_ticket_without_weights_has_none_either(problem: Problem) -> None:
     ticket = hand_made({"a": (3, 3)}, {"a": 0})
-    assert counts(CONTROLS["random"](CONFIG, problem, ticket).masks) == [0]
+    assert counts(CONTROLS["random"](problem, ticket).masks) == [0]
 
 
 @pytest.mark.parametrize("control", CONTROLS)
 def test_the_same_seed_makes_the_same_control_and_another_seed_another(control: str, problem: Problem) -> None:
     ticket = find_ticket(CONFIG, problem)
     other_key = dataclasses.replace(problem, key=jax.random.key(4))
-    made, again, other = (CONTROLS[control](CONFIG, some, ticket) for some in (problem, problem, other_key))
+    made, again, other = (CONTROLS[control](some, ticket) for some in (problem, problem, other_key))
     assert_equal(made, again)
     assert differ(made, other)
 
@@ -147,7 +147,7 @@ def test_the_same_seed_makes_the_same_control_and_another_seed_another(control: 
 def test_making_and_training_a_control_leaves_the_ticket_alone(control: str, problem: Problem) -> None:
     ticket = find_ticket(CONFIG, problem)
     before = jax.tree.map(np.array, ticket)
-    made = CONTROLS[control](CONFIG, problem, ticket)
+    made = CONTROLS[control](problem, ticket)
     config = dataclasses.replace(CONFIG, controls=(control,))
     state = search.retrain(config, problem, search.begin_retraining(problem, made, phase=control), Observer())
     assert_equal(state.masks, made.masks)

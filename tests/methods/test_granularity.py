@@ -457,7 +457,7 @@ def test_shuffled_masks_keep_as_many_channels_of_each_layer(by_channel: Problem)
     config = dataclasses.replace(CHANNEL, target_density=0.5)
     state = search.init_state(config, by_channel)
     ticket, _ = search.search_ticket(config, by_channel, search.begin_search(state), Observer())
-    shuffled = CONTROLS["shuffled"](config, by_channel, ticket)
+    shuffled = CONTROLS["shuffled"](by_channel, ticket)
     for block, layer, kind in (A, B):
         before, after = (kept_channels(network.masks[block][layer][kind]) for network in (ticket, shuffled))
         assert before.sum() == after.sum()

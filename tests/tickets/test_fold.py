@@ -184,7 +184,7 @@ def test_a_wrong_wiring_is_refused(told: str, complaint: str) -> None:
 
 def test_a_masked_layer_in_no_field_is_refused() -> None:
     model = ThreeNorms(hidden=True)
-    with pytest.raises(ValueError, match="ThreeNorms cannot be applied without masks: last/kernel has no mask"):
+    with pytest.raises(ValueError, match="ThreeNorms cannot be applied without masks: last/kernel: needs a mask"):
         fold.fold(model, masked(model, (5,)), (5,))
 
 

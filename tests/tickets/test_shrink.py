@@ -215,7 +215,7 @@ def test_a_smaller_network_is_trained_on(x64: None) -> None:
     hyper = Hyperparams(*(jnp.asarray(value, float) for value in (1.0, 0.0, 0.5, 0.0, 0.0)))
     losses = []
     for _ in range(12):
-        state, metrics = compiled_step(recipe, state, data, np.arange(6), jax.random.key(0), hyper)
+        state, metrics = compiled_step(recipe, state, step.StepInputs(data, np.arange(6), jax.random.key(0), hyper))
         losses.append(float(metrics.loss))
     assert smaller != model and losses[-1] < 0.5 * losses[0], losses
 
@@ -359,7 +359,7 @@ def test_the_command_does_not_replace_the_ticket(tmp_path: Path, capsys: pytest.
     path = ticket_of(tmp_path / "ticket.safetensors")
     before = path.read_bytes()
     assert commands.main(["shrink", str(path), "--out", str(path)]) == 2
-    assert "wanted another file than the ticket" in capsys.readouterr().err and path.read_bytes() == before
+    assert "must not overwrite the ticket" in capsys.readouterr().err and path.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -368,7 +368,7 @@ def test_what_export_wrote_says_itself_what_its_images_are(tmp_path: Path) -> No
         ),
         ("--model lenet300100 --image-shape 4 4 1 --mean 120 --out {out}", "--mean and --std: got one of them"),
         ("--model resnet6 --image-shape 4 4 1 --out {out}", "'bn0.bias': got no such tensor, wanted one of shape [32]"),
-        ("--model lenet300100 --image-shape 4 4 1 --out {file}", "wanted another file than the state dict"),
+        ("--model lenet300100 --image-shape 4 4 1 --out {file}", "must not overwrite the state dict"),
         ("--model lenet300100 --image-shape 4 4 1", "the following arguments are required: --out"),
     ],
 )

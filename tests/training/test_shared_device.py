@@ -499,7 +499,7 @@ def test_tickets_of_one_command_at_once(
         (["--tickets", "2", "--tickets", "3"], "--tickets: got 2 of them, wanted one"),
         (["--tickets", "2", "--resume", "there"], "--tickets: got 2 beside --resume, wanted the command that began"),
         (["--tickets", "2", "--seed", "4294967295"], "--tickets: got 2, wanted at most 1 from --seed 4294967295 on"),
-        (["--tickets", "2", "--val-set-size", "9999"], "--val-set-size: got 9999, wanted less than the 1437 "),
+        (["--tickets", "2", "--val-set-size", "9999"], "--val-set-size 9999: must be less than 1437, the number "),
         (["--tickets", "2", "--out", "file"], "--out: got file/digits-seed0, "),
         (["--tickets", "2", "--out", "run"], "--out: got run, which holds one run, wanted a folder for all"),
         (["--tickets", "2", "--out", "full"], "--out: got full/digits-seed1, which is not empty and holds no run"),

@@ -7,12 +7,11 @@ first epochs, and soft and hard accuracy meet only once the temperature has rise
 import warnings
 from collections.abc import Sequence
 
-from cs_jax import methods
 from cs_jax.core.errors import CsJaxWarning
 from cs_jax.core.target_density import CollapsedLayerWarning, UnfinishedSearchWarning
 from cs_jax.experiment.config import SEARCH, Config
 from cs_jax.experiment.progress import EpochRecord, Observer, Progress
-from cs_jax.methods.continuous import ContinuousSparsification
+from cs_jax.methods import METHODS
 
 ACCURACY_GAP = 0.02
 """Between soft and hard validation accuracy at a round's end, that is told: on the digits it is at most 0.011 with the
@@ -52,7 +51,7 @@ class Health(Observer):
         self._told_before = progress.epoch == self._config.epochs  # by the process that saved the round's end
 
     def on_phase_end(self, progress: Progress) -> None:
-        is_continuous = isinstance(methods.of(self._config), ContinuousSparsification)
+        is_continuous = METHODS[self._config.method].anneals
         if progress.phase != SEARCH or self._told_before or not is_continuous:
             return
         is_last = len(progress.round_ends) == self._config.rounds

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from cs_jax import methods
 from cs_jax.core import trees
 from cs_jax.experiment import search
 from cs_jax.experiment.config import SEARCH, Config
 from cs_jax.experiment.progress import Progress
+from cs_jax.methods import METHODS
 from cs_jax.methods.base import first_scores
 from cs_jax.training import step
 from cs_jax.training.problem import Problem
@@ -28,7 +28,7 @@ def abstract_state(config: Config, problem: Problem, phase: str) -> TrainState:
 
     def make() -> TrainState:
         state = search.fixed_state(problem, problem.init_ticket())
-        if phase != SEARCH or not methods.of(config).learns_masks:
+        if phase != SEARCH or not METHODS[config.method].learns_masks:
             return state
         scores = first_scores(config, state.masks, state.channels)
         return step.init_state(problem.recipe, state.params, state.batch_stats, scores=scores, masks={})

@@ -11,7 +11,6 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from cs_jax import methods
 from cs_jax.core import files, trees
 from cs_jax.core.arrays import on_host
 from cs_jax.core.errors import ConfigError
@@ -35,6 +34,7 @@ from cs_jax.experiment.storage.paths import (
 )
 from cs_jax.experiment.storage.score_histograms import SCORE_EDGES, score_counts
 from cs_jax.experiment.storage.versions import cores, versions
+from cs_jax.methods import METHODS
 from cs_jax.tickets.ticket import TicketError, load_ticket, save_ticket
 from cs_jax.training import processes
 
@@ -120,6 +120,11 @@ def _enter(path: Path, stack: contextlib.ExitStack, *, new: bool) -> None:
         entry.unlink()
 
 
+def list_files(path: Path) -> list[str]:
+    """Names of the files and folders in a run directory, without the lock."""
+    return sorted(entry.name for entry in path.glob("[!.]*") if entry.name != LOCK_FILE)
+
+
 class RunDirectory(Observer):
     """Writes a run's files as it goes on.
 
@@ -185,7 +190,7 @@ class RunDirectory(Observer):
             file.truncate(sum(map(len, lines)))
         if progress is None:
             self._write_rounds([])
-        elif methods.of(self._config).learns_masks and len(self._rounds()) <= (progress.round or 0):
+        elif METHODS[self._config.method].learns_masks and len(self._rounds()) <= (progress.round or 0):
             raise ConfigError(
                 f"{self.path}: its {SCORES_FILE} lacks rounds that are done; remove {CHECKPOINTS_FOLDER} there to "
                 "start anew"
@@ -270,10 +275,6 @@ class RunDirectory(Observer):
         """Training and validation, over the epochs in metrics.jsonl of some phases, or of all where none is named."""
         epochs = map(json.loads, (self.path / METRICS_FILE).read_text().splitlines())
         return sum(epoch["seconds"] for epoch in epochs if not phases or epoch["phase"] in phases)
-
-    def files(self) -> list[str]:
-        """Names of what is there."""
-        return sorted(path.name for path in self.path.glob("[!.]*") if path.name != LOCK_FILE)
 
     def write_ticket(self, **content: Any) -> None:
         """Writes the ticket: the keywords of `save_ticket`."""

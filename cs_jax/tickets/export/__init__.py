@@ -11,7 +11,7 @@ from cs_jax.core import files
 from cs_jax.core.errors import ConfigError, one_of
 from cs_jax.tickets.export import onnx, sparse, stablehlo, state_dict
 from cs_jax.tickets.export.plain_network import Served, masked_logits, serve
-from cs_jax.tickets.export.sparse import read_sparse, to_bcoo
+from cs_jax.tickets.export.sparse import read_sparse
 from cs_jax.tickets.export.state_dict import load_state_dict
 from cs_jax.tickets.ticket import LoadedTicket, dense_sizes
 
@@ -87,4 +87,4 @@ def export_ticket(
     return Exported(len(content), 4 * sum(dense_sizes(ticket).values()), difference, served)
 
 
-__all__ = ["FORMATS", "Exported", "Format", "Served", "export_ticket", "load_state_dict", "read_sparse", "to_bcoo"]
+__all__ = ["FORMATS", "Exported", "Format", "Served", "export_ticket", "load_state_dict", "read_sparse"]

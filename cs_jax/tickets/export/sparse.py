@@ -8,7 +8,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,6 @@ from cs_jax.models import wiring
 from cs_jax.models.wiring import Attention
 from cs_jax.tickets.checks import is_shape
 from cs_jax.tickets.export.plain_network import Served
-
-if TYPE_CHECKING:
-    from jax.experimental.sparse import BCOO
 
 SUFFIX = ".npz"
 
@@ -88,17 +85,6 @@ def _matrix(data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, shape: np
     matrix = csr_array((data, indices, indptr), shape=(rows, size // rows))
     matrix.check_format(full_check=True)
     return matrix
-
-
-def to_bcoo(matrix: csr_array) -> "BCOO":
-    """The matrix as `jax.experimental.sparse` has it: a reference implementation, of which no speed is promised.
-
-    >>> to_bcoo(csr_array(np.eye(3, dtype=np.float32))) @ jnp.arange(3.0)
-    Array([0., 1., 2.], dtype=float32)
-    """
-    from jax.experimental.sparse import BCOO  # loads for a quarter of a second, and few want it
-
-    return BCOO.from_scipy_sparse(matrix)
 
 
 def logits(content: bytes, served: Served, images: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ from cs_jax.data import decode, records
 from cs_jax.data.images import ImageSet
 from cs_jax.data.load import fingerprint, load_data
 from cs_jax.data.split import STATISTICS
-from cs_jax.data.stream import Batch, ImageStream
+from cs_jax.data.stream import Batch, ImageStream, Share
 from cs_jax.experiment import prepare as prepare_experiment
 from cs_jax.experiment import search
 from cs_jax.experiment.config import Config
@@ -36,7 +36,9 @@ from cs_jax.experiment.progress import Progress
 from cs_jax.experiment.storage.paths import TICKET_FILE
 from cs_jax.models import LeNet300100, ResNet
 from cs_jax.training import mesh
-from cs_jax.training.executor import Executor, share_right
+from cs_jax.training.epoch import Epoch
+from cs_jax.training.evaluation import share_right
+from cs_jax.training.executor import Executor
 from cs_jax.training.problem import Problem
 from cs_jax.training.step import Hyperparams, Recipe, TrainState, init_state, init_variables
 
@@ -176,29 +178,29 @@ def test_random_parts_lie_inside_and_are_near_square(width: int, height: int) ->
 
 def test_half_of_the_augmented_images_are_mirrored(stream: ImageStream) -> None:
     """Photographs are darker on the left."""
-    batch = joined(list(stream.batches(np.arange(43).repeat(5), batch_size=43, seed=5, augment="resized-crop")))
+    batch = joined(list(stream.batches(np.arange(43).repeat(5), batch_size=43, crop_seed=5)))
     left, right = (batch.images[:, :, side].astype(int).sum((1, 2)) for side in (0, -1))
     assert 0.35 < (left > right).mean() < 0.65
-    plain = joined(list(stream.batches(np.arange(43), batch_size=43, augment="flip-crop")))
+    plain = joined(list(stream.batches(np.arange(43), batch_size=43)))
     assert (plain.images[:, :, 0].astype(int).sum((1, 2)) < plain.images[:, :, -1].astype(int).sum((1, 2))).all()
 
 
 def test_batches_follow_from_their_arguments_alone(stream: ImageStream) -> None:
-    order, options = np.random.default_rng(1).permutation(43), {"batch_size": 8, "augment": "resized-crop"}
-    batches = list(stream.batches(order, seed=2**64 - 1, **options))
+    order, options = np.random.default_rng(1).permutation(43), {"batch_size": 8}
+    batches = list(stream.batches(order, crop_seed=2**64 - 1, **options))
     more_threads = dataclasses.replace(stream, threads=7)
-    for one, other in zip(batches, more_threads.batches(order, seed=2**64 - 1, **options), strict=True):
+    for one, other in zip(batches, more_threads.batches(order, crop_seed=2**64 - 1, **options), strict=True):
         assert equal(one, other)
-    others = list(stream.batches(order, seed=1, **options))
+    others = list(stream.batches(order, crop_seed=1, **options))
     assert not np.array_equal(batches[0].images, others[0].images)
     assert np.array_equal(batches[0].ids, others[0].ids)
-    twice = joined(list(stream.batches(np.zeros(8, int), seed=1, **options)))
+    twice = joined(list(stream.batches(np.zeros(8, int), crop_seed=1, **options)))
     assert len({image.tobytes() for image in twice.images}) == 8  # one example, at eight places
 
 
 @pytest.mark.parametrize("first", [1, 3, 5, 6])
 def test_a_stream_that_begins_later_is_the_rest_of_the_whole(stream: ImageStream, first: int) -> None:
-    options = {"batch_size": 8, "seed": 9, "augment": "resized-crop"}
+    options = {"batch_size": 8, "crop_seed": 9}
     whole = list(stream.batches(np.arange(43), **options))
     rest = list(stream.batches(np.arange(43), first_step=first, **options))
     assert len(rest) == 6 - first
@@ -207,10 +209,10 @@ def test_a_stream_that_begins_later_is_the_rest_of_the_whole(stream: ImageStream
 
 @pytest.mark.parametrize("batch_size, parts", [(8, 2), (9, 2), (10, 4), (7, 3), (6, 8)])
 def test_the_shares_of_all_hosts_are_the_whole_batch(stream: ImageStream, batch_size: int, parts: int) -> None:
-    options = {"batch_size": batch_size, "seed": 4, "augment": "resized-crop"}
+    options = {"batch_size": batch_size, "crop_seed": 4}
     order = np.random.default_rng(2).permutation(43)
     whole = list(stream.batches(order, **options))
-    shares = [list(stream.batches(order, part=part, parts=parts, **options)) for part in range(parts)]
+    shares = [list(stream.batches(order, share=Share(part, parts), **options)) for part in range(parts)]
     assert {len(share) for share in shares} == {len(whole)}
     seen = []
     for step, batch in enumerate(whole):
@@ -223,9 +225,9 @@ def test_the_shares_of_all_hosts_are_the_whole_batch(stream: ImageStream, batch_
 
 
 def test_parts_that_begin_later_share_the_same_rest(stream: ImageStream) -> None:
-    options = {"batch_size": 10, "seed": 4, "augment": "resized-crop"}
+    options = {"batch_size": 10, "crop_seed": 4}
     whole = list(stream.batches(np.arange(43), **options))[2:]
-    shares = [list(stream.batches(np.arange(43), first_step=2, part=part, parts=3, **options)) for part in range(3)]
+    shares = [list(stream.batches(np.arange(43), first_step=2, share=Share(part, 3), **options)) for part in range(3)]
     for batch, *of_step in zip(whole, *shares, strict=True):
         assert equal(joined(of_step), batch)
 
@@ -303,10 +305,10 @@ def test_the_fingerprint_tells_streams_apart(settings: Config) -> None:
     [
         (
             {"image_size": None},
-            r"--dataset: got toy_photos, whose images have shape \(None, None, 3\), wanted --im",
+            r"--dataset toy_photos: images of shape \(None, None, 3\) require --image-size, the side",
         ),
-        ({"val_set_size": 50}, "--val-set-size: got 50, wanted less than the 50 training examples"),
-        ({"batch_size": 44}, "--batch-size: got 44, wanted at most 43, the training examples"),
+        ({"val_set_size": 50}, "--val-set-size 50: must be less than 50, the number of training examples"),
+        ({"batch_size": 44}, "--batch-size 44: must be at most 43, the number of training examples"),
     ],
 )
 def test_what_does_not_fit_the_set_is_refused(settings: Config, change: dict[str, Any], message: str) -> None:
@@ -329,21 +331,28 @@ def fixed(folder: Path) -> Config:
 def test_settings_of_streams_are_refused_for_what_is_in_memory(tmp_path: Path) -> None:
     settings = fixed(tmp_path)
     digits = PRESETS["digits"]
-    shaped = r"images of toy_photos all have shape \(6, 5, 3\), kept as they are without --stream"
+    shaped = r"requires --stream for toy_photos, whose images all have shape \(6, 5, 3\)"
+    unsupported = "requires streamed images, which --dataset digits does not support"
     for wrong, message in (
-        (dataclasses.replace(settings, image_size=4), f"--image-size: got 4, wanted none: {shaped}"),
+        (dataclasses.replace(settings, image_size=4), f"--image-size 4: {shaped}; omit --image-size"),
         (
             dataclasses.replace(settings, augment="resized-crop"),
-            f"--augment: got resized-crop, wanted none, crop, flip-crop: {shaped}",
+            f"--augment resized-crop: {shaped}; choose none or crop or flip-crop",
         ),
-        (dataclasses.replace(digits, stream=True), "--stream: got digits, wanted a set of TensorFlow Datasets"),
-        (dataclasses.replace(digits, image_size=4), "--image-size: got 4, wanted none: digits are kept as they are"),
-        (dataclasses.replace(digits, loader_threads=2), "--loader-threads: got 2, wanted none: digits are kept as"),
+        (
+            dataclasses.replace(digits, stream=True),
+            "--stream with --dataset digits: requires a data set of TensorFlow Datasets; omit",
+        ),
+        (dataclasses.replace(digits, image_size=4), f"--image-size 4: {unsupported}; omit --image-size"),
+        (dataclasses.replace(digits, loader_threads=2), f"--loader-threads 2: {unsupported}; omit --loader-threads"),
         (
             dataclasses.replace(settings, stream=True, image_size=10**7),
-            "--image-size: got 10000000, whose images do not fit into memory: ",
+            "--image-size 10000000: images do not fit into memory ",
         ),
-        (dataclasses.replace(digits, augment="resized-crop"), "--augment: got resized-crop, wanted none, crop, flip-"),
+        (
+            dataclasses.replace(digits, augment="resized-crop"),
+            f"--augment resized-crop: {unsupported}; choose none or ",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             load_data(wrong)
@@ -394,9 +403,8 @@ def test_streamed_images_train_and_are_evaluated_as_those_in_memory(stream: Imag
     in_memory, order = stream.take(np.arange(43)), np.random.default_rng(3).permutation(43)
     ends = []
     for images in (stream, in_memory):
-        calls = list(
-            Executor().train_epoch(SMALL, ticket_state(SMALL, images), images, order, KEY, hyperparams(), batch_size=8)
-        )
+        epoch = Epoch(images, order, KEY, hyperparams(), batch_size=8)
+        calls = list(Executor().train_epoch(SMALL, ticket_state(SMALL, images), epoch))
         assert [done for done, _, _ in calls] == [1, 2, 3, 4, 5, 6]
         ends.append((calls[-1][1], [float(metrics.loss) for _, _, metrics in calls]))
     assert_equal(*ends)
@@ -412,9 +420,7 @@ def test_streamed_images_train_and_are_evaluated_as_those_in_memory(stream: Imag
     assert share_right(logits[0], stream) == share_right(logits[1], in_memory)
     assert_equal(
         *(
-            Executor().estimate_statistics(
-                SMALL.model, state.params, state.batch_stats, state.masks, images, batch_size=8
-            )
+            Executor().estimate_statistics(SMALL.model, variables, images, batch_size=8)
             for images in (stream, in_memory)
         )
     )
@@ -422,9 +428,8 @@ def test_streamed_images_train_and_are_evaluated_as_those_in_memory(stream: Imag
 
 def test_an_epoch_goes_on_from_any_step_and_the_next_one_augments_anew(stream: ImageStream) -> None:
     def epoch(state: Any, first_step: int = 0) -> list[Any]:
-        calls = Executor().train_epoch(
-            LENET, state, stream, np.arange(43), KEY, hyperparams(), batch_size=8, first_step=first_step
-        )
+        whole = Epoch(stream, np.arange(43), KEY, hyperparams(), batch_size=8, first_step=first_step)
+        calls = Executor().train_epoch(LENET, state, whole)
         return [jax.tree.map(np.array, (done, state, float(metrics.loss))) for done, state, metrics in calls]
 
     whole = epoch(ticket_state(LENET, stream))
@@ -437,7 +442,7 @@ def test_an_epoch_goes_on_from_any_step_and_the_next_one_augments_anew(stream: I
 
 def test_leaving_an_epoch_ends_its_threads(stream: ImageStream) -> None:
     state = ticket_state(LENET, stream)
-    calls = Executor().train_epoch(LENET, state, stream, np.arange(43), KEY, hyperparams(), batch_size=4)
+    calls = Executor().train_epoch(LENET, state, Epoch(stream, np.arange(43), KEY, hyperparams(), batch_size=4))
     with contextlib.closing(calls):
         next(calls)
     assert_loaders_end()
@@ -477,7 +482,7 @@ def test_a_damaged_file_is_named_before_anything_is_written(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert f"{shard(settings, split=split)}: example " in error and "cannot be read (" in error
-    assert "repair it, or remove the data set there and prepare it again" in error
+    assert "repair the file, or remove the data set and prepare it again" in error
     assert not (tmp_path / "run").exists()
 
 
@@ -492,7 +497,7 @@ def test_a_file_that_is_damaged_while_it_is_read_is_named(tmp_path: Path, damage
     with pytest.raises(ConfigError) as caught:
         list(batches)
     message = str(caught.value)
-    assert message.startswith(f"{path}: example ") and "goes on from its last checkpoint" in message
+    assert message.startswith(f"{path}: example ") and "resumes an interrupted run from its last checkpoint" in message
     assert "\n" not in message
     assert int(message.split("example ")[1].split()[0]) >= 50 - train_stream.records.shards[2].examples
     assert_loaders_end()
@@ -523,7 +528,7 @@ def test_a_label_beyond_the_classes_is_named(settings: Config) -> None:
     loaded = load_data(settings).train
     assert isinstance(loaded, ImageStream)
     fewer = dataclasses.replace(loaded, records=dataclasses.replace(loaded.records, num_classes=3))
-    with pytest.raises(ConfigError, match="label 3, wanted 0 to 2"):
+    with pytest.raises(ConfigError, match="label 3 is not 0 to 2"):
         list(fewer.batches(np.arange(43), batch_size=8))
 
 
@@ -537,7 +542,7 @@ def test_as_many_files_may_be_open_as_there_are_shards() -> None:
         records.allow_open_files(1000)
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1000 + records.OTHER_FILES + before, hard)
         if hard != resource.RLIM_INFINITY:
-            with pytest.raises(ConfigError, match="ulimit -n: got .* open files at most"):
+            with pytest.raises(ConfigError, match="ulimit -n .*: must be at least .* files; raise the hard limit"):
                 records.allow_open_files(hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -566,7 +571,7 @@ def test_a_run_that_stops_inside_an_epoch_goes_on_to_the_same_ticket(
     asked, whole = [], ImageStream.batches
 
     def watched(stream: ImageStream, order: Any, **options: Any) -> Iterator[Batch]:
-        if options.get("augment") == "resized-crop":
+        if options.get("crop_seed") is not None:
             asked.append((np.asarray(order), options, seen := []))
         else:
             seen = []
@@ -588,11 +593,11 @@ def test_a_run_that_stops_inside_an_epoch_goes_on_to_the_same_ticket(
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / TICKET_FILE).read_bytes() == (finished / TICKET_FILE).read_bytes()
     order, options, after = asked[2]
-    assert (options["first_step"], options["seed"]) == (3, until["seed"])
+    assert (options["first_step"], options["crop_seed"]) == (3, until["crop_seed"])
     loaded = load_data(Config(**{**dataclasses.asdict(settings), "batch_size": 4})).train
     assert isinstance(loaded, ImageStream)
     assert before[:3] + after == [loaded.indices[order[at : at + 4]].tolist() for at in range(0, 43, 4)]
-    assert len({options["seed"] for _, options, _ in asked}) == 4  # two epochs of the search, two of the ticket
+    assert len({options["crop_seed"] for _, options, _ in asked}) == 4  # two epochs of the search, two of the ticket
 
 
 def test_damage_inside_a_run_is_one_line_and_it_goes_on_once_it_is_repaired(
@@ -611,7 +616,7 @@ def test_damage_inside_a_run_is_one_line_and_it_goes_on_once_it_is_repaired(
         patch.setattr(Interrupts, "on_steps", damaging)
         assert train.main(run) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "train.array_record" in error and "the file has lost it" in error
+    assert error.count("\n") == 1 and "train.array_record" in error and "the file no longer contains it" in error
     for path, content in whole.items():
         path.write_bytes(content)
     assert train.main(run) == 0
@@ -662,7 +667,8 @@ def _steps(executor: Executor, recipe: Recipe, stream: ImageStream, order: np.nd
     """Weights, and logits of the stream, after an epoch of batches of eight."""
     problem = Problem(recipe, stream, None, KEY, executor=executor)
     state = search.init_state(dataclasses.replace(PRESETS["digits"], lr=0.01), problem)
-    for _, state, _ in executor.train_epoch(recipe, state, stream, order, KEY, hyper, batch_size=8):  # noqa: B007, B020
+    epoch = Epoch(stream, order, KEY, hyper, batch_size=8)
+    for _, state, _ in executor.train_epoch(recipe, state, epoch):  # noqa: B007, B020
         pass
     assert int(state.step) == 3
     variables = {"params": state.params, "batch_stats": {}, "masks": problem.init_variables()["masks"]}

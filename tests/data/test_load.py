@@ -67,7 +67,7 @@ def test_the_split_follows_the_seed() -> None:
 def test_validation_can_be_empty_but_not_everything() -> None:
     validation, train = split([0, 1] * 5, 0)
     assert (len(validation), len(train)) == (0, 10)
-    with pytest.raises(ConfigError, match="--val-set-size: got 10, wanted less than the 10 training examples"):
+    with pytest.raises(ConfigError, match="--val-set-size 10: must be less than 10, the number of training examples"):
         split([0, 1] * 5, 10)
 
 
@@ -108,7 +108,7 @@ def test_max_train_examples_takes_from_what_validation_leaves() -> None:
 
 
 def test_a_batch_larger_than_the_data_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--batch-size: got 64, wanted at most 20, the training examples"):
+    with pytest.raises(ConfigError, match="--batch-size 64: must be at most 20, the number of training examples"):
         load_data(dataclasses.replace(DIGITS, max_train_examples=20))
 
 
@@ -188,10 +188,19 @@ def test_a_set_without_test_split_is_tested_on_its_validation_split(tmp_path: Pa
 @pytest.mark.parametrize(
     "variant, message",
     [
-        ({"splits": {"train": 20}}, "--dataset: got toy_images, which has the splits train, wanted train and test"),
-        ({"shape": (None, None, 3)}, r"--dataset: got toy_images, whose images have shape \(None, None, 3\)"),
-        ({"label": np.int64}, "--dataset: got toy_images, whose features are image, label, wanted an image class"),
-        ({"labels": lambda i: -1 if i == 4 else 0}, "--dataset: got toy_images, whose training split has label -1"),
+        (
+            {"splits": {"train": 20}},
+            r"--dataset toy_images: requires the splits train and test \(or validation\), but has train$",
+        ),
+        ({"shape": (None, None, 3)}, r"--dataset toy_images: images of shape \(None, None, 3\) require --image-size, "),
+        (
+            {"label": np.int64},
+            "--dataset toy_images: must be an image classification set .* has the features image, label$",
+        ),
+        (
+            {"labels": lambda i: -1 if i == 4 else 0},
+            "--dataset toy_images: labels must be 0 to 2, but the training split has label -1",
+        ),
     ],
     ids=["splits", "shape", "features", "labels"],
 )
@@ -237,7 +246,9 @@ def spoil_features(folder: Path) -> None:
 def test_a_damaged_set_is_told_in_one_line(tmp_path: Path, damage: Any) -> None:
     settings = prepare(tmp_path)
     damage(tmp_path)
-    with pytest.raises(ConfigError, match="--data-dir: got .*toy_images cannot be read") as caught:
+    with pytest.raises(
+        ConfigError, match="--data-dir .*: toy_images cannot be read .*; repair the prepared files in this folder"
+    ) as caught:
         load_data(settings)
     assert "\n" not in str(caught.value)
 
@@ -245,16 +256,18 @@ def test_a_damaged_set_is_told_in_one_line(tmp_path: Path, damage: Any) -> None:
 def test_a_data_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     settings = Config(data_dir=tmp_path / "file")
-    with pytest.raises(ConfigError, match="--data-dir: got .*file, wanted a folder that can be read"):
+    with pytest.raises(ConfigError, match="--data-dir .*file: must be a readable folder"):
         load_data(settings)
 
 
 def test_an_unknown_set_is_refused_with_the_closest_name(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--dataset: got 'cifar11', wanted digits or .* .did you mean cifar10"):
+    with pytest.raises(
+        ConfigError, match="--dataset 'cifar11': must be digits or a name in TensorFlow Datasets .did you mean cifar10"
+    ):
         load_data(Config(dataset="cifar11", data_dir=tmp_path))
 
 
-@pytest.mark.parametrize("has_tensorflow, reason", [(True, "whose servers are out of reach"), (False, "TensorFlow")])
+@pytest.mark.parametrize("has_tensorflow, reason", [(True, "its servers are out of reach"), (False, "TensorFlow")])
 def test_a_missing_set_is_reported_soon_with_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_tensorflow: bool, reason: str
 ) -> None:
@@ -265,7 +278,9 @@ def test_a_missing_set_is_reported_soon_with_the_command(
     monkeypatch.setattr(requests, "head", lambda *args, **kwargs: time.sleep(60))
     monkeypatch.setattr(tfds_source, "CONNECT_SECONDS", 0.2)
     started = time.monotonic()
-    with pytest.raises(ConfigError, match=f"--dataset: got cifar10, .*{reason}.*tfds.builder.'cifar10'"):
+    with pytest.raises(
+        ConfigError, match=f"--dataset cifar10: is not in .*{reason}.*; prepare it once.*tfds.builder.'cifar10'"
+    ):
         load_data(Config(data_dir=tmp_path))
     assert time.monotonic() - started < 15
     assert list(tmp_path.iterdir()) == []
@@ -287,5 +302,7 @@ def test_a_set_prepared_in_another_format_is_refused(tmp_path: Path) -> None:
     settings = prepare(tmp_path)
     info = tmp_path / "toy_images" / "1.0.0" / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(ConfigError, match="prepared as tfrecord, wanted array_record; give another --data-dir"):
+    with pytest.raises(
+        ConfigError, match="must be prepared as array_record, but is prepared as tfrecord; choose another folder"
+    ):
         load_data(settings)

@@ -149,8 +149,7 @@ def magnitude_network(first: int, second: int) -> dict[str, Any]:
     ],
 )
 def test_a_note_names_what_is_highest_at_an_end(errors: list[float], losses: list[float], said: str) -> None:
-    points = [{"error": error, "loss": loss} for error, loss in zip(errors, losses, strict=True)]
-    assert connectivity.barrier_note(points) == said
+    assert connectivity.barrier_note(errors, losses) == said
 
 
 def test_swapped_hidden_units_are_the_same_network_behind_a_barrier() -> None:

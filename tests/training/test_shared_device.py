@@ -495,12 +495,14 @@ def test_tickets_of_one_command_at_once(
 @pytest.mark.parametrize(
     "words, told",
     [
-        (["--tickets", "0"], "--tickets: got 0, wanted a number of at least 1"),
-        (["--tickets=-1"], "--tickets: got -1, wanted a number of at least 1"),
-        (["--tickets", "auto"], "--tickets: got auto, wanted a number of at least 1"),
-        (["--tickets"], "--tickets: got nothing, wanted a number"),
-        (["--tickets", "2", "--tickets", "3"], "--tickets: got 2 of them, wanted one"),
-        (["--tickets", "2", "--resume", "there"], "--tickets: got 2 beside --resume, wanted the command that began"),
+        (["--tickets", "0"], "--tickets 0: must be at least 1"),
+        (["--tickets=-1"], "--tickets -1: must be at least 1"),
+        (["--tickets", "auto"], "--tickets auto: must be a whole number"),
+        (["--tickets"], "--tickets: expected one argument"),
+        (
+            ["--tickets", "2", "--resume", "there"],
+            "--tickets 2: excludes --resume; repeat the command that",
+        ),
         (["--tickets", "2", "--seed", "4294967295"], "--tickets 2: must be at most 1 with --seed 4294967295"),
         (["--tickets", "2", "--val-set-size", "9999"], "--val-set-size 9999: must be less than 1437, the number "),
         (["--tickets", "2", "--out", "file"], "--out: got file/digits-seed0, "),

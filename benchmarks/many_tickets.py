@@ -16,7 +16,7 @@ import jax
 
 from cs_jax.commands.parser import parse
 from cs_jax.experiment.prepare import prepare
-from cs_jax.sweep.autotune import seconds_at_once, seconds_in_turn
+from cs_jax.sweep.autotune import seconds_batched, seconds_sequential
 
 
 def main(tickets: int, repeats: int, model: str, dataset: str) -> None:
@@ -25,7 +25,7 @@ def main(tickets: int, repeats: int, model: str, dataset: str) -> None:
     problem, _ = prepare(config)
 
     def both() -> tuple[float, float]:
-        return seconds_in_turn(config, problem, tickets), seconds_at_once(config, problem, tickets)
+        return seconds_sequential(config, problem, tickets), seconds_batched(config, problem, tickets)
 
     both()  # compiled
     pairs = [both() for _ in range(repeats)]

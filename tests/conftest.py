@@ -40,6 +40,25 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
+def selects_tests(config: pytest.Config) -> bool:
+    """True where the command line selects tests: with -k, a file or a test id."""
+    words = [word.partition("::")[0] for word in config.invocation_params.args]
+    return bool(config.option.keyword) or any(word.endswith(".py") for word in words)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Runs slow tests that the command line selects, unless its -m says otherwise."""
+    is_worker = hasattr(config, "workerinput")  # has the options of the process that started it
+    expressions = [word for word in config.invocation_params.args if word.startswith("-m")]
+    if not is_worker and selects_tests(config) and not expressions:
+        config.option.markexpr = ""
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """One process, without workers, for a few selected tests; otherwise one worker per core."""
+    return 0 if selects_tests(config) else None
+
+
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_a_module() -> Iterator[None]:
     """A module's programs end with it: each takes some of the memory maps, of which a process has 65,530."""

@@ -110,8 +110,9 @@ class Settings:
             for check in _annotations(hint, Check):
                 entries = value if isinstance(value, tuple) else () if value is None else (value,)
                 self._check(name, all(map(check.holds, entries)), check.rule)
-            if typing.get_origin(typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint) is Literal:
-                self._check_choice(name, typing.get_args(hint))
+            kind = typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+            if typing.get_origin(kind) is Literal:
+                self._check_choice(name, typing.get_args(kind))
 
     def _check(self, name: str, holds: bool, rule: str) -> None:
         """Refuses the value of a field with a rule that it breaks."""

@@ -151,7 +151,9 @@ def resume(experiment: Experiment, watch: Interrupts, terminal: Console, *, new:
         elif not new:
             print_line(terminal, "no checkpoint yet: starting from scratch")
         try:
-            with ProgressDisplay(config, terminal) as display:
+            total = config.epochs * (config.search_rounds + len(config.retrainings))
+            done = 0 if progress is None else progress.epochs_done(config)
+            with ProgressDisplay(terminal, total_epochs=total, epochs_done=done) as display:
                 leading = (directory, experiment.observer, display, health) if processes.is_leader() else ()
                 observers = Observers(*leading, checkpoints, watch)
                 return pipeline.run(dataclasses.replace(experiment, observer=observers), progress)

@@ -630,7 +630,7 @@ def test_a_ticket_of_streamed_images_is_verified_and_connected(
     where = ["--data-dir", str(settings.data_dir)]
     assert commands.main(["verify", str(finished / TICKET_FILE), "toy_photos", *where]) == 0
     recorded = json.loads((finished / "summary.json").read_text())["ticket"]["test_accuracy"]
-    assert f"accuracy on the test set of toy_photos {recorded:.2%}, recorded" in capsys.readouterr().out
+    assert f"test accuracy on toy_photos {recorded:.2%}, recorded" in capsys.readouterr().out
     assert commands.main(["connect", str(finished), "--points", "2"]) == 0
     assert "barrier" in capsys.readouterr().out
 

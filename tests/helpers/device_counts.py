@@ -6,8 +6,8 @@ A LAYOUT is DATAxMODEL, as 4x2; FOLDER/LAYOUT.npz takes its arrays. With a coord
 in one layout, whose arrays the first process writes. How many devices a process has, XLA_FLAGS says.
 """
 
+import argparse
 import dataclasses
-import sys
 from pathlib import Path
 
 import jax
@@ -59,8 +59,13 @@ def to_double(leaf: jax.Array) -> jax.Array:
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    coordinator, count, index = parser.pop_processes(words)
-    if coordinator is not None:
-        processes.start(coordinator, count, index, prog="device_counts.py")
-    main(Path(words[0]), words[1:])
+    words = argparse.ArgumentParser()
+    words.add_argument("folder", type=Path)
+    words.add_argument("layouts", nargs="+")
+    words.add_argument("--coordinator")
+    words.add_argument("--processes", type=int)
+    words.add_argument("--process-id", type=int)
+    given = words.parse_args()
+    if given.coordinator is not None:
+        processes.start(given.coordinator, given.processes, given.process_id, prog="device_counts.py")
+    main(given.folder, given.layouts)

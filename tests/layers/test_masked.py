@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from plain import assert_same_as_plain, assert_same_gradients, linen
 
 import cs_jax
 from cs_jax import layers
@@ -49,29 +50,27 @@ def ids(case: Any) -> str | None:
 
 
 @pytest.mark.parametrize("masked, plain, arguments, x", LAYERS, ids=ids)
-def test_masks_of_one_give_the_plain_layer_bit_for_bit(masked: Any, plain: Any, arguments: Any, x: jax.Array) -> None:
-    ours, theirs = masked(**arguments), plain(**arguments)
-    variables, plain_variables = ours.init(KEY, x), theirs.init(KEY, x)
-    assert variables.keys() == {"params", "masks"}
-    jax.tree.map(np.testing.assert_array_equal, variables["params"], plain_variables["params"])
-    np.testing.assert_array_equal(ours.apply(variables, x), theirs.apply(plain_variables, x))
-    assert {f for f in theirs.__dataclass_fields__} == {f for f in ours.__dataclass_fields__}
-
-
-@pytest.mark.parametrize("masked, plain, arguments, x", LAYERS, ids=ids)
-def test_a_masked_layer_computes_with_the_masked_parameter(
+def test_a_masked_layer_is_the_plain_layer_on_masked_weights(
     masked: Any, plain: Any, arguments: Any, x: jax.Array
 ) -> None:
-    variables = masked(**arguments).init(KEY, x)
-    (name,) = masked.masked_params
-    weights = variables["params"][name]
-    assert variables["masks"][name].shape == weights.shape
-    assert variables["masks"][name].dtype == weights.dtype
-    # A float32 mask on bfloat16 weights is cast.
-    mask = 2.0 * jax.random.bernoulli(jax.random.key(2), 0.5, weights.shape)
-    out = masked(**arguments).apply({"params": variables["params"], "masks": {name: mask}}, x)
-    pruned = {**variables["params"], name: weights * mask.astype(weights.dtype)}
-    np.testing.assert_array_equal(out, plain(**arguments).apply({"params": pruned}, x))
+    ours, theirs = masked(**arguments), plain(**arguments)
+    assert ours.init(KEY, x).keys() == {"params", "masks"}
+    assert set(theirs.__dataclass_fields__) == set(ours.__dataclass_fields__)
+    network = linen(ours, x)
+    assert network.masks.keys() == set(masked.masked_params)
+    assert_same_as_plain(network, linen(theirs, x))
+
+
+@pytest.mark.parametrize(
+    "masked, plain, arguments",
+    [
+        (layers.MaskedDense, nn.Dense, {"features": 3}),
+        (layers.MaskedConv, nn.Conv, {"features": 4, "kernel_size": (3, 3)}),
+    ],
+    ids=ids,
+)
+def test_gradients_are_those_through_the_product_with_the_mask(masked: Any, plain: Any, arguments: Any) -> None:
+    assert_same_gradients(linen(masked(**arguments), IMAGE), linen(plain(**arguments), IMAGE))
 
 
 def test_embedding_is_masked_in_attend_too() -> None:

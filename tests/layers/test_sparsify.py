@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from plain import assert_equal, assert_same_as_plain, assert_same_gradients, linen, random_masks
 
 import cs_jax
 from cs_jax import layers
@@ -242,12 +243,6 @@ CASES = {
 }
 
 
-def some_masks(masks: Any) -> Any:
-    """Masks without any value that is its own square, so that masking twice would show."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda mask: jnp.asarray(rng.uniform(0.2, 0.8, mask.shape), mask.dtype), masks)
-
-
 def without_masks(variables: Any) -> Any:
     """What a plain module is applied to: weights that were masked beforehand."""
     rest = {name: value for name, value in variables.items() if name != "masks"}
@@ -258,15 +253,11 @@ def without_masks(variables: Any) -> Any:
 def auto_encoder() -> tuple[Any, Any]:
     sparse = sparsify(AutoEncoder(), KERNELS)
     variables = sparse.init(KEY, X)
-    return sparse, {**variables, "masks": some_masks(variables["masks"])}
+    return sparse, {**variables, "masks": random_masks(variables["masks"])}
 
 
 def paths(tree: Any) -> set[str]:
     return {trees.name(path) for path in trees.leaves_by_path(tree)}
-
-
-def assert_equal(tree: Any, expected: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, tree, expected)
 
 
 def assert_same_objects(tree: Any, expected: Any) -> None:
@@ -276,32 +267,15 @@ def assert_same_objects(tree: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("module, x, where", CASES.values(), ids=CASES.keys())
 def test_a_sparse_network_is_the_dense_network_on_masked_weights(module: Any, x: jax.Array, where: Any) -> None:
-    sparse = sparsify(module, where)
-    variables, plain_variables = sparse.init(KEY, x), module.init(KEY, x)
-    masks = variables.pop("masks")
-    assert_equal(variables, plain_variables)
-    selected = cs_jax.select(variables["params"], where).masked
-    assert {leaf.path: leaf.shape for leaf in selected} == {k: v.shape for k, v in trees.leaves_by_path(masks).items()}
-    assert all((mask == 1).all() for mask in jax.tree.leaves(masks))
-    dense_output = module.apply(plain_variables, x)
-    assert_equal(sparse.apply({**variables, "masks": masks}, x), dense_output)
-
-    variables["masks"] = some_masks(masks)
-    output = sparse.apply(variables, x)
-    assert_equal(output, module.apply(without_masks(variables), x))
-    assert not np.array_equal(output, dense_output)
+    sparse = linen(sparsify(module, where), x)
+    assert_same_as_plain(sparse, linen(module, x))
+    assert trees.leaves_by_path(sparse.masks).keys() == {
+        leaf.path for leaf in cs_jax.select(sparse.params, where).masked
+    }
 
 
 def test_gradients_are_those_of_the_masked_weights() -> None:
-    sparse, variables = auto_encoder()
-
-    def loss(apply: Any, prepare: Any, params: Any, masks: Any) -> jax.Array:
-        return jnp.sum(apply(prepare({"params": params, "masks": masks}), X) ** 2)
-
-    arguments = variables["params"], variables["masks"]
-    grads = jax.jit(jax.grad(partial(loss, sparse.apply, lambda v: v), (0, 1)))(*arguments)
-    expected = jax.jit(jax.grad(partial(loss, AutoEncoder().apply, without_masks), (0, 1)))(*arguments)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), grads, expected)
+    assert_same_gradients(linen(sparsify(AutoEncoder(), KERNELS), X), linen(AutoEncoder(), X))
 
 
 ENCODERS = {
@@ -326,7 +300,7 @@ def test_a_submodule_in_a_field_can_be_the_method() -> None:
     module = Parts(nn.Dense(4), [])
     sparse = sparsify(module)
     variables = sparse.init(KEY, X)
-    variables["masks"] = some_masks(variables["masks"])
+    variables["masks"] = random_masks(variables["masks"])
     expected = module.apply(without_masks(variables), X, method="first")
     assert_equal(sparse.apply(variables, X, method="first"), expected)
 
@@ -383,7 +357,7 @@ def test_statistics_intermediates_and_dropout_are_those_of_the_plain_module(muta
 @functools.cache
 def conv_net() -> Any:
     variables = sparsify(ConvNet()).init(KEY, IMAGE)
-    return {**variables, "masks": some_masks(variables["masks"])}
+    return {**variables, "masks": random_masks(variables["masks"])}
 
 
 def test_random_numbers_are_those_of_the_plain_module_call_after_call() -> None:
@@ -417,7 +391,7 @@ def test_captured_intermediates_are_those_of_the_plain_module() -> None:
 def test_apply_gives_back_params_and_masks_as_they_were(module: Any, mutable: Any) -> None:
     sparse = module if isinstance(module, Pair) else sparsify(module)
     variables = sparse.init(KEY, X)
-    variables["masks"] = some_masks(variables["masks"])
+    variables["masks"] = random_masks(variables["masks"])
     _, state = sparse.apply(variables, X, mutable=mutable)
     assert_same_objects(state, {name: variables[name] for name in state})
     assert "params" in state
@@ -438,7 +412,7 @@ def test_a_part_can_be_initialised_and_applied_alone() -> None:
     assert paths(both["masks"]) == {"encoder/kernel", "decoder/kernel"}
     variables = sparse.init(KEY, X, method="encode")
     assert paths(variables["masks"]) == {"encoder/kernel"}
-    variables["masks"] = some_masks(variables["masks"])
+    variables["masks"] = random_masks(variables["masks"])
     expected = AutoEncoder().apply(without_masks(variables), X, method="encode")
     assert_equal(sparse.apply(variables, X, method="encode"), expected)
 
@@ -466,7 +440,7 @@ def test_a_sparse_module_is_masked_inside_other_modules() -> None:
     where = ["en*/kernel", "*_kernel"]
     variables = Net(where).init(KEY, X)
     assert paths(variables["masks"]) == {"auto/encoder/kernel", "auto/scales_kernel", "head/last/kernel"}
-    variables["masks"] = some_masks(variables["masks"])
+    variables["masks"] = random_masks(variables["masks"])
     params = without_masks(variables)["params"]
     expected = nn.Dense(4).apply({"params": params["plain"]}, AutoEncoder().apply({"params": params["auto"]}, X))
     expected = nn.Dense(2).apply({"params": params["head"]["last"]}, expected)
@@ -479,7 +453,7 @@ def test_a_parent_sees_masked_methods_and_submodules() -> None:
     params = variables["params"]
     assert_equal(params, plain.init(KEY, X)["params"])
     assert paths(variables["masks"]) == {"child/encoder/kernel", "child/decoder/kernel", "child/scales_kernel"}
-    variables["masks"] = some_masks(variables["masks"])
+    variables["masks"] = random_masks(variables["masks"])
     assert_equal(sparse.apply(variables, X), plain.apply(without_masks(variables), X))
     output, state = sparse.apply(variables, X, capture_intermediates=True)
     assert_equal(state, plain.apply(without_masks(variables), X, capture_intermediates=True)[1])
@@ -495,7 +469,7 @@ def test_a_parent_may_use_submodules_alone() -> None:
 
     variables = Parent().init(KEY, X)
     assert paths(variables["masks"]) == {"child/encoder/kernel"}
-    variables["masks"] = some_masks(variables["masks"])
+    variables["masks"] = random_masks(variables["masks"])
     expected = nn.Dense(3).apply({"params": without_masks(variables)["params"]["child"]["encoder"]}, X)
     assert_equal(Parent().apply(variables, X), expected)
 
@@ -516,12 +490,12 @@ class Sharing(nn.Module):
 def test_a_layer_that_is_shared_from_outside_stays_the_owners() -> None:
     variables = Sharing(sparsify).init(KEY, X)
     assert paths(variables["masks"]) == {"child/rest_0/kernel"}
-    variables["masks"] = some_masks(variables["masks"])
+    variables["masks"] = random_masks(variables["masks"])
     assert_equal(Sharing(sparsify).apply(variables, X), Sharing().apply(without_masks(variables), X))
     whole = sparsify(Sharing())
     variables = whole.init(KEY, X)
     assert paths(variables["masks"]) == {"own/kernel", "child/rest_0/kernel"}
-    variables["masks"] = some_masks(variables["masks"])
+    variables["masks"] = random_masks(variables["masks"])
     assert_equal(whole.apply(variables, X), Sharing().apply(without_masks(variables), X))
 
 
@@ -541,7 +515,7 @@ def test_instances_in_two_fields_stay_shared() -> None:
     variables = sparse.init(KEY, X)
     assert_equal(variables["params"], plain.init(KEY, X)["params"])
     assert paths(variables["masks"]) == {"one/first/kernel"}
-    variables["masks"] = some_masks(variables["masks"])
+    variables["masks"] = random_masks(variables["masks"])
     assert_equal(sparse.apply(variables, X), plain.apply(without_masks(variables), X))
 
 
@@ -552,7 +526,7 @@ def test_a_sparse_child_may_share_its_scope_with_a_sparse_module() -> None:
     for sparse, masked in ((LoRA(dense), {"kernel"}), (sparsify(LoRA(dense), "up_kernel"), {"kernel", "up_kernel"})):
         variables = sparse.init(KEY, X)
         assert paths(variables["masks"]) == masked
-        variables["masks"] = some_masks(variables["masks"])
+        variables["masks"] = random_masks(variables["masks"])
         assert_equal(sparse.apply(variables, X), LoRA().apply(without_masks(variables), X))
 
 
@@ -589,7 +563,7 @@ def test_transforms_around_a_sparse_class_carry_masks(around: Any) -> None:
     params = variables["params"]
     assert_equal(params, plain.init(KEY, X, None)["params"])
     assert variables["masks"]["dense"]["kernel"].shape == params["dense"]["kernel"].shape
-    variables["masks"] = some_masks(variables["masks"])
+    variables["masks"] = random_masks(variables["masks"])
     assert_equal(sparse.apply(variables, X, None)[0], plain.apply(without_masks(variables), X, None)[0])
 
 
@@ -607,7 +581,7 @@ def test_a_sparse_module_in_a_scanned_module_has_masks_for_each_step() -> None:
     scan = nn.scan(Step, variable_axes=axes, split_rngs={"params": True}, length=2)
     variables = scan(sparsify).init(KEY, X, None)
     assert variables["masks"]["dense"]["kernel"].shape == (2, 4, 4)
-    variables["masks"] = some_masks(variables["masks"])
+    variables["masks"] = random_masks(variables["masks"])
     expected, _ = scan(lambda module: module).apply(without_masks(variables), X, None)
     assert_equal(scan(sparsify).apply(variables, X, None)[0], expected)
 
@@ -619,7 +593,7 @@ def test_one_network_is_mapped_over_many_masks() -> None:
     )(3)
     variables = many.init(KEY, X)
     assert variables["masks"]["kernel"].shape == (2, 4, 3)
-    variables["masks"] = some_masks(variables["masks"])
+    variables["masks"] = random_masks(variables["masks"])
     outputs = many.apply(variables, X)
     for index in range(2):
         one = {"params": variables["params"], "masks": jax.tree.map(itemgetter(index), variables["masks"])}
@@ -652,7 +626,7 @@ def test_a_class_made_of_a_sparse_class_is_masked() -> None:
 
     variables = Twice().init(KEY, X)
     assert paths(variables["masks"]) == {"Dense_0/kernel", "Dense_1/kernel", "more/kernel"}
-    variables["masks"] = some_masks(variables["masks"])
+    variables["masks"] = random_masks(variables["masks"])
     params = without_masks(variables)["params"]
     assert_equal(Twice().apply(variables, X, method="twice"), add(params, add(params, X)))
 
@@ -665,7 +639,7 @@ def test_a_sparse_cell_runs_in_any_rnn(broadcast: Any) -> None:
     params = variables["params"]
     assert_equal(params, plain.init(KEY, SEQUENCE)["params"])
     assert paths(variables["masks"]) == {"cell/i/kernel", "cell/h/kernel"}
-    variables["masks"] = some_masks(variables["masks"])
+    variables["masks"] = random_masks(variables["masks"])
     assert_equal(sparse.apply(variables, SEQUENCE), plain.apply(without_masks(variables), SEQUENCE))
 
 
@@ -683,7 +657,7 @@ def test_masked_layers_inside_keep_their_masks() -> None:
     sparse = sparsify(module, "first/kernel")
     variables = sparse.init(KEY, X)
     assert paths(variables["masks"]) == {"first/kernel", "rest_0/kernel"}
-    variables["masks"] = some_masks(variables["masks"])
+    variables["masks"] = random_masks(variables["masks"])
     expected = Parts(nn.Dense(4), [nn.Dense(4)]).apply(without_masks(variables), X)
     assert_equal(sparse.apply(variables, X), expected)
 
@@ -714,7 +688,7 @@ def test_sparse_modules_nest_unless_they_mask_the_same() -> None:
     sparse = sparsify(Parts(nn.Dense(4), [inner]), "first/kernel")
     variables = sparse.init(KEY, X)
     assert paths(variables["masks"]) == {"first/kernel", "rest_0/kernel"}
-    variables["masks"] = some_masks(variables["masks"])
+    variables["masks"] = random_masks(variables["masks"])
     expected = Parts(nn.Dense(4), [nn.Dense(4)]).apply(without_masks(variables), X)
     assert_equal(sparse.apply(variables, X), expected)
     both = sparsify(Parts(nn.Dense(4), [inner]))
@@ -734,7 +708,7 @@ def test_another_network_can_be_applied_inside() -> None:
 
     sparse = sparsify(Student())
     variables = sparse.init(KEY, X)
-    variables["masks"] = some_masks(variables["masks"])
+    variables["masks"] = random_masks(variables["masks"])
     assert_equal(sparse.apply(variables, X), Student().apply(without_masks(variables), X))
 
 

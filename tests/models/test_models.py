@@ -20,7 +20,7 @@ from cs_jax.experiment.presets import PRESETS
 from cs_jax.models.multiply_adds import multiply_adds
 
 KEY = jax.random.key(0)
-PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "experiments" / "models.md").read_text()
 
 
 def sizes(model: Any, image_shape: tuple[int, ...]) -> tuple[int, int]:

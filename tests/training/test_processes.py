@@ -171,13 +171,13 @@ def test_an_environment_that_names_no_coordinator_is_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--processes 2", "--processes: got 2 alone, wanted --coordinator HOST:PORT of the first process too"),
-        ("--process-id 0", "--process-id: got 0 alone, wanted --coordinator"),
+        ("--processes 2", "^--processes 2: requires --coordinator HOST:PORT of the first process$"),
+        ("--process-id 0", "^--process-id 0: requires --coordinator HOST:PORT of the first process$"),
     ],
 )
 def test_words_that_lack_a_coordinator_are_refused(words: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        parser.pop_processes(words.split())
+        parser.parse_train(words.split())
 
 
 @pytest.mark.parametrize(

@@ -429,15 +429,15 @@ TAKERS = "requires --method cs or imp or imp-c or gmp or magnitude or random"
     [
         (
             "--model unwired",
-            "--granularity: got channel beside --model unwired: model Unwired: does not declare",
+            "--granularity channel: not possible with --model unwired: model Unwired: does not declare",
         ),
         (
             "--target-multiply-adds 0.01 --channel-multiple 1",
-            "--target-multiply-adds: got 0.01, must be at least 0.144, the share of the network with one channel",
+            "--target-multiply-adds 0.01: must be at least 0.144, the share of the network with one channel",
         ),
         (
             "--target-multiply-adds 0.5 --channel-multiple 8",
-            "--target-multiply-adds: got 0.5, must be at least 0.797, the share of the network with the fewest",
+            "--target-multiply-adds 0.5: must be at least 0.797, the share of the network with the fewest channels",
         ),
         ("--target-density 0.001", "--target-density: got 0.001: 3 of 2880 weights would empty a layer"),
     ],

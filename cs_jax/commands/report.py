@@ -57,7 +57,7 @@ def connect(arguments: Sequence[str], *, prog: str) -> None:
     with (
         Interrupts() as watch,
         warnings_as_lines(terminal),
-        run_directory.opened(config, new=False) as directory,
+        run_directory.open_run_directory(config, new=False) as directory,
     ):
         problem, data = prepare(config)
         directory.check_same_data(fingerprint(data))

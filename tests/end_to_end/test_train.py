@@ -27,7 +27,7 @@ from cs_jax.experiment.experiment import Experiment
 from cs_jax.experiment.observers.interrupts import Interrupts, Stopped
 from cs_jax.experiment.observers.terminal import ProgressDisplay
 from cs_jax.experiment.storage.paths import CONTROLS_FILE, TICKET_FILE
-from cs_jax.experiment.storage.run_directory import opened
+from cs_jax.experiment.storage.run_directory import open_run_directory
 
 ROOT = Path(train.__file__).parent
 QUICK = "--model lenet300100 --epochs 2 --rounds 2 --rewind-epoch 1 --lr 0.01".split()
@@ -107,7 +107,7 @@ def test_test_accuracy_is_that_of_the_retrained_ticket_on_the_test_set(
     states = []
     retrain = search.retrain
     monkeypatch.setattr(search, "retrain", lambda *args, **kwargs: states.append(retrain(*args, **kwargs)) or states[0])
-    with opened(settings, new=True) as directory:
+    with open_run_directory(settings, new=True) as directory:
         directory.begin(fingerprint(data))
         summary = pipeline.run(Experiment(settings, problem, data=data, directory=directory))
     weights = jax.tree.map(np.asarray, apply_masks(states[0].params, states[0].masks))
@@ -125,7 +125,7 @@ def test_a_terminal_shows_the_bar_with_step_and_loss(tmp_path: Path) -> None:
     terminal = Console(file=shown, force_terminal=True, width=100)
     settings = parser.parse([*QUICK, "--controls", "--out", str(tmp_path / "run")])
     problem, data = prepare.prepare(settings)
-    with opened(settings, new=True) as directory, ProgressDisplay(terminal, total_epochs=6) as display:
+    with open_run_directory(settings, new=True) as directory, ProgressDisplay(terminal, total_epochs=6) as display:
         directory.begin(fingerprint(data))
         pipeline.run(Experiment(settings, problem, display, data=data, directory=directory))
     text = shown.getvalue()

@@ -21,7 +21,7 @@ from cs_jax.experiment import run as commands
 from cs_jax.experiment.config import Config
 from cs_jax.experiment.experiment import Experiment
 from cs_jax.experiment.progress import Observer, Observers, Progress
-from cs_jax.experiment.storage.run_directory import opened
+from cs_jax.experiment.storage.run_directory import open_run_directory
 from cs_jax.methods import FINETUNE, REWIND
 from cs_jax.methods.controls import CONTROLS, DENSE
 from cs_jax.training.problem import Problem, Snapshot, Ticket
@@ -170,7 +170,7 @@ def run(config: Config, problem: Problem, observer: Observer) -> tuple[dict[str,
     """The whole experiment: its summary, and the lines of metrics.jsonl."""
     assert problem.validation is not None
     data = Data(problem.train, problem.validation, problem.validation, classes=("a", "b", "c", "d"))
-    with opened(config, new=True) as directory:
+    with open_run_directory(config, new=True) as directory:
         directory.begin("fingerprint")
         summary = pipeline.run(
             Experiment(config, problem, Observers(directory, observer), data=data, directory=directory)

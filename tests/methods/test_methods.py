@@ -25,7 +25,7 @@ from cs_jax.experiment.prepare import prepare
 from cs_jax.experiment.progress import EpochRecord, Observer, Observers, Progress
 from cs_jax.experiment.storage.checkpoints import Checkpoints
 from cs_jax.experiment.storage.paths import TICKET_FILE
-from cs_jax.experiment.storage.run_directory import opened
+from cs_jax.experiment.storage.run_directory import open_run_directory
 from cs_jax.layers.masked import MaskedDense
 from cs_jax.methods import FINETUNE, LR_REWIND, METHODS, NONE, REWIND, Method
 from cs_jax.methods.stochastic import draw_masks
@@ -500,7 +500,7 @@ def test_after_none_the_ticket_is_what_the_search_ended_with(
     monkeypatch.setitem(MODELS, "net", Net)
     config, history = configure(method, after=NONE, out=tmp_path / "run", model="net"), History()
     data = Data(problem.train, problem.train, problem.train, classes=("a", "b", "c", "d"))
-    with opened(config, new=True) as directory:
+    with open_run_directory(config, new=True) as directory:
         directory.begin("fingerprint")
         observers = Observers(directory, history)
         summary = pipeline.run(Experiment(config, problem, observers, data=data, directory=directory))

@@ -308,7 +308,6 @@ def test_the_fingerprint_tells_streams_apart(settings: Config) -> None:
             r"--dataset toy_photos: images of shape \(None, None, 3\) require --image-size, the side",
         ),
         ({"val_set_size": 50}, "--val-set-size 50: must be less than 50, the number of training examples"),
-        ({"batch_size": 44}, "--batch-size 44: must be at most 43, the number of training examples"),
     ],
 )
 def test_what_does_not_fit_the_set_is_refused(settings: Config, change: dict[str, Any], message: str) -> None:

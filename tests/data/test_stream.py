@@ -619,7 +619,7 @@ def test_damage_inside_a_run_is_one_line_and_it_goes_on_once_it_is_repaired(
     for path, content in whole.items():
         path.write_bytes(content)
     assert train.main(run) == 0
-    assert "goes on from search 0" in capsys.readouterr().out
+    assert "resuming search 0" in capsys.readouterr().out
     assert (tmp_path / "run" / TICKET_FILE).read_bytes() == (finished / TICKET_FILE).read_bytes()
 
 
@@ -647,7 +647,7 @@ def test_the_smallest_step_is_checked_without_reading(settings: Config, monkeypa
     monkeypatch.setattr(ImageStream, "batches", None)
     problem, _ = prepare_experiment.prepare(dataclasses.replace(settings, model="lenet300100"))
     assert isinstance(problem, Problem)
-    with pytest.raises(ConfigError, match=r"--model: got vgg16, which cannot be trained on images of shape \(12, 12,"):
+    with pytest.raises(ConfigError, match=r"--model vgg16: cannot be trained on images of shape \(12, 12,"):
         prepare_experiment.prepare(dataclasses.replace(settings, model="vgg16"))
 
 

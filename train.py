@@ -1,14 +1,14 @@
-"""Search a ticket, rewind it, retrain it: flags -> config -> the experiment -> files. `train.py --help` lists flags.
+"""Searches a ticket, rewinds it, retrains it and writes its files. `train.py --help` lists the flags.
 
-The same as `python -m cs_jax train`, for those who have the source.
+The same as `python -m cs_jax train`, for a checkout of the source.
 """
 
 import signal
 import sys
 from collections.abc import Sequence
 
-# Until libraries are loaded, which takes seconds, Ctrl-C ends the process at once: nothing is there to be saved, and an
-# exception would be lost in a callback of theirs, or end in a traceback.
+# Loading libraries takes seconds. Until then Ctrl-C ends the process at once: there is nothing to save, and an
+# exception would get lost in a library's callback or end in a traceback.
 is_loading = __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 if is_loading:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -20,7 +20,7 @@ if is_loading:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one experiment, or what is left of it, and returns the exit code."""
+    """Runs or resumes one experiment and returns the exit code."""
     return commands.run_command("train.py", commands.train.train, sys.argv[1:] if arguments is None else arguments)
 
 

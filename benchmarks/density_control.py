@@ -1,13 +1,13 @@
-"""Two ways to a target density: scores held at it (what the library does) against dual ascent on the penalty's weight.
+"""Two ways to reach a target density: shifting scores (the library's way) and dual ascent on the penalty weight.
 
     python benchmarks/density_control.py [--targets 0.2 0.02] [--rates 1e-5 1e-6 1e-7 0] [--seeds 0 1 2 3 4]
 
-Dual ascent follows Gallego-Posada et al., 2022 (arXiv:2208.04425): after every step the penalty's weight rises by
-`rate` times the excess of the masks' mean, unscaled, over the round's density. It may fall below 0 here, because a
-search of this preset can end below the target by itself. All else is the preset's; its constant penalty goes with held
-scores alone. All tickets have the target exactly and are retrained alike. Beside test accuracy stand the share of
-scores above 0 at the search's end, which would be the target if the search had met it by itself, and the validation
-accuracy of the searched weights under the ticket's masks, before they are rewound.
+Dual ascent follows Gallego-Posada et al., 2022 (arXiv:2208.04425): after every step the penalty weight grows by `rate`
+times the excess of the mean mask (unscaled) over the target density of the round. The penalty weight may be negative
+here, because a search of this preset without a penalty can end below the target. Other settings come from the
+preset; its constant penalty is used only with shifted scores. All tickets meet the target exactly and are retrained in
+the same way. Columns: share of scores above 0 at the end of the search (equal to the target if the search met it),
+validation accuracy of the searched weights with the ticket's masks before the rewind, and test accuracy.
 """
 
 import dataclasses
@@ -22,43 +22,44 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from cs_jax import methods
 from cs_jax.core import masks, target_density
+from cs_jax.data.images import ImageSet
 from cs_jax.data.stream import Images
 from cs_jax.experiment import metrics, search
 from cs_jax.experiment.config import SEARCH, Config
+from cs_jax.experiment.experiment import Search
 from cs_jax.experiment.prepare import prepare
 from cs_jax.experiment.presets import PRESETS
 from cs_jax.experiment.progress import Observer
 from cs_jax.methods.base import selection
-from cs_jax.training import compiled, executor
+from cs_jax.training import compiled, evaluation
 from cs_jax.training.problem import Problem, Ticket
-from cs_jax.training.step import TrainState
+from cs_jax.training.step import StepInputs, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is run."""
+    """Settings of the benchmark."""
 
     targets: tuple[float, ...] = (0.2, 0.02)
     """Target densities."""
 
     rates: tuple[float, ...] = (1e-5, 1e-6, 1e-7, 0.0)
-    """Learning rates of the penalty's weight; 0 is a search without penalty."""
+    """Learning rates of the penalty weight; 0 is a search without penalty."""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Seeds of each."""
+    """Seeds of each run."""
 
 
 def main(settings: Settings) -> None:
     warnings.simplefilter("ignore", target_density.CollapsedLayerWarning)
     title = f"digits, seeds {' '.join(map(str, settings.seeds))}, {jax.devices()[0].device_kind}, jax {jax.__version__}"
-    table = Table("target", "control", "above 0 at the end", "val before rewind", "test accuracy", title=title)
+    table = Table("target", "control", "scores above 0", "validation before rewind", "test accuracy", title=title)
     for target in settings.targets:
         for rate in (None, *settings.rates):
             results = [run(target, rate, seed) for seed in settings.seeds]
             shares, before, after = zip(*results, strict=True)
-            name = "held" if rate is None else f"dual ascent, {rate:g}"
+            name = "shifted" if rate is None else f"dual ascent, {rate:g}"
             spread = f"{min(shares):.4f} to {max(shares):.4f}"
             table.add_row(f"{target:g}", name, spread, _mean(before), _mean(after))
             print(target, name, results, flush=True)
@@ -66,7 +67,7 @@ def main(settings: Settings) -> None:
 
 
 def run(target: float, rate: float | None, seed: int) -> tuple[float, float, float]:
-    """Share of scores above 0, validation accuracy before the rewind, and test accuracy of the ticket."""
+    """Share of scores above 0, validation accuracy before the rewind, test accuracy of the ticket; rate None shifts."""
     config = dataclasses.replace(PRESETS["digits"], seed=seed, target_density=target, controls=())
     problem, data = prepare(config)
     assert problem.validation is not None
@@ -86,11 +87,12 @@ def run(target: float, rate: float | None, seed: int) -> tuple[float, float, flo
 
 
 def accuracy(config: Config, problem: Problem, state: TrainState, ticket: Ticket, images: Images) -> float:
-    logits = metrics.logits(config, problem, state, ticket.masks, images, Observer())
-    return executor.share_right(logits, images)
+    logits = metrics.logits(Search(config, problem), state, ticket.masks, images)
+    return evaluation.share_right(logits, images)
 
 
 def search_by_dual_ascent(config: Config, problem: Problem, target: float, rate: float) -> tuple[Ticket, TrainState]:
+    assert isinstance(problem.train, ImageSet)
     state, weight, snapshot = search.init_state(config, problem), 0.0, None
     for round in range(config.rounds):
         wanted = target_density.round_density(target, round, config.rounds)
@@ -104,10 +106,11 @@ def search_by_dual_ascent(config: Config, problem: Problem, target: float, rate:
             for start in range(0, len(order), config.batch_size):
                 hyper = hyper._replace(penalty_weight=jnp.asarray(weight, float))
                 indices = order[start : start + config.batch_size]
-                state, _ = compiled.compiled_step(problem.recipe, state, problem.train, indices, key, hyper)
+                inputs = StepInputs(problem.train, indices, key, hyper)
+                state, _ = compiled.compiled_step(problem.recipe, state, inputs)
                 weight += rate * (float(_mean_mask(state.scores, hyper.temperature)) - wanted)
         if round < config.rounds - 1:
-            state = methods.of(config).begin_round(config, problem, state, None)
+            state = config.pruning_method.begin_round(problem, state, None)
     assert snapshot is not None
     chosen = selection(config, state.scores, target)
     return Ticket(

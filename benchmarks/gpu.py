@@ -1,10 +1,10 @@
-"""All that is to be known of one accelerator, table after table, in less than nine minutes.
+"""Benchmarks of one accelerator in under nine minutes: steps, PyTorch, roofline, many tickets, CIFAR-10 end to end.
 
-    python benchmarks/gpu.py            # CIFAR-10 has to be prepared, as for train.py cifar10
-    python benchmarks/gpu.py --small    # the same on a CPU, in a minute or two: a small network on the digits
+    python benchmarks/gpu.py            # needs CIFAR-10, prepared as for train.py cifar10
+    python benchmarks/gpu.py --small    # the same on a CPU in one or two minutes: a small network on the digits
 
-Steps are taken as train.py takes them, many in a call, on random images of which there are as many as a call wants.
-PyTorch, where it is installed, takes as many before it is waited for. What is compared runs interleaved.
+Steps run as in train.py, many in one call, on random images. PyTorch, if it is installed, runs the same number of steps
+between synchronisations. Compared steps run interleaved.
 """
 
 # pyright: reportMissingImports=false
@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # there is a second library on the device
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory on the same device
 
 import jax
 import jax.numpy as jnp
@@ -38,30 +38,30 @@ from cs_jax.experiment.run import run
 from cs_jax.experiment.storage import paths
 from cs_jax.models import MODELS
 from cs_jax.models.multiply_adds import multiply_adds
+from cs_jax.training.epoch import Epoch
 from cs_jax.training.executor import Executor
 from cs_jax.training.step import Recipe
 
 BATCH_SIZE, IMAGE_SIZE = 128, 32
 
 PEAKS = {"H100": (495e12, 3.35e12), "H200": (495e12, 4.8e12), "A100": (156e12, 2.04e12)}
-"""Products a second, in which an addition counts too, of TF32 without sparsity, and bytes a second: the makers' figures
-for the SXM forms with 80 (H200: 141) GB."""
+"""Peak TF32 FLOP/s without sparsity and memory bytes/s: vendor figures of the SXM modules with 80 (H200: 141) GB."""
 
 CONSOLE = Console(width=120)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured."""
+    """Settings of the benchmark."""
 
     small: bool = False
-    """Try it all at a small size."""
+    """Run everything at a small size."""
 
     tickets: int = 8
-    """Tickets at once."""
+    """Tickets in one program."""
 
     repeats: int = 7
-    """Timed rounds, after two that are not counted."""
+    """Timed repeats, after two warm-up repeats."""
 
     def __post_init__(self) -> None:
         check_positive(self, "tickets", "repeats")
@@ -76,7 +76,7 @@ class Settings:
 
 
 class Steps:
-    """Search, ticket or dense steps, as train.py takes them: what `timing.interleave` runs."""
+    """Search, ticket or dense steps as in train.py, for `timing.interleave`."""
 
     def __init__(self, network: Network, data: ImageSet, steps: int) -> None:
         self._recipe, self._state = network
@@ -87,15 +87,8 @@ class Steps:
     def run(self) -> float:
         """Seconds of a step."""
         started = time.perf_counter()
-        calls = Executor().train_epoch(
-            self._recipe,
-            self._state,
-            self._data,
-            self._order,
-            jax.random.key(1),
-            self._hyper,
-            batch_size=BATCH_SIZE,
-        )
+        epoch = Epoch(self._data, self._order, jax.random.key(1), self._hyper, batch_size=BATCH_SIZE)
+        calls = Executor().train_epoch(self._recipe, self._state, epoch)
         for _, self._state, _ in calls:
             pass
         jax.block_until_ready(self._state)
@@ -105,7 +98,7 @@ class Steps:
 def main(settings: Settings) -> None:
     device = jax.devices()[0].device_kind
     CONSOLE.print(f"{device}, {os.cpu_count()} cores, jax {jax.__version__}, {time.strftime('%Y-%m-%d')}")
-    prepare(whole_run(settings))  # a set that is missing is told at once
+    prepare(whole_run(settings))  # fails at once if the data set is missing
     recipe = Recipe(MODELS[settings.model](), augment="flip-crop")
     networks = make_networks(recipe, make_data(BATCH_SIZE, IMAGE_SIZE))
     seconds = print_steps(settings, networks)
@@ -115,7 +108,7 @@ def main(settings: Settings) -> None:
 
 
 def print_steps(settings: Settings, networks: dict[str, Network]) -> float:
-    """Times of the steps beside each other; seconds of a search step."""
+    """Prints the times of all steps; returns the seconds of a search step."""
     data = make_data(BATCH_SIZE * min(settings.steps, 100), IMAGE_SIZE)
     stepped: dict[str, Timed] = {name: Steps(network, data, settings.steps) for name, network in networks.items()}
     if importlib.util.find_spec("torch"):
@@ -125,7 +118,7 @@ def print_steps(settings: Settings, networks: dict[str, Network]) -> float:
         name = f"PyTorch {torch.__version__}, eager"
         stepped[name] = TorchStepper(BATCH_SIZE, "cuda" if torch.cuda.is_available() else "cpu", settings.steps)
     else:
-        CONSOLE.print("PyTorch is not installed: not measured")
+        CONSOLE.print("PyTorch is not installed; PyTorch steps are not measured")
     times = interleave(stepped, settings.repeats)
     title = f"{settings.model}, batch {BATCH_SIZE}, {settings.steps} steps at a time, n={settings.repeats}"
     table = Table("step", "median ms", "min ms", "ratio to dense", "ratio to search", title=title)
@@ -138,22 +131,22 @@ def print_steps(settings: Settings, networks: dict[str, Network]) -> float:
 
 
 def print_roofline(settings: Settings, device: str, network: Network, seconds: float) -> None:
-    """How near a search step is to what the device could do."""
+    """Prints the share of the device's roofline that a search step reaches."""
     recipe, state = network
-    state = jax.tree.map(jnp.zeros_like, state)  # of which others may have been given away
+    state = jax.tree.map(jnp.zeros_like, state)  # the original buffers may be donated already
     compiled = make_step(recipe, state, make_data(BATCH_SIZE, IMAGE_SIZE)).compiled
     operations = 3 * 2 * multiply_adds(recipe.model, (IMAGE_SIZE, IMAGE_SIZE, 3)) * BATCH_SIZE
     moved = compiled.cost_analysis()["bytes accessed"]
-    CONSOLE.print(f"a search step: {operations / 1e9:.1f} GFLOP, {moved / 1e6:.0f} MB moved by the compiler's account")
+    CONSOLE.print(f"a search step: {operations / 1e9:.1f} GFLOP, {moved / 1e6:.0f} MB moved (compiler's cost analysis)")
     peaks = next((peaks for name, peaks in PEAKS.items() if name in device), None)
     if peaks is None:
-        CONSOLE.print(f"no peak of {device} is known here: no share of the roofline")
+        CONSOLE.print(f"no peak figures for {device}; roofline share not computed")
         return
     computing, moving = operations / peaks[0], moved / peaks[1]
-    bound = "computing" if computing > moving else "moving"
+    bound = "compute" if computing > moving else "memory"
     CONSOLE.print(
-        f"at the device's peak {1e3 * computing:.3f} ms of computing, {1e3 * moving:.3f} ms of moving: "
-        f"{max(computing, moving) / seconds:.0%} of the roofline, bound by {bound}"
+        f"at the device's peak: {1e3 * computing:.3f} ms compute, {1e3 * moving:.3f} ms memory; "
+        f"{max(computing, moving) / seconds:.0%} of the roofline, {bound}-bound"
     )
 
 
@@ -164,7 +157,7 @@ def print_tickets(settings: Settings) -> None:
 
 
 def print_experiment(settings: Settings) -> None:
-    """The whole experiment, end to end, from compilation to the ticket."""
+    """Runs the whole experiment, from compilation to the ticket, and prints its time and result."""
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(whole_run(settings), out=Path(folder))
         started = time.perf_counter()
@@ -175,9 +168,9 @@ def print_experiment(settings: Settings) -> None:
     each = statistics.median(epoch["seconds"] for epoch in epochs)
     rate = statistics.median(epoch["images_per_second"] for epoch in epochs)
     CONSOLE.print(
-        f"{config.dataset} end to end: {seconds:.0f} s for {len(epochs)} epochs; an epoch {each:.2f} s with its "
-        f"evaluation, {rate:,.0f} images a second in its steps; ticket {summary['ticket']['test_accuracy']:.2%} of the "
-        f"test set at density {summary['ticket']['density']:.2%}"
+        f"{config.dataset} end to end: {seconds:.0f} s for {len(epochs)} epochs; {each:.2f} s per epoch with "
+        f"evaluation, {rate:,.0f} images/s in steps; ticket: test accuracy {summary['ticket']['test_accuracy']:.2%} "
+        f"at density {summary['ticket']['density']:.2%}"
     )
 
 

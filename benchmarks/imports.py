@@ -1,8 +1,8 @@
-"""Cost of `import cs_jax` beyond that of the libraries that it builds on.
+"""Import time of `cs_jax` beyond the import time of the libraries that it uses.
 
     python benchmarks/imports.py [--repeats 7]
 
-Fresh interpreters, in turn; medians and the median of the differences within each repeat.
+Each statement runs in a new interpreter, in turns. Prints medians, and the median over repeats of the difference.
 """
 
 import dataclasses
@@ -11,19 +11,22 @@ import subprocess
 import sys
 import time
 
-import tyro
 from rich.console import Console
 from rich.table import Table
+from timing import check_positive, start
 
 STATEMENTS = ("import flax.linen, optax", "import cs_jax")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured."""
+    """Settings of the benchmark."""
 
     repeats: int = 7
-    """Fresh interpreters for each statement, after one that is not counted."""
+    """New interpreters per statement, after one warm-up."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "repeats")
 
 
 def main(settings: Settings) -> None:
@@ -37,11 +40,11 @@ def main(settings: Settings) -> None:
 
 
 def seconds(statement: str) -> float:
-    """Wall time of an interpreter that runs one statement."""
+    """Wall time of an interpreter that runs one statement, start and exit included."""
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", statement], check=True)
     return time.perf_counter() - started
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    start(main, Settings, __doc__)

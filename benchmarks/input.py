@@ -1,11 +1,11 @@
-"""Whether reading keeps up: images a second of the loader alone, of the training step alone, and of both together.
+"""Input pipeline speed: images per second of the loader alone, the training step alone, and both together.
 
     python benchmarks/input.py [--model resnet50] [--batch-size 256] [--image-size 224] [--threads 8]
 
-Photographs of about 400x500 pixels are made up, prepared as TensorFlow Datasets prepares them, and streamed with
-random crops as in training; they stay in the operating system's memory, so a slow disk is not measured. The three run
-interleaved in one process, so that a machine whose speed drifts slows all of them. Medians are printed, and how near
-both together come to the slower one alone, by the medians of the ratios within each repeat.
+Synthetic photographs of about 400x500 pixels are prepared by TensorFlow Datasets and streamed with random crops as in
+training. They stay in the page cache, so disk speed is not measured. The three run interleaved in one process, so that
+a change of machine speed affects all of them. Prints medians, and the speed of both together relative to the slower of
+the two alone, as a median over repeats.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,36 +35,37 @@ from cs_jax.experiment.config import Config
 from cs_jax.models import MODELS
 from cs_jax.training import step
 from cs_jax.training.compiled import compiled_step
+from cs_jax.training.epoch import Epoch
 from cs_jax.training.executor import Executor
-from cs_jax.training.step import Hyperparams, Recipe, TrainState
+from cs_jax.training.step import Hyperparams, Recipe, StepInputs, TrainState
 
 CLASSES, SHARDS = 1000, 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured."""
+    """Settings of the benchmark."""
 
     model: str = "resnet50"
-    """A network of cs_jax.models."""
+    """Network of cs_jax.models."""
 
     batch_size: int = 256
     """Examples per step."""
 
     image_size: int = 224
-    """Side of the square that images are cut to."""
+    """Height and width of the crops."""
 
     threads: int | None = None
-    """Threads that read and decode; None is one for a core, 16 at most."""
+    """Threads that read and decode; default: one per core, at most 16."""
 
     images: int = 1024
-    """Photographs that are made up; batches take them again and again."""
+    """Number of synthetic photographs; batches reuse them."""
 
     steps: int = 20
-    """Steps of a repeat."""
+    """Steps per repeat."""
 
     repeats: int = 5
-    """Timed rounds over all three, after two that are not counted."""
+    """Timed repeats of all three, after two warm-up repeats."""
 
     def __post_init__(self) -> None:
         check_positive(self, "batch_size", "image_size", "threads", "images", "steps", "repeats")
@@ -80,7 +81,7 @@ def main(settings: Settings) -> None:
 
 
 class Bench:
-    """The same steps, without their images, without their steps, and whole."""
+    """The three measurements: reading alone, steps alone on one batch, and training."""
 
     def __init__(self, settings: Settings, stream: ImageStream) -> None:
         self._settings, self._stream = settings, stream
@@ -92,18 +93,19 @@ class Bench:
         self._state = search_state(self._recipe, self._batch)
 
     def load(self) -> None:
-        for _ in self._stream.batches(self._order, batch_size=self._settings.batch_size, augment=RESIZED_CROP):
+        for _ in self._stream.batches(self._order, batch_size=self._settings.batch_size, crop_seed=0):
             pass
 
     def step(self) -> None:
         places = np.arange(self._settings.batch_size)
+        inputs = StepInputs(self._batch, places, self._key, self._hyper)
         for _ in range(self._settings.steps):
-            self._state, _ = compiled_step(self._recipe, self._state, self._batch, places, self._key, self._hyper)
+            self._state, _ = compiled_step(self._recipe, self._state, inputs)
         jax.block_until_ready(self._state)
 
     def train(self) -> None:
-        arguments = (self._stream, self._order, self._key, self._hyper)
-        calls = Executor().train_epoch(self._recipe, self._state, *arguments, batch_size=self._settings.batch_size)
+        epoch = Epoch(self._stream, self._order, self._key, self._hyper, batch_size=self._settings.batch_size)
+        calls = Executor().train_epoch(self._recipe, self._state, epoch)
         for _, self._state, _ in calls:
             pass
         jax.block_until_ready(self._state)
@@ -111,9 +113,9 @@ class Bench:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What is timed."""
+    """A call for `timing.interleave`."""
 
-    call: Any
+    call: Callable[[], None]
 
     def run(self) -> float:
         """Seconds of one call."""
@@ -129,11 +131,11 @@ def search_state(recipe: Recipe, images: ImageSet) -> TrainState:
 
 
 def make_stream(settings: Settings, folder: Path) -> ImageStream:
-    """Made-up photographs, prepared in a folder and streamed from there."""
+    """A stream of synthetic photographs that are prepared in `folder`."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         prepare(settings.images, folder)
     config = Config(
-        dataset="made_up_photographs",
+        dataset="synthetic_photographs",
         data_dir=folder,
         image_size=settings.image_size,
         loader_threads=settings.threads or default_threads(),
@@ -149,7 +151,7 @@ def make_stream(settings: Settings, folder: Path) -> ImageStream:
 def prepare(images: int, folder: Path) -> None:
     import tensorflow_datasets as tfds
 
-    class MadeUpPhotographs(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class SyntheticPhotographs(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
         pkg_dir_path = folder  # pyright: ignore
 
@@ -165,13 +167,13 @@ def prepare(images: int, folder: Path) -> None:
         def _generate_examples(self) -> Any:
             return iter(())
 
-    builder = MadeUpPhotographs(data_dir=folder, file_format="array_record")
+    builder = SyntheticPhotographs(data_dir=folder, file_format="array_record")
     download = tfds.download.DownloadConfig(try_download_gcs=False, num_shards=SHARDS)
     builder.download_and_prepare(download_config=download)
 
 
 def examples(count: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """JPEGs of about 100 kB, as ImageNet's are: smooth shapes under fine noise."""
+    """JPEGs of about 100 kB, the size of ImageNet files: smooth shapes with fine noise."""
     random = np.random.default_rng(0)
     for number in range(count):
         height, width = (int(random.integers(side - 60, side + 60)) for side in (400, 500))
@@ -187,7 +189,7 @@ def print_table(settings: Settings, threads: int, times: dict[str, list[float]])
     device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}"
     what = f"{settings.model}, batch {settings.batch_size}, {settings.image_size}x{settings.image_size}"
     title = f"{what}, {threads} threads; {device}; n={settings.repeats} of {settings.steps} steps"
-    table = Table("", "images a second", "lowest and highest", title=title)
+    table = Table("", "images/s", "lowest to highest", title=title)
     count = settings.steps * settings.batch_size
     for name, seconds in times.items():
         rates = sorted(count / second for second in seconds)
@@ -196,7 +198,7 @@ def print_table(settings: Settings, threads: int, times: dict[str, list[float]])
     share = statistics.median(alone / both for alone, both in zip(slower, times["both"], strict=True))
     console = Console(width=120)
     console.print(table)
-    console.print(f"both together have {share:.0%} of the speed of the slower one alone")
+    console.print(f"both together run at {share:.0%} of the speed of the slower one alone")
 
 
 if __name__ == "__main__":

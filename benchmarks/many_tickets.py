@@ -1,11 +1,11 @@
-"""Several tickets searched at once: in one vectorised program, or one after another.
+"""Time of several searches in one vectorised program compared with one search after another.
 
     python benchmarks/many_tickets.py [--tickets 4] [--repeats 9] [--model resnet6] [--dataset digits]
 
-Times an epoch of a search (its first 400 steps where it is longer) of so many tickets as `--tickets` takes them
-together, and as one run takes it, so many times; interleaved in one process. Prints medians of a step, and the median
-of the ratios within each repeat: above 1, one program is slower. Processes side by side are what
-`python -m cs_jax sweep` does on a CPU.
+Times one search epoch (at most its first 400 steps) of N tickets in one program, as `train.py --tickets N` runs them,
+and N single runs of the same epoch, interleaved in one process. Prints the median seconds of a step and the median over
+repeats of the ratio; above 1, the single program is slower. On a CPU, `python -m cs_jax sweep` starts one process per
+ticket instead, which is not measured here.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import jax
 
 from cs_jax.commands.parser import parse
 from cs_jax.experiment.prepare import prepare
-from cs_jax.sweep.autotune import seconds_at_once, seconds_in_turn
+from cs_jax.sweep.autotune import seconds_batched, seconds_sequential
 
 
 def main(tickets: int, repeats: int, model: str, dataset: str) -> None:
@@ -25,7 +25,7 @@ def main(tickets: int, repeats: int, model: str, dataset: str) -> None:
     problem, _ = prepare(config)
 
     def both() -> tuple[float, float]:
-        return seconds_in_turn(config, problem, tickets), seconds_at_once(config, problem, tickets)
+        return seconds_sequential(config, problem, tickets), seconds_batched(config, problem, tickets)
 
     both()  # compiled
     pairs = [both() for _ in range(repeats)]

@@ -1,4 +1,4 @@
-"""Networks and data of the step benchmarks: a search, a ticket and a plain dense network of the same weights."""
+"""Networks and data of the step benchmarks: search, ticket and dense network with equal weights."""
 
 import dataclasses
 from typing import Any
@@ -13,13 +13,13 @@ from cs_jax.data.images import ImageSet
 from cs_jax.tickets import fold
 from cs_jax.training import compiled as compiled_programs
 from cs_jax.training import step
-from cs_jax.training.step import Hyperparams, Recipe, TrainState
+from cs_jax.training.step import Hyperparams, Recipe, StepInputs, TrainState
 
 Network = tuple[Recipe, TrainState]
 
 
 def make_data(batch_size: int, image_size: int) -> ImageSet:
-    """One batch of random square images with three channels, of ten classes."""
+    """One batch of random square images: three channels, ten classes, uint8."""
     shape = (batch_size, image_size, image_size, 3)
     images = jax.random.randint(jax.random.key(0), shape, 0, 256).astype(jnp.uint8)
     labels = jnp.arange(batch_size, dtype=jnp.int32) % 10
@@ -27,9 +27,9 @@ def make_data(batch_size: int, image_size: int) -> ImageSet:
 
 
 def make_networks(recipe: Recipe, data: ImageSet, *, score_dtype: str = "float32") -> dict[str, Network]:
-    """Recipe and state of the three networks, from the same weights; a ticket that keeps a fifth.
+    """Recipe and state of the networks "dense", "search" and "ticket", with equal weights.
 
-    The dense one is made of Flax's own layers, without masks.
+    The dense network has plain Flax layers without masks. The ticket has density 0.2.
     """
     variables = step.init_variables(recipe, jax.random.key(0), data.images.shape[1:])
 
@@ -47,8 +47,9 @@ def make_networks(recipe: Recipe, data: ImageSet, *, score_dtype: str = "float32
 
 
 def make_step(recipe: Recipe, state: TrainState, data: ImageSet) -> Stepper:
-    """The compiled step on all of `data`, from a state that is donated."""
+    """The compiled step with all of `data` as its batch; the state is donated."""
     order, key = jnp.arange(len(data)), jax.random.key(1)
     hyper = Hyperparams(*(jnp.asarray(value, float) for value in (3.0, 0.0, 0.01, 0.01, 1e-8)))
-    compiled = compiled_programs.compiled(recipe)[0].lower(recipe, state, data, order, key, hyper).compile()
-    return Stepper(compiled, state, (data, order, key, hyper))
+    inputs = StepInputs(data, order, key, hyper)
+    compiled = compiled_programs.compiled(recipe)[0].lower(recipe, state, inputs).compile()
+    return Stepper(compiled, state, (inputs,))

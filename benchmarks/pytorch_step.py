@@ -1,13 +1,13 @@
-"""A search step of ours beside the same step in PyTorch, eager, as the authors' release computes it.
+"""Time of the search step compared with the same step in eager PyTorch, as in the authors' release.
 
-    pip install torch   # which this script alone needs
+    pip install torch   # needed only here and, optionally, by gpu.py
     python benchmarks/pytorch_step.py [--batch-size 128] [--repeats 15]
 
-ResNet-20 with a score per weight of its 3x3 convolutions: masks from scores, forward and backward pass, SGD with
-Nesterov momentum for weights and for scores. Written anew from the paper. PyTorch is given normalised images that rest
-on the device; ours cuts its batch out of the data set, augments and normalises it within the step. The steps run
-interleaved in one process, on all cores or one GPU, in float32, each with its own default precision of products, which
-on a GPU may be TF32.
+ResNet-20 with one score per weight of its 3x3 convolutions: masks from scores, forward and backward pass, SGD with
+Nesterov momentum for weights and scores. The PyTorch code is written from the paper. PyTorch gets normalised images
+that are already on the device; cs_jax also takes its batch from the data set, augments and normalises it in the step.
+The steps run interleaved in one process, on all CPU cores or one GPU, in float32. Each library keeps its default
+precision of matrix products, which on a GPU may be TF32.
 """
 
 # pyright: reportMissingImports=false
@@ -16,11 +16,10 @@ import statistics
 import time
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from step import Settings, device_title, make_steps
-from timing import interleave, median_ratio
+from timing import interleave, median_ratio, start
 from torch import nn
 from torch.nn import functional
 
@@ -28,7 +27,7 @@ TEMPERATURE, PENALTY_WEIGHT, RATE, DECAY = 3.0, 1e-8, 0.01, 1e-4
 
 
 class MaskedConv(nn.Module):
-    """A 3x3 convolution without bias whose kernel is multiplied by the sigmoid of scores."""
+    """3x3 convolution without bias; its kernel is multiplied by the soft mask of its scores."""
 
     def __init__(self, features_in: int, features_out: int, stride: int) -> None:
         super().__init__()
@@ -39,7 +38,7 @@ class MaskedConv(nn.Module):
         self.mask = torch.empty(0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.mask = torch.sigmoid(TEMPERATURE * self.score) / 0.5  # of a score that starts at 0
+        self.mask = torch.sigmoid(TEMPERATURE * self.score) / 0.5  # scores start at 0
         return functional.conv2d(x, self.kernel * self.mask, stride=self.stride, padding=1)
 
 
@@ -71,7 +70,7 @@ class ResNet20(nn.Module):
 
 
 class TorchStepper:
-    """Steps of a search, waited for after so many of them: what `timing.interleave` runs."""
+    """Search steps in PyTorch for `timing.interleave`; synchronises once after `steps` of them."""
 
     def __init__(self, batch_size: int, device: str, steps: int = 1) -> None:
         self.device, self.steps = device, steps
@@ -87,7 +86,7 @@ class TorchStepper:
         self.labels = torch.arange(batch_size, device=device) % 10
 
     def run(self) -> float:
-        """Seconds of one step."""
+        """Seconds of one step, the mean of `steps`."""
         started = time.perf_counter()
         for _ in range(self.steps):
             self.step()
@@ -118,4 +117,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    start(main, Settings, __doc__)

@@ -1,9 +1,9 @@
-"""Tickets and what is left of them without the channels that no longer matter, on every image of their test sets.
+"""Shrunk networks compared with their tickets on the whole test set.
 
     python benchmarks/shrink.py TICKET ... [--data-dir FOLDER]
 
-Prints for each ticket how far the outputs of the smaller network are from those of the masked one, relative to the
-largest, in single and in double precision; how many predictions differ; and what the smaller one saves.
+Prints for each ticket: the largest difference between the outputs of the shrunk and the masked network, relative to
+the largest output, in float32 and float64; the number of predictions that differ; weights and multiply-adds.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from cs_jax.tickets.shrink import shrink
 from cs_jax.tickets.ticket import LoadedTicket, load_ticket
 from cs_jax.training.executor import Executor
 
-COLUMNS = ("test images", "differs by", "in float64", "other predictions", "weights", "multiply-adds")
+COLUMNS = ("test images", "difference", "in float64", "predictions changed", "weights", "multiply-adds")
 
 
 def main(paths: list[Path], data_dir: Path | None) -> None:
@@ -40,7 +40,7 @@ def main(paths: list[Path], data_dir: Path | None) -> None:
 
 
 def row(ticket: LoadedTicket, data_dir: Path | None) -> list[str]:
-    """Figures of a ticket, in the order of the columns."""
+    """Cells of a ticket, in the order of `COLUMNS`."""
     assert ticket.model is not None
     about, constants = ticket.metadata, ticket.metadata["normalization"]
     images, _ = load_test(Config(dataset=about["dataset"], data_dir=data_dir), constants["mean"], constants["std"])
@@ -50,11 +50,11 @@ def row(ticket: LoadedTicket, data_dir: Path | None) -> list[str]:
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), ticket.variables)
         double = outputs(ticket.model, wide, images), outputs(*shrink(ticket.model, wide, shape), images)
-    others = int((single[0].argmax(axis=1) != single[1].argmax(axis=1)).sum())
+    changed = int((single[0].argmax(axis=1) != single[1].argmax(axis=1)).sum())
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree["params"])) for tree in (ticket.variables, found)]
     costs = [multiply_adds(model, shape) for model in (ticket.model, smaller)]
     shares = (f"{new:,} of {old:,}" for old, new in (sizes, costs))
-    return [f"{len(images):,}", *(f"{difference(*pair):.1e}" for pair in (single, double)), str(others), *shares]
+    return [f"{len(images):,}", *(f"{difference(*pair):.1e}" for pair in (single, double)), str(changed), *shares]
 
 
 def outputs(model: nn.Module, variables: Any, images: Images) -> np.ndarray:

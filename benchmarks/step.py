@@ -1,21 +1,20 @@
-"""Cost of masking: time and memory of a search step, a ticket step and a plain dense step of the same network.
+"""Cost of masking: time and memory of search, ticket and dense steps of one network.
 
     python benchmarks/step.py [--model resnet20] [--batch-size 128] [--repeats 15]
 
-The dense network is written with Flax's own layers, without masks, and takes the same optimizer step. The steps run
-interleaved in one process, so that a machine whose speed drifts slows all of them; medians and the medians of the
-ratios within each repeat are printed.
+The dense network has plain Flax layers without masks, and the same optimizer. The steps run interleaved in one process,
+so that a change of machine speed affects all of them. Prints medians, and medians over repeats of the ratio to the
+dense step in the same repeat.
 """
 
 import dataclasses
 import statistics
 
 import jax
-import tyro
 from networks import make_data, make_networks, make_step
 from rich.console import Console
 from rich.table import Table
-from timing import Stepper, interleave, median_ratio
+from timing import Stepper, check_positive, interleave, median_ratio, start
 
 from cs_jax.models import MODELS
 from cs_jax.training.step import Recipe
@@ -23,10 +22,10 @@ from cs_jax.training.step import Recipe
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured."""
+    """Settings of the benchmark."""
 
     model: str = "resnet20"
-    """A network of cs_jax.models, but lenet300100."""
+    """Network of cs_jax.models; not lenet300100."""
 
     batch_size: int = 128
     """Examples per step."""
@@ -35,7 +34,10 @@ class Settings:
     """Height and width; three channels."""
 
     repeats: int = 15
-    """Timed rounds over all steps, after two that are not counted."""
+    """Timed repeats of all steps, after two warm-up repeats."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "batch_size", "image_size", "repeats")
 
 
 def main(settings: Settings) -> None:
@@ -44,14 +46,14 @@ def main(settings: Settings) -> None:
 
 
 def make_steps(settings: Settings) -> dict[str, Stepper]:
-    """The compiled steps, by name."""
+    """Compiled steps by name: "dense", "search", "ticket"."""
     data = make_data(settings.batch_size, settings.image_size)
     recipe = Recipe(MODELS[settings.model](), augment="flip-crop")
     return {name: make_step(*network, data) for name, network in make_networks(recipe, data).items()}
 
 
 def device_title(settings: Settings) -> str:
-    """What is measured, and where."""
+    """Table title: network, batch size, device, jax version, number of repeats."""
     device = jax.devices()[0].device_kind
     return f"{settings.model}, batch {settings.batch_size}, {device}, jax {jax.__version__}, n={settings.repeats}"
 
@@ -70,4 +72,4 @@ def print_table(settings: Settings, steps: dict[str, Stepper], times: dict[str, 
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    start(main, Settings, __doc__)

@@ -1,4 +1,4 @@
-"""Compiled steps timed side by side: what the step benchmarks share."""
+"""Timing of compiled steps in interleaved repeats, shared by the benchmarks."""
 
 import statistics
 import sys
@@ -13,7 +13,7 @@ from cs_jax.core.errors import ConfigError
 
 
 def start(main: Callable[[Any], None], settings: type, about: str | None) -> None:
-    """Runs a benchmark with the settings of the command line; what cannot be used is told in one line."""
+    """Runs a benchmark with settings from the command line; prints one line and exits with 2 on a ConfigError."""
     try:
         main(tyro.cli(settings, description=about))
     except ConfigError as error:
@@ -22,15 +22,15 @@ def start(main: Callable[[Any], None], settings: type, about: str | None) -> Non
 
 
 def check_positive(settings: Any, *names: str) -> None:
-    """Raises a ConfigError for a setting below 1."""
+    """Raises a ConfigError for a setting below 1; None passes."""
     for name in names:
         value = getattr(settings, name)
         if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}: got {value}, wanted at least 1")
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
 
 
 class Timed(Protocol):
-    """What can be run again and again."""
+    """A step that can be timed repeatedly."""
 
     def run(self) -> float:
         """Seconds of one step."""
@@ -38,8 +38,7 @@ class Timed(Protocol):
 
 
 class Stepper:
-    """A compiled step and what it carries from call to call: the first of its results goes in again as the first
-    argument."""
+    """A compiled step with its carry: the first result of a call is the first argument of the next call."""
 
     def __init__(self, compiled: Any, carry: Any, arguments: tuple) -> None:
         self.compiled = compiled
@@ -54,18 +53,18 @@ class Stepper:
         return time.perf_counter() - started
 
     def peak_bytes(self) -> int:
-        """Memory that the compiled step needs at once, by the compiler's own account."""
+        """Peak memory of the compiled step, from the compiler's memory analysis."""
         analysis = self.compiled.memory_analysis()
         held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         return held + analysis.temp_size_in_bytes
 
 
 def interleave(steps: Mapping[str, Timed], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every step of every repeat, the first two repeats not counted."""
+    """Seconds of each step in each repeat; two more repeats run first and are discarded."""
     rounds = [{name: stepper.run() for name, stepper in steps.items()} for _ in range(repeats + 2)][2:]
     return {name: [seconds[name] for seconds in rounds] for name in steps}
 
 
 def median_ratio(times: list[float], reference: list[float]) -> float:
-    """Median of the ratios within each repeat."""
+    """Median over repeats of the ratio of two times in the same repeat."""
     return statistics.median(a / b for a, b in zip(times, reference, strict=True))

@@ -1,10 +1,10 @@
-"""Cost of the optax transformation: time and memory of its steps against plain optax on the same dense model.
+"""Cost of the optax transformation: time and memory of its steps compared with plain optax on the same model.
 
     python benchmarks/transformation.py [--repeats 15]
 
-Two models: the ResNet-20 of `cs_jax.models` with Flax's own layers on random images, and the transformer of
-`examples/transformer.py`. Search steps are timed without a target density and with one, whose scores are shifted every
-tenth step here; ticket steps with fixed masks. All of a model's steps run interleaved in one process.
+Two models: the ResNet-20 of `cs_jax.models` with plain Flax layers on random images, and the transformer of
+`examples/transformer.py`. Search steps are timed without and with a target density; with a target, scores are shifted
+every tenth step here. Ticket steps have fixed masks. All steps of a model run interleaved in one process.
 """
 
 import dataclasses
@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import linen as nn
 from rich.console import Console
 from rich.table import Table
-from timing import Stepper, interleave, median_ratio
+from timing import Stepper, check_positive, interleave, median_ratio, start
 
 import cs_jax
 from cs_jax.models import MODELS
@@ -35,13 +34,16 @@ Loss = Callable[[Any, Any, Any], tuple[jax.Array, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured."""
+    """Settings of the benchmark."""
 
     repeats: int = 15
-    """Timed rounds over all steps of the ResNet, after two that are not counted; the transformer has ten times more."""
+    """Timed repeats of the ResNet steps, after two warm-up repeats; the transformer has ten times as much."""
 
     batch_size: int = 128
-    """Images per step of the ResNet."""
+    """Images per ResNet step."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "repeats", "batch_size")
 
 
 def main(settings: Settings) -> None:
@@ -51,7 +53,7 @@ def main(settings: Settings) -> None:
         "median ms",
         "min ms",
         "ratio to plain",
-        "state, bytes a weight",
+        "state, bytes per weight",
         "peak MiB",
         title=f"{jax.devices()[0].device_kind}, jax {jax.__version__}, n={settings.repeats}",
     )
@@ -94,7 +96,7 @@ def measure(
     weight_tx: optax.GradientTransformation,
     repeats: int,
 ) -> None:
-    """Adds a row for each kind of step."""
+    """Times the plain, search and ticket steps of a model and adds a row for each."""
 
     def sparse(target: float | None) -> optax.GradientTransformation:
         return cs_jax.continuous_sparsification(
@@ -150,4 +152,4 @@ def make_step(loss_fn: Loss, tx: optax.GradientTransformation, sparse: bool) -> 
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    start(main, Settings, __doc__)

@@ -1,8 +1,25 @@
 """Continuous Sparsification in JAX: sparse networks from masks that are learned together with the weights.
 
-Masked layers multiply their kernels by what they find in the "masks" collection; pure functions turn scores and a
-temperature into masks; `search` runs the rounds.
+`sparsify` and the masked layers multiply the weights of Flax modules by the arrays in the "masks" collection. Pure
+functions turn scores and a temperature into masks. `continuous_sparsification` is an optax transformation for the
+training loop of any JAX library. `save_ticket` and `load_ticket` store tickets. `python -m cs_jax train` runs a whole
+search with rounds, rewinding and retraining. Masks for Flax NNX are in `cs_jax.nnx`, which must be imported by itself.
 """
+# ruff: noqa: E402
+
+import signal
+import sys
+
+# `python -m cs_jax` imports this package, and with it JAX, before __main__.py. As in train.py, Ctrl-C ends the process
+# at once until libraries are loaded. __main__.py then restores Python's handler. While Python looks for the module to
+# run, sys.argv[0] is "-m", and sys.orig_argv has the name of the module just before the arguments. Other imports of
+# this package change no handler.
+if (
+    sys.argv[:1] == ["-m"]
+    and sys.orig_argv[-len(sys.argv)] in ("cs_jax", "-mcs_jax")
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from cs_jax import models
 from cs_jax.core.describe import describe

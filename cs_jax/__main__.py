@@ -2,15 +2,9 @@
 
 import signal
 
-from cs_jax import commands  # noqa: E402
-
-# As in train.py: Ctrl-C ends the process at once until libraries are loaded.
-is_loading = __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-if is_loading:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-if is_loading:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+from cs_jax import commands
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # cs_jax/__init__.py set it while libraries were loaded
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     commands.exit_process(commands.main())

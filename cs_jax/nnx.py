@@ -1,6 +1,6 @@
-"""Masks for Flax NNX: any model, the weights that rules select multiplied by `Mask` variables whenever it is called.
+"""Sparse forms of any Flax NNX model: in every call, the weights that rules select are multiplied by `Mask` variables.
 
-Flax's NNX is imported with this module and not with `cs_jax`: write `import cs_jax.nnx`.
+`import cs_jax` does not import this module, because it imports NNX: write `import cs_jax.nnx`.
 """
 
 import functools
@@ -20,11 +20,11 @@ from cs_jax.core.rules import Where, select
 
 M = TypeVar("M", bound=nnx.Module)
 Keys = tuple[Any, ...]
-"""Attribute names, keys and indices on the way to a variable, as in NNX's own paths."""
+"""Attribute names, keys and indices on the path to a variable, as in NNX's paths."""
 
 
 class Mask(nnx.Variable):
-    """What multiplies a Param of a sparse model, an array of its shape: for filters, as in `nnx.state(model, Mask)`.
+    """Mask of a Param in a sparse model, an array of the Param's shape; filters select it: `nnx.state(model, Mask)`.
 
     >>> sparse = sparsify(nnx.Linear(2, 1, rngs=nnx.Rngs(0)))
     >>> nnx.to_pure_dict(nnx.state(sparse, Mask))
@@ -33,37 +33,38 @@ class Mask(nnx.Variable):
 
 
 def sparsify(model: M, where: Where = None) -> M:
-    """A sparse copy of a model: selected Params are multiplied by their `Mask` in every call of a public method.
+    """Sparse copy of a model: every call of a public method multiplies the selected Params by their `Mask`.
 
-    The copy is an instance of a subclass of the model's class, with the same attributes and one more, `masks`:
-    dictionaries nested as the Params are, which hold the `Mask` of each selected Param, at first ones of its shape,
-    dtype and sharding. They alone say what is masked, so that it lasts through `nnx.split` and `nnx.merge`. A Param
-    that several attributes share is masked in all of them, by one Mask.
+    The copy is an instance of a subclass of the model's class, with the same attributes and the attribute `masks`:
+    nested dictionaries along the paths of the Params, with the `Mask` of each selected Param. The first masks are ones
+    with the Param's shape, dtype and sharding. The masks alone decide which Params are masked, so this lasts through
+    `nnx.split` and `nnx.merge`. A Param that several attributes share is masked in all of them, by one Mask.
 
-    Masks act in calls of the model's public methods, on their own or inside another model's; a call may change what the
-    plain model's may, except masked Params (which `nnx.WeightNorm` and `nnx.SpectralNorm` do). They do not act
+    Masks act in calls of the model's public methods, also inside another model. A call may change everything that a
+    call of the plain model may change, except masked Params (which `nnx.WeightNorm` and `nnx.SpectralNorm` change).
+    Masks do not act
 
-    - on attributes and properties, which are the plain weights, for optimizers to update;
-    - in a submodule taken out of the model, as in `sparse.encoder(x)`, though they do in one that a method returns;
+    - on attributes and properties: they are the plain weights, for optimizers to update;
+    - in a submodule taken out of the model, as in `sparse.encoder(x)`; but they act in one that a method returns;
     - in methods of the plain class, as in `nnx.jit(Model.encode)(sparse, x)`: write `nnx.jit(type(sparse).encode)`.
 
-    Of the model's own methods, `nnx.capture(..., method_outputs=...)` sees only the one that is called.
+    `nnx.capture(..., method_outputs=...)` captures only the method that is called, no methods that it calls.
 
     Args:
-        model: stays as it is. The copy has its own variables, as one by `nnx.clone` has: arrays are shared until
-            one of the two is updated, so donate neither before.
-        where: rules over `nnx.state(model, nnx.Param)`, as for `cs_jax.select`; the default masks weights of two or
-            more axes that are no biases, embeddings, norms or classifier heads. Groups matter to scores alone.
+        model: NNX module; it is not changed. The copy has new variables, as from `nnx.clone`. The arrays are shared
+            until one of the two models is updated, so donate neither before that.
+        where: rules for `nnx.state(model, nnx.Param)`, as for `cs_jax.select`; None masks weights of two or more axes,
+            except biases, embeddings, norms and classifier heads. Groups of rules apply to scores only.
 
     Returns:
-        The copy, at first with the very results of `model`.
+        The copy; with the first masks, its results are exactly the results of `model`.
 
     Raises:
-        TypeError: `model` is no `nnx.Module`, or has no public method that could be called; in a call, `masks` holds
-            what is no Mask.
-        ValueError: `model` or a part of it is sparse already; it has an attribute `masks`; rules select nothing, or
-            what is no array but part of a Param. In a call, masks are missing, or one has no Param or another shape; or
-            the call sets a masked Param.
+        TypeError: `model` is not an `nnx.Module` or has no public method; in a call, `masks` contains another object
+            than a Mask.
+        ValueError: `model` or a part of it is already sparse; it has an attribute `masks`; rules select nothing, or an
+            array that is only a part of a Param. In a call: masks are missing, a mask has no Param or another shape
+            than its Param, or the call sets a masked Param.
 
     >>> import cs_jax
     >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(3, 1, rngs=nnx.Rngs(1)))
@@ -82,10 +83,10 @@ def sparsify(model: M, where: Where = None) -> M:
     selected = {leaf.path for leaf in select(nnx.state(model, nnx.Param), where).masked}
     sparse: Any = nnx.clone(model)
     weights = dict(_weights(sparse))
-    chosen = {id(weight): _ones(weight) for keys, weight in weights.items() if tuple(map(str, keys)) in selected}
-    inside = selected - {tuple(map(str, keys)) for keys in weights}
-    if inside:
-        raise ValueError(f"weights {trees.name(min(inside))!r} are inside a Param, wanted Params of one array each")
+    chosen = {id(weight): _new_mask(weight) for keys, weight in weights.items() if tuple(map(str, keys)) in selected}
+    partial = selected - {tuple(map(str, keys)) for keys in weights}
+    if partial:
+        raise ValueError(f"weights {trees.name(min(partial))!r}: must be a whole Param, not an array inside one")
     object.__setattr__(sparse, "__class__", _sparse_class(type(sparse)))
     masks = {keys: chosen[id(weight)] for keys, weight in weights.items() if id(weight) in chosen}
     sparse.masks = nnx.data(trees.nest(masks))
@@ -94,18 +95,20 @@ def sparsify(model: M, where: Where = None) -> M:
 
 def _check_model(model: Any) -> None:
     if not isinstance(model, nnx.Module):
-        raise TypeError(f"model: got {model!r}, wanted an instance of nnx.Module")
+        raise TypeError(f"model {model!r}: must be an instance of nnx.Module")
     for path, module in nnx.iter_modules(model):
         if hasattr(type(module), "_dense_class"):
             place = f" at {trees.name(tuple(map(str, path)))!r}" if path else ""
-            raise ValueError(f"model{place}: {type(module).__name__} is sparse already, wanted the plain model")
+            raise ValueError(f"model {type(module).__name__}{place}: must not be sparse already; pass the plain model")
     if hasattr(model, "masks"):
-        raise ValueError(f"model: {type(model).__name__} has an attribute 'masks', which is wanted for its masks")
+        raise ValueError(
+            f"model {type(model).__name__}: must not have an attribute 'masks', the place of the masks; rename it"
+        )
     if not _methods(type(model)):
-        raise TypeError(f"model: {type(model).__name__} has no public method, wanted one to multiply by masks in")
+        raise TypeError(f"model {type(model).__name__}: must have a public method, because masks act in public methods")
 
 
-def _ones(weight: nnx.Variable[Any]) -> Mask:
+def _new_mask(weight: nnx.Variable[Any]) -> Mask:
     mask = Mask(jnp.ones_like(_raw_value(weight)), hijax=weight.hijax, ref=weight.ref)
     metadata = weight.get_metadata()
     sharding = {name: metadata[name] for name in ("out_sharding", "sharding_rules", "mesh") if name in metadata}
@@ -115,18 +118,24 @@ def _ones(weight: nnx.Variable[Any]) -> Mask:
 
 
 def _raw_value(variable: nnx.Variable[Any]) -> Any:
-    """Its array as it is stored, before any hook that reading runs."""
+    """The stored array of a variable, without the hooks that run on reading."""
     value = variable.get_raw_value()
     return value[...] if variable.ref else value
 
 
 def _weights(tree: Any, path: Keys = (), above: tuple[int, ...] = ()) -> Iterator[tuple[Keys, nnx.Variable[Any]]]:
-    """Params in `tree` with their paths; one that is shared comes once for each path."""
+    """Params in `tree` with their paths; a shared Param comes once for each of its paths.
+
+    Args:
+        tree: NNX modules, containers and variables in any pytree.
+        path: path of `tree`.
+        above: ids of the modules around `tree`, which are skipped: a module may refer to its owner.
+    """
     for keys, leaf in jax.tree.leaves_with_path(tree, is_leaf=_is_object):
         here = (*path, *map(_key, keys))
         if isinstance(leaf, nnx.Param):
             yield here, leaf
-        elif isinstance(leaf, nnx.Pytree) and id(leaf) not in above:  # a part may hold its owner
+        elif isinstance(leaf, nnx.Pytree) and id(leaf) not in above:
             for name, value in vars(leaf).items():
                 if _is_data(leaf, name):
                     index = isinstance(leaf, nnx.List) and name.isdigit()
@@ -138,12 +147,12 @@ def _is_object(value: Any) -> bool:
 
 
 def _is_data(node: nnx.Pytree, name: str) -> bool:
-    """Whether an attribute may hold variables, and is not static."""
+    """Whether an attribute is data, which may contain variables, and not static."""
     return not node._pytree__is_pytree or node._pytree__nodes.get(name, False)
 
 
 def _key(key: Any) -> Any:
-    """A key of JAX's paths as one of NNX's."""
+    """Key of a JAX path as a key of an NNX path."""
     for attribute in ("idx", "key", "name"):
         if hasattr(key, attribute):
             return getattr(key, attribute)
@@ -152,8 +161,8 @@ def _key(key: Any) -> Any:
 
 @functools.cache
 def _sparse_class(dense: type[nnx.Module]) -> type[nnx.Module]:
-    """The subclass whose public methods mask: one for each class, so that graph definitions are equal."""
-    namespace = {name: _masking(dense, name, method) for name, method in _methods(dense).items()}
+    """The subclass whose public methods mask; cached, so that graph definitions of equal models are equal."""
+    namespace = {name: _masked_method(dense, name, method) for name, method in _methods(dense).items()}
     namespace |= {
         "_dense_class": dense,
         "__reduce__": _reduce,
@@ -165,33 +174,34 @@ def _sparse_class(dense: type[nnx.Module]) -> type[nnx.Module]:
 
 
 def _methods(dense: type[nnx.Module]) -> dict[str, Any]:
-    """Public methods of a class that are its own and not those of NNX's modules and containers."""
-    bound = (functools.partialmethod, functools.singledispatchmethod)
+    """Public methods of a class, except methods that it inherits unchanged from NNX's modules and containers."""
+    method_types = (functools.partialmethod, functools.singledispatchmethod)
     found = {}
     for name in dir(dense):
         value = inspect.getattr_static(dense, name)
         inherited = any(value is inspect.getattr_static(base, name, None) for base in (nnx.Module, nnx.List, nnx.Dict))
         if inherited or (name.startswith("_") and name != "__call__"):
             continue
-        if isinstance(value, bound) or (callable(value) and hasattr(value, "__get__")):
+        if isinstance(value, method_types) or (callable(value) and hasattr(value, "__get__")):
             if not isinstance(value, staticmethod | classmethod | type):
                 found[name] = value
     return found
 
 
 def _reduce(self: Any) -> tuple:
-    return _empty, (self._dense_class,), self.__getstate__()
+    return _empty_instance, (self._dense_class,), self.__getstate__()
 
 
-def _empty(dense: type[nnx.Module]) -> nnx.Module:
+def _empty_instance(dense: type[nnx.Module]) -> nnx.Module:
+    """Instance without attributes, for pickle to fill."""
     return object.__new__(_sparse_class(dense))
 
 
-def _masking(dense: type[nnx.Module], name: str, method: Any) -> Callable:
-    """A method that calls the one of the plain class on a copy of the model that holds masked weights.
+def _masked_method(dense: type[nnx.Module], name: str, method: Any) -> Callable:
+    """Method that calls the method of the plain class on a copy of the model with masked weights.
 
-    Nothing of the model is changed before and put back afterwards: calls that fail, nest, or run in several threads do
-    each other no harm, and methods that the method calls are plain, so that nothing is masked twice.
+    The model itself has plain weights at any time, so calls may fail, nest, or run in several threads. Methods that
+    the method calls are plain, so nothing is masked twice.
     """
 
     @functools.wraps(method, updated=())
@@ -202,34 +212,34 @@ def _masking(dense: type[nnx.Module], name: str, method: Any) -> Callable:
         try:
             result = getattr(copy, name)(*args, **kwargs)
         finally:
-            copies.hand_back()
-        copies.check_weights_are_kept()
-        return _with_owner(result, copy, self)
+            copies.write_back()
+        copies.check_weights_unchanged()
+        return _replace_copy(result, copy, self)
 
     return call
 
 
-def _with_owner(result: Any, copy: Any, owner: Any) -> Any:
-    """A result, with the model itself where the method returned its `self`, also in a tuple."""
+def _replace_copy(result: Any, copy: Any, model: Any) -> Any:
+    """The result with the model in place of the copy, which is the method's `self`; also in tuples."""
     if type(result) is tuple:
-        return tuple(_with_owner(part, copy, owner) for part in result)
-    return owner if result is copy else result
+        return tuple(_replace_copy(part, copy, model) for part in result)
+    return model if result is copy else result
 
 
 class _Copies:
-    """Copies of the objects that make up a model: variables are shared, all but masked Params."""
+    """Copies of a model's objects: masked Params are replaced by their products with masks, other variables shared."""
 
     def __init__(self, model: nnx.Module) -> None:
-        self.by_id: dict[int, tuple[Any, Any]] = {}  # originals, which live as long as their ids are used, and copies
+        self.by_id: dict[int, tuple[Any, Any]] = {}  # id -> (original, copy); the reference keeps the id unique
         for weight, masked in _masked_weights(model):
             self.by_id[id(weight)] = weight, masked
         self.products = [(masked, masked.get_raw_value(), masked.on_set_value) for _, masked in self.by_id.values()]
-        self.masks = id(model), "masks"  # what the copy is without
+        self.omitted = id(model), "masks"  # attribute that the copy does not have
         self.of(model)
         self.contents = {number: _contents(copy) for number, (_, copy) in self.by_id.items()}
 
     def of(self, tree: Any) -> Any:
-        """`tree` itself where it holds no object that has a copy."""
+        """The tree with copies in place of objects; `tree` itself if none of its objects has a copy."""
         leaves, treedef = jax.tree.flatten(tree, is_leaf=_is_object)
         copies = [self._of_leaf(leaf) for leaf in leaves]
         unchanged = all(leaf is copy for leaf, copy in zip(leaves, copies, strict=True))
@@ -241,14 +251,14 @@ class _Copies:
         if not isinstance(leaf, nnx.Pytree):
             return leaf
         copy = object.__new__(type(leaf))
-        self.by_id[id(leaf)] = leaf, copy  # before its parts, which may hold it
+        self.by_id[id(leaf)] = leaf, copy  # before the attributes, which may refer to the object
         for name, value in vars(leaf).items():
-            if (id(leaf), name) != self.masks:
+            if (id(leaf), name) != self.omitted:
                 vars(copy)[name] = self.of(value) if _is_data(leaf, name) else value
         return copy
 
-    def hand_back(self) -> None:
-        """Sets and deletes on the originals what a call set and deleted on the copies."""
+    def write_back(self) -> None:
+        """Sets and deletes the attributes of the originals that a call has set and deleted on the copies."""
         originals = {id(copy): original for original, copy in self.by_id.values()}
         for number, (original, copy) in self.by_id.items():
             before, after = self.contents[number], _contents(copy)
@@ -259,16 +269,16 @@ class _Copies:
                     owned = [originals.get(id(leaf), leaf) for leaf in leaves]
                     vars(original)[name] = owned[0] if treedef is None else treedef.unflatten(owned)
 
-    def check_weights_are_kept(self) -> None:
-        """Raises where a call changed masked weights past the hook, as `nnx.update` does."""
-        for masked, product, kept in self.products:
+    def check_weights_unchanged(self) -> None:
+        """Raises a ValueError if a call has changed masked weights without the hook, as `nnx.update` does."""
+        for masked, product, refuse in self.products:
             value = masked.get_raw_value()
-            if masked.get_metadata("on_set_value", None) != kept or not _equal(value, product):
-                kept(masked, value)
+            if masked.get_metadata("on_set_value", None) != refuse or not _is_unchanged(value, product):
+                refuse(masked, value)
 
 
-def _equal(value: Any, product: Any) -> bool:
-    """Whether an array is the product that it was, or `nnx.jit` inside the call put a copy of it there."""
+def _is_unchanged(value: Any, product: Any) -> bool:
+    """Whether an array is the product, or a copy of it, which `nnx.jit` inside the call leaves in its place."""
     if value is product:
         return True
     traced = [isinstance(array, Tracer) for array in (value, product)]
@@ -279,7 +289,7 @@ Contents = tuple[list[Any], Any]
 
 
 def _contents(node: Any) -> dict[str, Contents]:
-    """What the attributes of an object hold: leaves and tree structure, or what is static and None."""
+    """Contents of an object's attributes: leaves and tree structure, or the value and None if it is static."""
     if not isinstance(node, nnx.Pytree):
         return {}
     return {
@@ -295,27 +305,30 @@ def _same(first: Contents, second: Contents) -> bool:
 
 
 def _masked_weights(model: nnx.Module) -> Iterator[tuple[nnx.Variable[Any], nnx.Variable[Any]]]:
-    """The masked Params of a model, each with one that holds its product with its mask."""
+    """Masked Params of a model, each with a Param that contains the product with its mask."""
     masks = {}
     for keys, mask in jax.tree.leaves_with_path(getattr(model, "masks", None), is_leaf=_is_object):
         name = trees.name(tuple(str(_key(key)) for key in keys))
         if not isinstance(mask, Mask):
-            raise TypeError(f"masks {name!r}: got {type(mask).__name__}, wanted a Mask")
+            raise TypeError(f"masks {name!r} of type {type(mask).__name__}: must be a Mask")
         masks[name] = mask.get_value()
     if not masks:
-        raise ValueError(f"{type(model).__name__} has no masks: wanted its attribute 'masks' as `sparsify` makes it")
+        raise ValueError(f"model {type(model).__name__}: must have the attribute 'masks' that `sparsify` makes")
     weights = {trees.name(tuple(map(str, keys))): weight for keys, weight in _weights(model)}
     values = {name: _raw_value(weights[name]) for name in masks if name in weights}
     for name, value in trees.apply_masks(values, masks).items():
-        kept = _RefusesToBeSet(name)
-        yield weights[name], weights[name].copy(value, hijax=False, ref=False, on_set_value=kept)
+        refuse = _RefuseToSet(name)
+        yield weights[name], weights[name].copy(value, hijax=False, ref=False, on_set_value=refuse)
 
 
 @dataclass(frozen=True)
-class _RefusesToBeSet:
-    """Hook of a Param for which a product with its mask stands in: what is set there would be lost."""
+class _RefuseToSet:
+    """Hook on setting a masked Param in a call: the copy has the product in its place, so a new value would be lost."""
 
     name: str
 
     def __call__(self, variable: nnx.Variable[Any], value: Any) -> Any:
-        raise ValueError(f"weights {self.name!r} are masked and are set in a call: set them outside, or mask others")
+        raise ValueError(
+            f"weights {self.name!r}: must not be set in a call, because they are masked; set them outside of calls, or "
+            "mask other weights"
+        )

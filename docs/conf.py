@@ -18,5 +18,4 @@ autodoc_type_aliases = {"PyTree": "PyTree", "Where": "Where", "ArrayLike": "Arra
 autodoc_preserve_defaults = True
 napoleon_use_rtype = False
 napoleon_custom_sections = [("Warns", "params_style")]
-suppress_warnings = ["ref.python", "myst.xref_missing"]
 python_use_unqualified_type_names = True

@@ -1,4 +1,4 @@
-"""A trained network fine-tuned into a ticket: half of its channels go, the others keep their weights.
+"""Fine-tune a trained network into a ticket with half of its channels; kept channels keep their trained weights.
 
 Run it: `python examples/finetune.py`.
 """

@@ -1,4 +1,4 @@
-"""A convolutional network in NNX, whose masks are variables of their own, on handwritten digits.
+"""Sparsify a convolutional network in NNX, with masks as a separate variable type, on handwritten digits.
 
 Run it: `python examples/nnx_cnn.py`.
 """

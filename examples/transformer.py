@@ -1,9 +1,10 @@
-"""A small decoder-only transformer that keeps a fifth of its weights, on the sources of Python's standard library.
+"""Sparsify a small decoder-only transformer to density 0.2, on source files of Python's standard library.
 
 Run it: `python examples/transformer.py`.
 
-The model is plain Flax; attention and MLP kernels are masked by the optimizer. Four fifths of the steps search masks
-together with the weights, the last fifth trains what is left. The dense model gets the same batches and steps.
+The model is plain Flax; the optimizer masks its attention and MLP kernels. The first four fifths of the steps train
+scores and weights together. The last fifth trains the remaining weights with fixed masks. For comparison, a dense model
+is trained with the same batches and steps.
 """
 
 import pathlib
@@ -22,7 +23,7 @@ DENSITY, STEPS, SEARCH_STEPS, EPOCHS = 0.2, 500, 400, 40
 CONTEXT, BATCH, WIDTH, LAYERS, HEADS = 64, 24, 64, 2, 4
 VOCABULARY = 128  # ASCII
 FILES = ("argparse", "ast", "calendar", "configparser", "csv", "dataclasses", "difflib", "tokenize")
-LAST_FILE = "textwrap"  # read for validation alone
+LAST_FILE = "textwrap"  # validation data
 
 
 class Block(nn.Module):
@@ -44,7 +45,7 @@ class Transformer(nn.Module):
 
 
 def read(*modules: str) -> np.ndarray:
-    """The bytes of some modules of the standard library, those that are no ASCII as blanks."""
+    """The bytes of modules of the standard library, with spaces in place of non-ASCII bytes."""
     folder = pathlib.Path(sysconfig.get_path("stdlib"))
     text = np.frombuffer(b"".join((folder / f"{name}.py").read_bytes() for name in modules), np.uint8)
     return np.where(text < VOCABULARY, text, 32).astype(np.int32)
@@ -56,7 +57,7 @@ def loss_fn(params: Any, tokens: jax.Array) -> jax.Array:
 
 
 def train(params: Any, tx: optax.GradientTransformation, text: np.ndarray, sparse: bool) -> Any:
-    """Weights after STEPS updates, under their masks if `sparse`."""
+    """The weights after STEPS updates; with `sparse`, multiplied by their masks."""
 
     @jax.jit
     def step(params: Any, opt_state: Any, tokens: jax.Array) -> tuple[Any, Any]:

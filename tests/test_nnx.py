@@ -773,39 +773,39 @@ def test_gradients_of_scores_equal_those_of_an_independent_computation() -> None
 
 @pytest.mark.parametrize("model", [MLP, jnp.ones(3), {"a": nnx.Param(jnp.ones((2, 2)))}, lambda x: x])
 def test_what_is_no_module_is_refused(model: Any) -> None:
-    with pytest.raises(TypeError, match=r"(?s)model: got .*, wanted an instance of nnx.Module"):
+    with pytest.raises(TypeError, match=r"(?s)model .*: must be an instance of nnx.Module"):
         sparsify(model)
 
 
 def test_containers_which_cannot_be_called_are_refused() -> None:
-    with pytest.raises(TypeError, match="List has no public method, wanted one"):
+    with pytest.raises(TypeError, match="model .*List: must have a public method"):
         sparsify(nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(0))]))
 
 
 def test_sparse_models_and_parts_are_refused() -> None:
     sparse = sparsify(mlp())
-    with pytest.raises(ValueError, match="model: SparseMLP is sparse already"):
+    with pytest.raises(ValueError, match="model SparseMLP: must not be sparse already"):
         sparsify(sparse)
-    with pytest.raises(ValueError, match="model at 'inner': SparseMLP is sparse already"):
+    with pytest.raises(ValueError, match="model SparseMLP at 'inner': must not be sparse already"):
         sparsify(Outer(sparse, nnx.Rngs(0)))
 
 
 def test_an_attribute_masks_is_refused() -> None:
     model = mlp()
     model.masks = 3
-    with pytest.raises(ValueError, match="MLP has an attribute 'masks'"):
+    with pytest.raises(ValueError, match="model MLP: must not have an attribute 'masks'"):
         sparsify(model)
 
 
 def test_rules_that_select_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"glob 'third/\*' matches none of"):
+    with pytest.raises(ValueError, match=r"glob 'third/\*': matches none of"):
         sparsify(mlp(), "third/*")
 
 
 def test_arrays_inside_a_param_are_refused() -> None:
     model = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
     model.several = nnx.Param({"w": jnp.ones((2, 2)), "v": jnp.ones((2, 2))})
-    with pytest.raises(ValueError, match="weights 'several/value/v' are inside a Param"):
+    with pytest.raises(ValueError, match="weights 'several/value/v': must be a whole Param"):
         sparsify(model, ["several/**", "kernel"])
     assert names(nnx.state(sparsify(model, "kernel"), Mask)) == ["masks/kernel"]
 
@@ -813,7 +813,9 @@ def test_arrays_inside_a_param_are_refused() -> None:
 def test_a_mask_of_another_shape_is_refused_in_the_call() -> None:
     sparse = sparsify(mlp())
     sparse.masks["first"]["kernel"] = Mask(jnp.ones((8, 4)))
-    with pytest.raises(ValueError, match=r"mask 'first/kernel' has shape \(8, 4\), its weights \(4, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"masks 'first/kernel' of shape \(8, 4\): must have the shape of the weights, \(4, 4\)"
+    ):
         sparse(X)
 
 
@@ -821,26 +823,26 @@ def test_a_mask_without_weights_is_refused_in_the_call() -> None:
     sparse = sparsify(mlp())
     del sparse.second
     sparse.second = jnp.tanh
-    with pytest.raises(ValueError, match="mask 'second/kernel' has no weights"):
+    with pytest.raises(ValueError, match="masks 'second/kernel': must have the path of a weight"):
         sparse(X)
 
 
 def test_missing_masks_are_refused_in_the_call() -> None:
     sparse = sparsify(mlp())
     nnx.pop(sparse, Mask)
-    with pytest.raises(ValueError, match="SparseMLP has no masks"):
+    with pytest.raises(ValueError, match="model SparseMLP: must have the attribute 'masks'"):
         sparse(X)
     del sparse.masks
-    with pytest.raises(ValueError, match="SparseMLP has no masks"):
+    with pytest.raises(ValueError, match="model SparseMLP: must have the attribute 'masks'"):
         sparse(X)
-    with pytest.raises(ValueError, match="SparseMLP has no masks"):
+    with pytest.raises(ValueError, match="model SparseMLP: must have the attribute 'masks'"):
         type(sparse)(nnx.Rngs(0))(X)
 
 
 def test_masks_that_are_no_variables_are_refused_in_the_call() -> None:
     sparse = sparsify(mlp())
     sparse.masks["first"]["kernel"] = jnp.ones((4, 8))
-    with pytest.raises(TypeError, match="masks 'first/kernel': got ArrayImpl, wanted a Mask"):
+    with pytest.raises(TypeError, match="masks 'first/kernel' of type ArrayImpl: must be a Mask"):
         sparse(X)
 
 
@@ -854,9 +856,9 @@ def test_a_call_that_sets_masked_weights_is_refused() -> None:
             self.bias[...] = jnp.ones(4)
 
     sparse = sparsify(Clipping(4, 4, rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match="weights 'kernel' are masked and are set in a call"):
+    with pytest.raises(ValueError, match="weights 'kernel': must not be set in a call"):
         sparse(X)
-    with pytest.raises(ValueError, match="weights 'kernel' are masked and are set in a call"):
+    with pytest.raises(ValueError, match="weights 'kernel': must not be set in a call"):
         nnx.jit(lambda model, x: model(x))(sparse, X)
     sparse.set_bias()
     np.testing.assert_array_equal(sparse.bias[...], jnp.ones(4))
@@ -885,13 +887,13 @@ class TwoNetworks(nnx.Module):
 def test_a_call_that_updates_masked_weights_is_refused() -> None:
     sparse = randomized(sparsify(TwoNetworks()))
     before = nnx.state(nnx.clone(sparse), nnx.Param)
-    with pytest.raises(ValueError, match="weights 'target/kernel' are masked and are set in a call"):
+    with pytest.raises(ValueError, match="weights 'target/kernel': must not be set in a call"):
         sparse.synchronize()
-    with pytest.raises(ValueError, match="weights 'target/kernel' are masked and are set in a call"):
+    with pytest.raises(ValueError, match="weights 'target/kernel': must not be set in a call"):
         nnx.jit(lambda model: model.synchronize())(sparse)
-    with pytest.raises(ValueError, match="weights 'online/kernel' are masked and are set in a call"):
+    with pytest.raises(ValueError, match="weights 'online/kernel': must not be set in a call"):
         sparse.load(jnp.zeros((4, 4)))
-    with pytest.raises(ValueError, match="weights 'online/kernel' are masked and are set in a call"):
+    with pytest.raises(ValueError, match="weights 'online/kernel': must not be set in a call"):
         sparse.decay()
     np.testing.assert_array_equal(sparse.online.kernel[...], before["online"]["kernel"][...])
     sparse.online.kernel[...] = sparse.online.kernel[...].at[0, 0].set(jnp.nan)

@@ -1,4 +1,4 @@
-"""The commands `python -m cs_jax COMMAND`: what each does between its words and its exit code."""
+"""The commands `python -m cs_jax COMMAND`: dispatch, error messages and exit codes."""
 
 import contextlib
 import os
@@ -32,21 +32,33 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `COMMAND words...` and returns the exit code."""
+    """Runs `COMMAND ARGUMENTS` and returns the exit code.
+
+    Args:
+        arguments: words after the module name; by default the words of this process.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(f"usage: {MODULE} COMMAND ...\n")
         for name, command in COMMANDS.items():
             print(f"  {name:<8} {command.__doc__}")
-        print(f"\n{MODULE} COMMAND --help tells more.")
+        print(f"\n{MODULE} COMMAND --help describes a command.")
         return 0
     if words[0] not in COMMANDS:
-        return _complain(MODULE, f"error: got {words[0]!r}, wanted {one_of(words[0], COMMANDS)}", 2)
+        return _complain(MODULE, f"error: command {words[0]!r}: must be {one_of(words[0], COMMANDS)}", 2)
     return run_command(f"{MODULE} {words[0]}", COMMANDS[words[0]], words[1:])
 
 
 def run_command(prog: str, command: Callable[..., None], arguments: Sequence[str]) -> int:
-    """Exit code of a command: 2 for words that cannot be used, 1 for what went wrong; both with one line on stderr."""
+    """Runs a command and returns its exit code, with one line on stderr if it is not 0.
+
+    The code is 2 for invalid arguments, 128 plus the signal's number after a signal, and 1 for other failures.
+
+    Args:
+        prog: program and command, with which the line begins.
+        command: one of `COMMANDS`.
+        arguments: of the command.
+    """
     compile_cache.keep_programs()
     try:
         with processes.explain_lost_process():
@@ -56,7 +68,7 @@ def run_command(prog: str, command: Callable[..., None], arguments: Sequence[str
     except processes.LostProcessError as error:
         return _complain(prog, f"error: {error}", 1)
     except NonFiniteLossError as error:
-        advice = "the last checkpoint is from before; try a lower --lr, --score-lr or --lmbda in a new run"
+        advice = "the last checkpoint is older; start a new run with a lower --lr, --score-lr or --lmbda"
         return _complain(prog, f"stopped: {error}; {advice}", 1)
     except ticket.AccuracyError as error:
         return _complain(prog, f"error: {error}", 1)
@@ -64,14 +76,14 @@ def run_command(prog: str, command: Callable[..., None], arguments: Sequence[str
         return _complain(prog, f"interrupted by {stop.number.name}{stop.hint}", stop.exit_code)
     except KeyboardInterrupt:
         return _complain(prog, "interrupted", 130)
-    except BrokenPipeError:  # nobody reads on, as with `| head`
+    except BrokenPipeError:  # the reader of a pipe has ended, such as `| head`
         return 1
     except OSError as error:
         return _complain(prog, f"error: {error}", 1)
     except BaseException as error:
         if not processes.are_several() or (isinstance(error, SystemExit) and not error.code):
             raise
-        traceback.print_exc()  # `exit_process` then ends at once: JAX's own exit would wait for the other processes
+        traceback.print_exc()  # `exit_process` then ends at once: the exit handlers of JAX wait for other processes
         return 1
     return 0
 
@@ -83,8 +95,8 @@ def _complain(prog: str, message: str, code: int) -> int:
 
 
 def exit_process(exit_code: int) -> None:
-    """Ends the process."""
-    if exit_code:  # at once: computations still in flight can crash the interpreter while it is taken down
+    """Ends the process if the exit code is not 0, without the interpreter's exit handlers."""
+    if exit_code:  # computations in flight can crash the interpreter during its shutdown
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(exit_code)

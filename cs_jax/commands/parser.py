@@ -1,26 +1,75 @@
-"""The command line: flags of a run, generated from the config, parsers of other commands, complaints in one line."""
+"""The command line: flags of a run, generated from the config classes, and parsers of the other commands."""
 
 import argparse
-import contextlib
+import ast
 import dataclasses
-import io
-import itertools
-import re
+import functools
+import inspect
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
-import tyro
-
-from cs_jax.core.errors import ConfigError, one_of
-from cs_jax.core.settings import flag
+from cs_jax.core.errors import ConfigError, closest, in_words, one_of
+from cs_jax.core.schema import parse_words
+from cs_jax.core.settings import COUNT, NOT_NEGATIVE, Settings, field_types, flag
+from cs_jax.data.config import DataConfig
 from cs_jax.experiment.config import Config
 from cs_jax.experiment.presets import DEFAULT_PRESET, PRESETS
-from cs_jax.experiment.storage.config_file import KINDS, from_json, read_stored
+from cs_jax.experiment.storage.config_file import from_json, read_stored
 from cs_jax.experiment.storage.paths import CONFIG_FILE
+from cs_jax.methods.config import MethodConfig
+from cs_jax.training.config import TrainingConfig
 
 MODULE = "python -m cs_jax"
+
+_HIDDEN = ("preset",)
+"""Fields that are not flags: the first word sets the preset."""
+
+_METAVARS: dict[Any, str] = {int: "INT", float: "FLOAT", str: "NAME", Path: "PATH"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Invocation(Settings):
+    """Flags of the command `train` that are not settings of a run."""
+
+    resume: Path | None = None
+    """Run directory to resume, with the settings stored there; other flags override them."""
+
+    tickets: Annotated[int | None, COUNT] = None
+    """Number of tickets to search, with consecutive seeds from --seed on, each in its own folder inside --out."""
+
+    coordinator: str | None = None
+    """HOST:PORT of the first process of a run on several hosts, the same on each of them; auto on a TPU pod or in a
+    cluster of SLURM, Open MPI or Kubernetes."""
+
+    processes: Annotated[int | None, COUNT] = None
+    """Number of processes of a run on several hosts."""
+
+    process_id: Annotated[int | None, NOT_NEGATIVE] = None
+    """Index of this process, from 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("processes", "process_id"):
+            has_coordinator = getattr(self, name) is None or self.coordinator is not None
+            self._check(name, has_coordinator, "requires --coordinator HOST:PORT of the first process")
+        alone = "excludes --resume; repeat the command that started the tickets to resume them"
+        self._check("tickets", self.tickets is None or self.resume is None, alone)
+        alone = "excludes --coordinator; a run with several processes searches one ticket"
+        self._check("tickets", self.tickets is None or self.coordinator is None, alone)
+
+
+_GROUPS: dict[type, str] = {
+    Invocation: "starting",
+    Config: "run",
+    MethodConfig: "pruning method",
+    TrainingConfig: "training",
+    DataConfig: "data",
+}
+"""Titles in the help, by the class that declares a field."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,169 +78,166 @@ class _Parser(argparse.ArgumentParser):
 
 
 def command_parser(prog: str, command: Callable[..., None]) -> argparse.ArgumentParser:
-    """A parser for the words of a command, whose docstring says what it does; it raises ConfigError."""
+    """A parser for the arguments of a command, described by its docstring; it raises ConfigError."""
     return _Parser(prog=prog, description=(command.__doc__ or "").capitalize() + ".")
 
 
 def parse(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> Config:
-    """Config for the command line `[PRESET] [flags]` or `--resume DIRECTORY`; prints the help where that is asked for.
+    """The config for the command line `[PRESET] [flags]` or `--resume DIRECTORY [flags]`; see `parse_train`."""
+    return parse_train(arguments, prog=prog)[0]
+
+
+def parse_train(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> tuple[Config, Invocation]:
+    """The config for a command line, and the flags that are not settings of a run; prints the help for `--help`.
 
     Args:
-        arguments: words after the program's name; by default those of this process.
-        prog: the program's name, for its help.
+        arguments: words after the program's name; by default the words of this process.
+        prog: name of the program, for its help.
 
     Raises:
-        ConfigError: an unknown preset or flag, a value that cannot be used, or no run in the directory.
+        ConfigError: an unknown preset or flag, a value that is not allowed, or no run in the directory to resume.
         SystemExit: after the help.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    arguments = [dashed(word) for word in arguments]
-    directory = _pop_resume(arguments)
-    if directory is not None:
-        if arguments and not arguments[0].startswith("-"):
-            raise ConfigError(f"--resume: got the preset {arguments[0]!r} too, wanted none: the run has its settings")
-        prog, default = f"{prog} --resume {directory}", dataclasses.replace(_stored_config(directory), out=directory)
-        description = f"Goes on with {directory}. Shown here are its settings."
-    else:
-        preset = arguments.pop(0) if arguments and not arguments[0].startswith("-") else DEFAULT_PRESET
-        if preset not in PRESETS:
-            raise ConfigError(f"preset: got {preset!r}, wanted {one_of(preset, PRESETS)}")
-        _add_drops(arguments, PRESETS[preset])
-        prog, default, description = f"{prog} {preset}", PRESETS[preset], _description(preset, prog)
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            parsed = tyro.cli(Config, prog=prog, description=description, args=arguments, default=default)
-    except SystemExit as stop:
-        if stop.code in (None, 0):
-            raise
-        raise ConfigError(_complaint(complaint.getvalue(), arguments)) from None
-    if directory is not None and parsed.out != directory:
-        raise ConfigError(f"--out: got {parsed.out} beside --resume {directory}, wanted one of them")
-    return parsed
+    words = [_normalized(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    named = words.pop(0) if words and not words[0].startswith("-") else None
+    preset = DEFAULT_PRESET if named is None else named
+    if preset not in PRESETS:
+        raise ConfigError(f"preset {preset}: must be {one_of(preset, PRESETS)}")
+    given = _read_words(_make_parser(PRESETS[preset]), words)
+    wants_help = given.pop("help", False)
+    invocation = Invocation(**_values(Invocation, given))
+    base = PRESETS[preset]
+    if invocation.resume is not None:
+        directory = invocation.resume.expanduser()
+        if named is not None:
+            raise ConfigError(f"--resume {directory}: excludes the preset {named}; the run has its own settings")
+        prog, base = f"{prog} --resume {directory}", dataclasses.replace(_stored_config(directory), out=directory)
+    if wants_help:
+        _make_parser(base, prog=f"{prog} [PRESET]", description=_description(base, prog)).print_help()
+        raise SystemExit(0)
+    values = _values(Config, given)
+    if "lr_schedule" in values and "lr_drops" not in values:
+        values["lr_drops"] = base.lr_drops[-1:] * len(values["lr_schedule"])
+    if invocation.resume is not None and values.get("out", base.out) != base.out:
+        raise ConfigError(f"--out {values['out']}: excludes --resume {invocation.resume}; give one of them")
+    return dataclasses.replace(base, **values), invocation
 
 
-def _add_drops(arguments: list[str], preset: Config) -> None:
-    """Adds a drop for each epoch of a schedule that is given without them: the last of the preset's."""
-    names = [word.partition("=")[0] for word in arguments]
-    if "--lr-schedule" in names and "--lr-drops" not in names:
-        start = names.index("--lr-schedule")
-        values = itertools.takewhile(lambda word: not word.startswith("--"), arguments[start + 1 :])
-        count = "=" in arguments[start] or len([*values])
-        arguments += ["--lr-drops", *[f"{preset.lr_drops[-1]:g}"] * count]
-
-
-def pop_processes(arguments: list[str]) -> tuple[str | None, int | None, int | None]:
-    """What `--coordinator`, `--processes` and `--process-id` say, taken out of the words; None without.
-
-    Raises:
-        ConfigError: one of them has no value that fits, or the first is missing beside the others.
-    """
-    coordinator = _pop("--coordinator", "HOST:PORT of the first process, or auto", arguments)
-    numbers = []
-    for name in ("--processes", "--process-id"):
-        value = _pop(name, "a number", arguments)
-        if value is not None and not re.fullmatch("[0-9]{1,6}", value):
-            raise ConfigError(f"{name}: got {value}, wanted a number")
-        if value is not None and coordinator is None:
-            raise ConfigError(f"{name}: got {value} alone, wanted --coordinator HOST:PORT of the first process too")
-        numbers.append(None if value is None else int(value))
-    return coordinator, *numbers
-
-
-def pop_tickets(arguments: list[str]) -> int | None:
-    """The number that `--tickets` says, taken out of the words; None without.
-
-    It is no setting of a run, but of how many there are.
-
-    Raises:
-        ConfigError: it is no number of at least 1, or comes beside `--resume`, which is about one run.
-    """
-    value = _pop("--tickets", "a number", arguments)
-    if value is None:
+def read_tickets(word: str) -> int | None:
+    """The number in a word after `--tickets`; None for "auto"."""
+    if word == "auto":
         return None
-    number = read_tickets(value)
-    if any(word.partition("=")[0] == "--resume" for word in arguments):
-        raise ConfigError(f"--tickets: got {value} beside --resume, wanted the command that began them: it goes on")
+    number = parse_words(word, int, "--tickets") if word.isdecimal() else 0
+    if number < 1:
+        raise ConfigError(f"--tickets {word}: must be auto or a whole number of at least 1")
     return number
 
 
-def read_tickets(value: str, *, auto: bool = False) -> int | None:
-    """What a word after `--tickets` says; None for "auto", where that can be.
-
-    Raises:
-        ConfigError: it is no number of at least 1.
-    """
-    if auto and value == "auto":
-        return None
-    if not re.fullmatch("[0-9]{1,6}", value) or int(value) < 1:
-        raise ConfigError(f"--tickets: got {value}, wanted a number of at least 1{' or auto' * auto}")
-    return int(value)
-
-
-def _pop_resume(arguments: list[str]) -> Path | None:
-    """The folder that `--resume` names, taken out of the words; None without."""
-    value = _pop("--resume", "a run directory", arguments)
-    return None if value is None else Path(value).expanduser()
+def _make_parser(defaults: Config, **about: Any) -> argparse.ArgumentParser:
+    """A parser of all flags, which leaves their values as words."""
+    about = {"usage": "%(prog)s [flags]", "argument_default": argparse.SUPPRESS, **about}
+    parser = _Parser(add_help=False, allow_abbrev=False, exit_on_error=False, **about)
+    parser.add_argument("-h", "--help", action="store_true", help="Show the flags and their defaults.")
+    groups = {kind: parser.add_argument_group(title) for kind, title in _GROUPS.items()}
+    for settings in (Invocation(), defaults):
+        for name, hint in field_types(type(settings)).items():
+            if name not in _HIDDEN:
+                declared_in, text = _help_texts(type(settings))[name]
+                if settings is defaults:
+                    value = getattr(settings, name)
+                    text += f" (default: {'none' if value is None else in_words(value)})"
+                groups[declared_in].add_argument(flag(name), dest=name, help=text.replace("%", "%%"), **_argument(hint))
+    return parser
 
 
-def _pop(name: str, wanted: str, arguments: list[str]) -> str | None:
-    """The value of a flag that is none of a config's, taken out of the words; None without."""
-    places = [index for index, word in enumerate(arguments) if word.partition("=")[0] == name]
-    if not places:
-        return None
-    if len(places) > 1:
-        raise ConfigError(f"{name}: got {len(places)} of them, wanted one")
-    index = places[0]
-    _, equals, value = arguments.pop(index).partition("=")
-    if not equals and index < len(arguments) and not arguments[index].startswith("--"):
-        value = arguments.pop(index)
-    if not value:
-        raise ConfigError(f"{name}: got nothing, wanted {wanted}")
-    return value
+def _argument(hint: Any) -> dict[str, Any]:
+    """How argparse reads the words of a type: any number of them for a tuple, else one."""
+    kind = _plain_type(hint)
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(kind) is Literal:
+        return {"metavar": "{" + ",".join(typing.get_args(kind)) + "}"}
+    if typing.get_origin(kind) is tuple:
+        return {"nargs": "*", "metavar": _METAVARS[typing.get_args(kind)[0]]}
+    return {"metavar": _METAVARS[kind]}
 
 
-def dashed(word: str) -> str:
-    """`--batch-size` for `--batch_size`: tyro takes both."""
+def _plain_type(hint: Any) -> Any:
+    """A field's type without annotations and without None."""
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    options = [option for option in typing.get_args(hint) if option is not type(None)]
+    return options[0] if type(None) in typing.get_args(hint) else hint
+
+
+def _read_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
+    """Words of each flag that was given, by the name of its field."""
+    try:
+        given, unknown = parser.parse_known_args(list(_joined(words)))
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error.argument_name}: {error.message}") from error
+    flags = [flag(name) for kind in (Config, Invocation) for name in field_types(kind) if name not in _HIDDEN]
+    for word in unknown:
+        if word.startswith("-"):
+            name = word.partition("=")[0]
+            raise ConfigError(f"{name}: unknown flag{closest(name, flags)}; --help lists all flags")
+        raise ConfigError(f"{word}: not a flag; a preset ({', '.join(PRESETS)}) must be the first word")
+    return vars(given)
+
+
+def _values(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the fields of a class whose flags were given."""
+    values = {}
+    for name, hint in field_types(kind).items():
+        if name in given:
+            words = given[name]
+            values[name] = words if isinstance(words, bool) else parse_words(words, hint, flag(name))
+    return values
+
+
+def _normalized(word: str) -> str:
+    """`--batch-size` for `--batch_size`."""
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
-def _description(preset: str, prog: str) -> str:
-    return (
-        f"{(Config.__doc__ or '').splitlines()[0]}\n\n"
-        f"Usage: {prog} [PRESET] [flags], PRESET one of {', '.join(PRESETS)} ({DEFAULT_PRESET} if none is named); or "
-        f"{prog} --resume DIRECTORY, to go on with the run there. Shown here are the defaults of {preset}.\n\n"
-        "--tickets N searches N tickets, with the seeds from --seed on, in folders of their own inside --out.\n\n"
-        "On several hosts, start it on each of them with --coordinator HOST:PORT --processes N --process-id I beside "
-        "the other flags; or with --coordinator auto on a TPU pod or in a cluster of SLURM, Open MPI or Kubernetes."
-    )
+def _joined(words: Sequence[str]) -> Iterator[str]:
+    """The words, with "--decay=-1e-4" for "--decay" "-1e-4", because argparse takes -1e-4 for a flag."""
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
+        if word.startswith("--") and "=" not in word and remaining and _is_negative(remaining[0]):
+            word = f"{word}={remaining.pop(0)}" if "e" in remaining[0] or "inf" in remaining[0] else word
+        yield word
 
 
-def _complaint(panel: str, arguments: Sequence[str]) -> str:
-    """tyro's boxed panel as one line: the flag, what came, what was wanted."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", panel).strip()
-    rows = [row.strip("│ ") for row in text.splitlines()[1:]]  # the first holds the title
-    words = " ".join(row for row in rows if row.strip("─-╭╮╰╯ "))
-    words = words.split(" For full helptext")[0].removeprefix("Error parsing Config: ")
-    unparsed = re.match(r"Error parsing --([\w-]+): ", words)
-    if unparsed:
-        name = unparsed[1].replace("-", "_")
-        kind = next(field.type for field in dataclasses.fields(Config) if field.name == name)
-        return f"{flag(name)}: got {_given(flag(name), arguments)}, wanted {KINDS.get(kind, kind)}"
-    lacking = re.search(r"(--[\w-]+)'?[^-]*Expected \d+ values?\.", words)
-    if words.startswith("Missing value") and lacking:
-        return f"{lacking[1]}: got nothing, wanted a value"
-    if words.startswith("Unrecognized") and "Perhaps" not in words:
-        words += f", wanted flags of --help; a preset ({', '.join(PRESETS)}) comes first"
-    return words
+def _is_negative(word: str) -> bool:
+    try:
+        return word.startswith("-") and float(word) <= 0
+    except ValueError:
+        return False
 
 
-def _given(name: str, arguments: Sequence[str]) -> str:
-    """What the command line gave for a flag."""
-    words = " ".join(arguments).replace(f"{name}=", f"{name} ").split()
-    values = words[len(words) - words[::-1].index(name) :]  # the last is what counts
-    return " ".join(itertools.takewhile(lambda word: not word.startswith("--"), values)) or "nothing"
+@functools.cache
+def _help_texts(kind: type) -> dict[str, tuple[type, str]]:
+    """For each field, the class that declares it and the string below it in the source."""
+    texts = {}
+    for owner in reversed(kind.__mro__):
+        if owner in _GROUPS:
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+            assert isinstance(tree, ast.ClassDef)
+            for field, text in zip(tree.body, tree.body[1:], strict=False):
+                if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                    assert isinstance(field.target, ast.Name)
+                    texts[field.target.id] = (owner, " ".join(ast.literal_eval(text.value).split()))
+    return texts
+
+
+def _description(base: Config, prog: str) -> str:
+    purpose = (Config.__doc__ or "").splitlines()[0]
+    presets = f"The first word is a preset: {', '.join(PRESETS)} ({DEFAULT_PRESET} without one)."
+    defaults = f"The defaults below are {'from the run' if '--resume' in prog else f'of {base.preset}'}."
+    return f"{purpose} {presets} {defaults}"
 
 
 def _stored_config(path: Path) -> Config:
@@ -199,4 +245,4 @@ def _stored_config(path: Path) -> Config:
     try:
         return from_json(stored)
     except ConfigError as error:
-        raise ConfigError(f"--resume: got {path}, whose {CONFIG_FILE} cannot be used: {error}") from error
+        raise ConfigError(f"--resume {path}: its {CONFIG_FILE} is not valid: {error}") from error

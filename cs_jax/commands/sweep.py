@@ -3,6 +3,7 @@
 import argparse
 import shlex
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -16,125 +17,135 @@ from cs_jax.core.errors import ConfigError
 from cs_jax.experiment.observers.interrupts import Interrupts, Stopped
 from cs_jax.experiment.observers.terminal import print_line
 from cs_jax.experiment.prepare import check_all
-from cs_jax.sweep import scheduler
-from cs_jax.sweep.devices import find_places
-from cs_jax.sweep.display import NARROWEST, UNBOUNDED, SweepDisplay
+from cs_jax.sweep import scheduler, storage
+from cs_jax.sweep.devices import find_devices
+from cs_jax.sweep.display import SweepDisplay
 from cs_jax.sweep.results import read_results, read_tickets
 from cs_jax.sweep.spec import Spec, read_spec
 from cs_jax.sweep.statistics import (
     ABSENT,
+    CONTROL_EPOCHS_NOTE,
     LEVEL,
-    RETRAINED,
     Cell,
-    budgets,
+    epoch_ratios,
     has_no_spread,
     is_reference,
-    references,
+    reference_methods,
     shown_epochs,
     shown_p,
     shown_target,
 )
 
-LISTED = 5  # runs that are not done; more are counted
+LISTED = 5
+"""Unfinished runs that `pareto` lists by name; it counts the others."""
+
+MIN_METHOD_WIDTH = 6
+"""Characters of a method's name in a line of the table, if the terminal is narrow."""
+
+UNLIMITED_WIDTH = 10_000
+"""Columns, more than any table needs."""
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """The sweep that the command line names."""
+
+    spec: Spec
+    directory: Path
+    arguments: tuple[str, ...]  # SPEC and --out
+
+    def command(self, name: str) -> str:
+        """The command line of a command for the same sweep, quoted for a shell."""
+        return f"{MODULE} {name} {shlex.join(self.arguments)}"
 
 
 def sweep(arguments: Sequence[str], *, prog: str) -> None:
-    """run a grid of methods, densities and seeds that a file names, or go on with it"""
+    """run or resume a sweep: a grid of methods, densities and seeds"""
     parser = _sweep_parser(prog, sweep)
-    parser.add_argument("--jobs", type=int, help="runs at a time (one for each GPU, or for each core without one)")
-    parser.add_argument("--tickets", metavar="N", help="runs in one program, or auto: as measured to be faster (auto)")
+    parser.add_argument("--jobs", type=int, help="worker processes (default: one per GPU; without a GPU, one per core)")
+    parser.add_argument("--tickets", metavar="N", help="runs in one program (default: auto, the faster number)")
     given = parser.parse_args(arguments)
     if given.jobs is not None and given.jobs < 1:
-        raise ConfigError(f"--jobs: got {given.jobs}, wanted at least 1")
-    tickets = command_line.read_tickets(given.tickets or "auto", auto=True)
-    spec, directory = _read_sweep(given)
-    hint = f"the same command goes on: {_words('sweep', given)}"
-    advice = "where trying again cannot help, correct the file: runs that have failed may have other settings"
+        raise ConfigError(f"--jobs {given.jobs}: must be at least 1")
+    tickets = command_line.read_tickets(given.tickets or "auto")
+    swept = _read_sweep(given)
+    total, resume = len(swept.spec.runs), f"resume with: {swept.command('sweep')}"
     with Interrupts() as watch:
-        failures = _run(spec, directory, given.jobs, tickets, Console(), watch, hint)
+        failures = _run(swept, given.jobs, tickets, watch)
     if failures:
         name = next(iter(failures))
-        log = directory / scheduler.LOGS_FOLDER / f"{name}.txt"
-        raise OSError(f"{len(failures)} of {len(spec.runs)} runs failed, first {name}: see {log}; {hint}; {advice}")
-    print_line(Console(), f"{directory}: all {len(spec.runs)} runs are done; {_words('pareto', given)} compares them")
+        log = swept.directory / storage.LOGS_FOLDER / f"{name}.txt"
+        advice = "failed runs may have other settings: correct the file if a retry cannot help"
+        raise OSError(f"{len(failures)} of {total} runs failed, first {name}: see {log}; {advice}; {resume}")
+    print_line(Console(), f"{swept.directory}: all {total} runs finished; compare them with: {swept.command('pareto')}")
 
 
-def _run(
-    spec: Spec,
-    directory: Path,
-    jobs: int | None,
-    tickets: int | None,
-    terminal: Console,
-    watch: Interrupts,
-    hint: str,
-) -> dict[str, str]:
-    """Runs a sweep, checked as a whole before anything is written; why runs have failed, by their names."""
-    scheduler.check_same_spec(directory, spec)
-    jax.config.update("jax_platforms", "cpu")  # the accelerators are the workers': to look is to take their memory
+def _run(swept: _Sweep, jobs: int | None, tickets: int | None, watch: Interrupts) -> dict[str, str]:
+    """Runs the unfinished runs of a sweep, after a check of all settings. Returns failures: reasons by run name."""
+    spec, directory, terminal = swept.spec, swept.directory, Console()
+    storage.check_same_spec(directory, spec)
+    jax.config.update("jax_platforms", "cpu")  # JAX in this process must not take the workers' accelerator memory
     check_all(run.config for run in spec.runs)
-    waiting = [run for run in spec.runs if not scheduler.is_done(directory, run)]
-    for line in spec.without_effect() if waiting else ():
+    waiting = [run for run in spec.runs if not storage.is_done(directory, run)]
+    for line in spec.ignored_settings() if waiting else ():
         print_line(terminal, line)
-    watch.check()  # a callback of a library may have lost what a signal raised
+    watch.check()  # a library's callback may have swallowed the exception of a signal
     with SweepDisplay(terminal, len(spec.runs), waiting) as display:
         try:
-            places = find_places(jobs, len(waiting)) if waiting else []
-            return scheduler.run_sweep(spec, directory, places, display, tickets)
+            devices = find_devices(jobs, len(waiting)) if waiting else []
+            return scheduler.run_sweep(spec, directory, devices, display, tickets)
         except Stopped as stop:
-            stop.hint = f"; runs under way are saved; {hint}"
+            stop.hint = f"; unfinished runs are saved; resume with: {swept.command('sweep')}"
             raise
 
 
 def pareto(arguments: Sequence[str], *, prog: str) -> None:
-    """table and plot of accuracy against density over a sweep's runs"""
+    """compare the runs of a sweep: table and plots of accuracy against density"""
     from cs_jax import report as reports
 
     given = _sweep_parser(prog, pareto).parse_args(arguments)
-    jax.config.update("jax_platforms", "cpu")  # what is read needs no accelerator, and a sweep may be using it
-    spec, directory = _read_sweep(given)
+    jax.config.update("jax_platforms", "cpu")  # no accelerator is needed, and a sweep may be using it
+    swept = _read_sweep(given)
+    spec, directory = swept.spec, swept.directory
     results, missing = read_results(spec, directory)
     if not results:
-        raise ConfigError(f"{directory}: has no finished run yet, wanted one at least: {_words('sweep', given)}")
+        raise ConfigError(f"{directory}: no finished run; start the sweep with: {swept.command('sweep')}")
     tickets = [*read_tickets(spec, directory)]
-    written, cells = reports.write_pareto(
-        spec.name, results, missing, directory, reference=spec.reference, tickets=tickets
-    )
+    found = reports.SweepResults(spec.name, results, missing, tickets, spec.reference)
+    written = reports.write_pareto(found, directory)
     terminal = Console()
-    print_cells(terminal, cells)
-    methods = [*dict.fromkeys(cell.method for cell in cells if cell.control is None and cell.target is not None)]
+    print_cells(terminal, found.cells)
+    methods = [*dict.fromkeys(cell.method for cell in found.cells if cell.control is None and cell.target is not None)]
     if spec.reference not in spec.content["methods"] and len(methods) > 1:
-        other = f'reference = "{methods[0]}" in {given.spec} chooses another'
-        print_line(terminal, f"the sweep has no {spec.reference} to compare methods with: {other}")
+        advice = f'set reference = "{methods[0]}" or another method in {given.spec}'
+        print_line(terminal, f"methods are not compared: the sweep has no {spec.reference}; {advice}")
     for line in missing[:LISTED]:
-        print_line(terminal, f"not done: {line}")
+        print_line(terminal, f"not finished: {line}")
     if len(missing) > LISTED:
-        print_line(terminal, f"not done: {len(missing) - LISTED} more of {len(spec.runs)} runs")
+        print_line(terminal, f"not finished: {len(missing) - LISTED} more of {len(spec.runs)} runs")
     for path in written:
         print_line(terminal, str(path))
 
 
 def _sweep_parser(prog: str, command: Callable[..., None]) -> argparse.ArgumentParser:
     parser = command_parser(prog, command)
-    parser.add_argument("spec", type=Path, metavar="SPEC", help="TOML file: see docs/sweeps.md")
-    parser.add_argument("--out", type=Path, help="folder of the sweep (sweeps/NAME, for a file NAME.toml)")
+    parser.add_argument("spec", type=Path, metavar="SPEC", help="TOML file: see docs/experiments/sweeps.md")
+    parser.add_argument("--out", type=Path, help="directory of the sweep (default: sweeps/NAME for a file NAME.toml)")
     return parser
 
 
-def _read_sweep(given: argparse.Namespace) -> tuple[Spec, Path]:
-    """The spec that was given, and the folder of its sweep."""
+def _read_sweep(given: argparse.Namespace) -> _Sweep:
     spec = read_spec(given.spec)
-    return spec, (given.out or Path("sweeps") / spec.name).expanduser()
-
-
-def _words(command: str, given: argparse.Namespace) -> str:
-    """The command, about the same sweep, as a shell takes it."""
-    out = [] if given.out is None else ["--out", str(given.out)]
-    return f"{MODULE} {command} {shlex.join([str(given.spec), *out])}"
+    directory = (given.out or Path("sweeps") / spec.name).expanduser()
+    out = () if given.out is None else ("--out", str(given.out))
+    return _Sweep(spec, directory, (str(given.spec), *out))
 
 
 def print_cells(console: Console, cells: Sequence[Cell]) -> None:
-    """The table of a sweep, in percent, 80 columns wide with names of usual length: what is in its file, less costs and
-    intervals; then what its words mean, and which networks were not trained for as long as what they stand beside.
+    """Prints the table of a sweep, in percent, with a legend. It fits in 80 columns unless methods have long names.
+
+    The table lacks the costs and intervals of pareto.md. The legend lists compared networks with different numbers of
+    epochs.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("method", overflow="fold")
@@ -143,7 +154,7 @@ def print_cells(console: Console, cells: Sequence[Cell]) -> None:
     for name in ("n", "density", "test %", "epochs", "points", "p"):
         table.add_column(name, justify="right", no_wrap=True)
     for cell in cells:
-        target = shown_target(cell.target, cell.dial, "{:.4g}".format)
+        target = shown_target(cell.target, cell.initial_score, "{:.4g}".format)
         table.add_row(cell.method, cell.control or "ticket", target, str(cell.n), *_figures(cell, cells))
     _fit(table, console, max(len(cell.method) for cell in cells))
     console.print(table, crop=False)
@@ -153,10 +164,10 @@ def print_cells(console: Console, cells: Sequence[Cell]) -> None:
 
 
 def _fit(table: Table, console: Console, longest: int) -> None:
-    """Breaks names of methods where the console is too narrow. Beyond that the table is wider: nothing is cut off."""
-    natural = console.measure(table, options=console.options.update(max_width=UNBOUNDED)).maximum
-    names = max(longest, NARROWEST)
-    table.columns[0].width = max(NARROWEST, names - max(0, natural - console.width))
+    """Folds the names of methods on a narrow console. If that is not enough, the table is wider than the console."""
+    natural = console.measure(table, options=console.options.update(max_width=UNLIMITED_WIDTH)).maximum
+    names = max(longest, MIN_METHOD_WIDTH)
+    table.columns[0].width = max(MIN_METHOD_WIDTH, names - max(0, natural - console.width))
     table.width = natural - names + table.columns[0].width
 
 
@@ -164,9 +175,9 @@ def _figures(cell: Cell, cells: Sequence[Cell]) -> list[str]:
     """Density, accuracy, epochs, difference and p of a row."""
     density = f"{cell.density:.2%}"
     if cell.density_deviation:
-        density = f"{100 * cell.density:.2f}±{cell.density_deviation:.2%}"  # in few letters
-    spread = "" if cell.deviation is None else f" ± {100 * cell.deviation:.2f}"
-    figures = [density, f"{100 * cell.accuracy:.2f}{spread}", f"{cell.epochs:,.6g}"]
+        density = f"{100 * cell.density:.2f}±{cell.density_deviation:.2%}"  # no spaces: the column is narrow
+    deviation = "" if cell.deviation is None else f" ± {100 * cell.deviation:.2f}"
+    figures = [density, f"{100 * cell.accuracy:.2f}{deviation}", f"{cell.epochs:,.6g}"]
     if is_reference(cell, cells):
         return [*figures, "ref.", ""]
     points = ABSENT if cell.difference is None else f"{100 * cell.difference:+.2f}"
@@ -175,19 +186,19 @@ def _figures(cell: Cell, cells: Sequence[Cell]) -> list[str]:
 
 
 def _legend(cells: Sequence[Cell]) -> Iterator[str]:
-    """What the words and signs of the table mean, of those that are in it."""
-    beside = [f"beside {method} (ref.) at the same target" for method in references(cells)]
-    if any(cell.beside and cell.control for cell in cells):
-        beside.append("of a control, beside the ticket")
-    yield "test %: accuracy; ± is the standard deviation of a sample. epochs: search and retraining."
-    if not beside:
+    """Lines below the table: the meaning of its columns, and differences in epochs."""
+    compared = [f"vs {method} (ref.) at the same target" for method in reference_methods(cells)]
+    if any(cell.compared_with and cell.control for cell in cells):
+        compared.append("of a control, vs its ticket")
+    yield "test %: accuracy ± sample standard deviation. epochs: search and retraining together."
+    if not compared:
         return
-    yield f"points: of test accuracy, {'; '.join(beside)}."
-    alone = " no spread: all differences are the same." if any(map(has_no_spread, cells)) else ""
-    yield f"p: of a paired t-test over two seeds at least, adjusted by Holm; * below {LEVEL:g}.{alone}"
-    if budgets(cells, False):
+    yield f"points: difference in test accuracy {'; '.join(compared)}."
+    no_spread = " no spread: all differences are equal." if any(map(has_no_spread, cells)) else ""
+    yield f"p: paired t-test over at least two seeds, adjusted by Holm's method; * below {LEVEL:g}.{no_spread}"
+    if epoch_ratios(cells, False):
         unequal = [cell for cell in cells if cell.control is None and "(" in shown_epochs(cell, cells)]
-        told = dict.fromkeys(f"{cell.method} {shown_epochs(cell, cells)}" for cell in unequal)
-        yield f"Not trained for as many epochs as what they stand beside: {', '.join(told)}."
-    if budgets(cells, True):
-        yield RETRAINED
+        names = dict.fromkeys(f"{cell.method} {shown_epochs(cell, cells)}" for cell in unequal)
+        yield f"Trained for different numbers of epochs: {', '.join(names)}."
+    if epoch_ratios(cells, True):
+        yield CONTROL_EPOCHS_NOTE

@@ -3,9 +3,8 @@
 import functools
 from collections.abc import Sequence
 
-from cs_jax.commands.parser import dashed, parse, pop_processes, pop_tickets
+from cs_jax.commands.parser import parse_train
 from cs_jax.commands.report import write_report
-from cs_jax.core.errors import ConfigError
 from cs_jax.experiment import run as experiment_run
 from cs_jax.sweep import tickets as sweep_tickets
 from cs_jax.training import processes
@@ -15,18 +14,11 @@ run = functools.partial(experiment_run.run, write_report=write_report)
 
 
 def train(arguments: Sequence[str], *, prog: str) -> None:
-    """search a ticket, rewind it, retrain it, and report; or go on with a run that stopped"""
-    words = [dashed(word) for word in arguments]
-    coordinator, count, index = pop_processes(words)
-    tickets = pop_tickets(words)
-    settings = parse(words, prog=prog)
-    if coordinator is not None and tickets is not None:
-        raise ConfigError(
-            f"--tickets: got {tickets} beside --coordinator, wanted one of them: a run is of all processes"
-        )
-    if coordinator is not None:
-        processes.start(coordinator, count, index, prog=prog)
-    if tickets is None:
-        run(settings)
-        return
-    sweep_tickets.train(settings, tickets, write_report)
+    """search a ticket, rewind it, retrain it, and report; or resume a run that was stopped"""
+    config, invocation = parse_train(arguments, prog=prog)
+    if invocation.coordinator is not None:
+        processes.start(invocation.coordinator, invocation.processes, invocation.process_id, prog=prog)
+    if invocation.tickets is None:
+        run(config)
+    else:
+        sweep_tickets.train(config, invocation.tickets, write_report)

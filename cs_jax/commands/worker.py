@@ -1,9 +1,8 @@
-"""A process that runs what a sweep tells it, one run after another or several at once, so that equal networks are
-compiled once.
+"""Worker process of a sweep: trains the runs that it receives, and compiles equal networks once.
 
-It reads a line of JSON for each run, or for several that can share a program, on its standard input, and writes one for
-whatever happens on its standard output. When its input ends, because the sweep ends or has died, it saves what is under
-way and leaves.
+Each input line is a JSON object with one run, or several runs that can share a program. Each output line is a JSON
+object with an event. At the end of the input, when the sweep has ended or died, the process saves its unfinished runs
+and ends.
 """
 
 import json
@@ -25,45 +24,45 @@ from cs_jax.sweep.tickets import Job
 from cs_jax.training import compile_cache
 
 
-def send(answers: IO[str], **event: Any) -> None:
-    answers.write(json.dumps(event) + "\n")
-    answers.flush()
+def send(output: IO[str], **event: Any) -> None:
+    output.write(json.dumps(event) + "\n")
+    output.flush()
 
 
 def main() -> int:
-    """Runs what it is on_event to, until its input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the sweep too, which then ends this
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is not for the sweep
+    """Trains runs until the input ends. Returns the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C of a terminal is for the sweep, which then ends its workers
+    output = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # lines that libraries print must not mix with events
     compile_cache.keep_programs()
-    send(answers, ready=True)
+    send(output, ready=True)
 
     def on_event(name: str, **event: Any) -> None:
-        send(answers, run=name, **event)
+        send(output, run=name, **event)
 
     for job in _jobs():
         runs = [
             Job(run["name"], config_file.from_json(run["config"]), Path(run["log"]), write_report)
             for run in job["runs"]
         ]
-        count, why = autotune.how_many([run.config for run in runs], job["tickets"])
+        count, reason = autotune.choose_run_count([run.config for run in runs], job["tickets"])
         if count < len(runs):
-            send(answers, back=[run.name for run in runs[count:]])
+            send(output, returned=[run.name for run in runs[count:]])
         try:
-            tickets.run_jobs(runs[:count], on_event, why)
+            tickets.run_jobs(runs[:count], on_event, reason)
         except Stopped:
             sys.exit(0)
     return 0
 
 
 def _jobs() -> Iterator[dict[str, Any]]:
-    """Lines of the input. At its end what is under way gets SIGTERM, which saves it."""
+    """Parsed lines of the input. At the end of the input, active runs get SIGTERM, which saves them."""
     jobs: queue.Queue[dict[str, Any] | None] = queue.Queue()
     busy, ended = threading.Event(), threading.Event()
 
     def listen() -> None:
         try:
-            with open(0, "rb", buffering=0, closefd=False) as lines:  # sys.stdin's lock would outlast the interpreter
+            with open(0, "rb", buffering=0, closefd=False) as lines:  # sys.stdin's lock would block the exit
                 for line in lines:
                     jobs.put(json.loads(line))
         finally:
@@ -75,7 +74,7 @@ def _jobs() -> Iterator[dict[str, Any]]:
     threading.Thread(target=listen, daemon=True).start()
     while (job := jobs.get()) is not None:
         busy.set()
-        if ended.is_set():  # after the job came: the listener may not have seen that this one is busy
+        if ended.is_set():  # checked after `busy` is set: the listener may have missed that this job started
             return
         yield job
         busy.clear()

@@ -1,7 +1,7 @@
-"""Fewer bits: what is computed or stored in bfloat16, and how a value that is stored in it is rounded.
+"""Dtypes and places of arrays: computation and storage in bfloat16, stochastic rounding, copies on the host.
 
-Whoever trains in bfloat16 keeps float32 where sums of small numbers need it: weights, their momentum, BatchNorm
-statistics, masks, logits and the loss.
+Training in bfloat16 keeps float32 for sums of small numbers: weights, their momentum, BatchNorm statistics, masks,
+logits and the loss.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from jaxtyping import PyTree
 
 
 def at_least_float32(array: jax.Array) -> jax.Array:
-    """The array in float32 where its dtype is narrower, else as it is: a bfloat16 has three digits."""
+    """The array in float32 if its dtype is narrower, else unchanged; bfloat16 has about three decimal digits."""
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def map_leaves(function: Callable[[Any], Any], tree: PyTree) -> PyTree:
-    """`jax.tree.map` that does not narrow NumPy's 64-bit leaves where JAX's 64-bit mode is off."""
+    """`jax.tree.map` that keeps NumPy leaves of float64 in 64 bits, also if JAX's 64-bit mode is off."""
 
     def apply(leaf: Any) -> Any:
         if not isinstance(leaf, np.ndarray):
@@ -37,32 +37,41 @@ def map_leaves(function: Callable[[Any], Any], tree: PyTree) -> PyTree:
 
 
 DTYPES: dict[str, DTypeLike | None] = {"float32": None, "bfloat16": jnp.bfloat16}
-"""What `--dtype` and `--score-dtype` can name. None leaves an array as wide as what it is made of, float32 at least."""
+"""Choices of `--dtype` and `--score-dtype`. None keeps the dtype of the inputs or weights, at least float32."""
 
 
-def of_logits(dtype: DTypeLike | None) -> DTypeLike | None:
-    """The dtype in which a network that computes in `dtype` computes its logits: float32 at least.
+def logits_dtype(dtype: DTypeLike | None) -> DTypeLike | None:
+    """Dtype of the logits of a network that computes in `dtype`: at least float32.
 
-    Of two classes with nearly the same logit, three digits do not tell the better one; the classifier is cheap.
+    Three digits do not order two classes with nearly equal logits, and the classifier is cheap.
 
-    >>> of_logits(jnp.bfloat16) == jnp.float32
+    Args:
+        dtype: dtype of the other layers; None means the dtype of inputs and weights.
+
+    Returns:
+        A dtype, or None if `dtype` is None.
+
+    >>> logits_dtype(jnp.bfloat16) == jnp.float32
     True
     """
     return None if dtype is None else jnp.promote_types(dtype, jnp.float32)
 
 
 def widen(tree: PyTree) -> PyTree:
-    """The tree's arrays in float32 where their dtype is narrower, else as they are."""
+    """The tree with arrays in float32 if their dtype is narrower, else unchanged."""
     return jax.tree.map(at_least_float32, tree)
 
 
 def narrow_like(key: jax.Array, values: PyTree, like: PyTree) -> PyTree:
-    """The arrays of `values` in the dtypes of `like`; those that become bfloat16 are rounded at random.
+    """The arrays of `values` in the dtypes of `like`, with stochastic rounding to bfloat16.
 
     Args:
-        key: PRNG key; nothing is drawn where no dtype changes. The draws do not depend on where the arrays lie.
-        values: arrays.
-        like: tree of the same structure, whose dtypes count.
+        key: PRNG key; unused if no dtype changes. The draws do not depend on the sharding of the arrays.
+        values: arrays, any shapes.
+        like: tree with the same structure, whose leaves have the dtypes.
+
+    Returns:
+        Tree like `values`.
     """
     arrays, treedef = jax.tree.flatten(values)
     dtypes = [leaf.dtype for leaf in treedef.flatten_up_to(like)]
@@ -70,23 +79,28 @@ def narrow_like(key: jax.Array, values: PyTree, like: PyTree) -> PyTree:
         return values
     keys, narrowed = jax.random.split(key, len(arrays)), []
     for number, dtype in enumerate(dtypes):
-        # One after another: what is drawn for all would be in memory at once, and wider than what is saved.
-        array, own_key, narrowed = lax.optimization_barrier((arrays[number], keys[number], narrowed))
-        narrowed.append(round_at_random(own_key, array) if dtype == jnp.bfloat16 else array.astype(dtype))
+        # The barrier rounds one array after another: random bits for all arrays at once need more memory than
+        # bfloat16 saves.
+        array, array_key, narrowed = lax.optimization_barrier((arrays[number], keys[number], narrowed))
+        narrowed.append(stochastic_round(array_key, array) if dtype == jnp.bfloat16 else array.astype(dtype))
     return treedef.unflatten(narrowed)
 
 
-def round_at_random(key: jax.Array, array: jax.Array) -> jax.Array:
-    """An array in bfloat16, each entry one of its two neighbours there, so that its mean over keys is the entry.
+def stochastic_round(key: jax.Array, array: jax.Array) -> jax.Array:
+    """The array in bfloat16, each entry rounded up or down at random, so that the mean over keys is the entry.
 
-    Rounded to nearest, a score of 1 would not move by steps of less than 0.002, however many of them come.
+    With rounding to nearest, steps below 0.002 would never change a score of 1.
 
     Args:
         key: PRNG key.
-        array: floats; what is not finite stays as it is, and so does what bfloat16 has exactly.
+        array: floats, any shape; entries that are not finite, or exact in bfloat16, are unchanged.
+
+    Returns:
+        bfloat16 array of the same shape.
     """
     exact = array.astype(jnp.float32)
-    # A bfloat16 is the upper half of a float32: what carries over from the lower half does so as often as it should.
+    # A bfloat16 is the upper half of a float32. Uniform noise in the lower half carries into the upper half with the
+    # probability of rounding up.
     noise = jax.random.bits(key, array.shape, jnp.uint16).astype(jnp.uint32)
     bits = lax.bitcast_convert_type(exact, jnp.uint32) + noise
     rounded = lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
@@ -94,11 +108,15 @@ def round_at_random(key: jax.Array, array: jax.Array) -> jax.Array:
 
 
 def on_host(tree: PyTree) -> PyTree:
-    """NumPy arrays of all entries, wherever they are; each process has all of them on its own devices."""
-    return jax.tree.map(_on_host, tree)
+    """The tree with NumPy arrays of all entries.
+
+    Args:
+        tree: arrays, also sharded over several devices; the devices of this process must have every entry.
+    """
+    return jax.tree.map(_array_on_host, tree)
 
 
-def _on_host(array: Any) -> np.ndarray:
+def _array_on_host(array: Any) -> np.ndarray:
     if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     host = np.empty(array.shape, array.dtype)

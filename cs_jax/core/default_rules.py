@@ -1,4 +1,4 @@
-"""What is masked by default: weights told by their own names and those of their layers, since libraries do not tell."""
+"""Default rule: recognizes weights by their names and the names of their layers, because pytrees store no roles."""
 
 import re
 from collections.abc import Mapping
@@ -20,41 +20,46 @@ _EMBEDDING_NAMES = {"wte", "wpe", "pos", "positional"}
 
 
 def default_weights(leaves: Mapping[Path, Any], kinds: Mapping[Path, str]) -> list[Path]:
-    """Weight matrices and convolution kernels by name and shape, without embeddings, norms and classifier heads.
+    """Paths of weight matrices and convolution kernels, except embeddings, norms and classifier heads.
 
-    These are left out because they have few weights to win and much to lose: a row of an embedding is seen only with
-    its token, a norm scales whole channels, a class can lose all its evidence in the head. What a layer is goes by its
-    own name, and in trees of objects by its class; the modules around it have no say.
+    The exceptions have few weights, and pruning them does much harm: a row of an embedding is trained only with its
+    token, a norm scales whole channels, and a class can lose all its evidence in the head. The kind of a layer is
+    decided by its own name, and in trees of objects also by its class, never by the modules around it.
+
+    Args:
+        leaves: arrays, tracers or `jax.ShapeDtypeStruct`, by path.
+        kinds: class names of the modules, by path, as from `module_kinds`; may be empty.
     """
-    return [path for path, leaf in leaves.items() if _is_weight(path, leaf) and not _is_special(path, kinds)]
+    return [path for path, leaf in leaves.items() if _is_weight(path, leaf) and not _is_excepted(path, kinds)]
 
 
 def _is_weight(path: Path, leaf: Any) -> bool:
     if not (is_float(leaf) and jnp.ndim(leaf) >= 2):
         return False
-    if not path or path[-1].isdigit():  # a bare array, or one of a list: there is no name to go by
+    if not path or path[-1].isdigit():  # a bare array, or an array in a list, has no name
         return sum(size > 1 for size in leaf.shape) >= 2
-    named = words(path[-1])
-    return bool(_WEIGHT_NAMES & set(named)) or bool(named and _SHORT_WEIGHT.fullmatch(named[0]))
+    parts = words(path[-1])
+    return bool(_WEIGHT_NAMES & set(parts)) or bool(parts and _SHORT_WEIGHT.fullmatch(parts[0]))
 
 
-def _is_special(path: Path, kinds: Mapping[Path, str]) -> bool:
-    layer = trees.name(path[:-1]).split("/")[-1]  # Haiku's keys have several parts
+def _is_excepted(path: Path, kinds: Mapping[Path, str]) -> bool:
+    layer = trees.name(path[:-1]).split("/")[-1]  # one key of Haiku's contains several names
     kind = kinds.get(path[:-1], "")
-    own = path[-1].lower() if path else ""
-    return _is_special_name(layer) or _is_special_name(kind) or own in _EMBEDDING_NAMES
+    leaf = path[-1].lower() if path else ""
+    return _is_excepted_layer(layer) or _is_excepted_layer(kind) or leaf in _EMBEDDING_NAMES
 
 
-def _is_special_name(part: str) -> bool:
-    named = [word for word in words(part) if not word.isdigit()]
-    norm = any(word in _NORM_NAMES or word.endswith("norm") for word in named)
-    embedding = any(word in _EMBEDDING_NAMES or "embed" in word for word in named)
-    head = bool(named) and named[-1] in _HEAD_NAMES and not {"multi", "attention"} & set(named)
+def _is_excepted_layer(layer: str) -> bool:
+    """Whether the name of a layer or class is the name of an embedding, norm or classifier head."""
+    parts = [word for word in words(layer) if not word.isdigit()]
+    norm = any(word in _NORM_NAMES or word.endswith("norm") for word in parts)
+    embedding = any(word in _EMBEDDING_NAMES or "embed" in word for word in parts)
+    head = bool(parts) and parts[-1] in _HEAD_NAMES and not {"multi", "attention"} & set(parts)
     return norm or embedding or head
 
 
 def module_kinds(params: PyTree) -> dict[Path, str]:
-    """Class names of the objects along the paths, for trees made of objects, as Equinox's are."""
+    """Class names of the modules in a tree of objects, such as an Equinox model, by path."""
     kinds: dict[Path, str] = {}
     for keys, _ in jax.tree.leaves_with_path(params):
         node, path = params, ()
@@ -80,5 +85,5 @@ def _child(node: Any, key: Any) -> Any:
 
 
 def is_float(leaf: Any) -> bool:
-    """Whether this is an array of real floats."""
+    """Whether `leaf` is an array of a real float dtype."""
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)

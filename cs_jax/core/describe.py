@@ -1,4 +1,4 @@
-"""A table of which weights a rule masks."""
+"""Printed table of the weights that rules mask."""
 
 import math
 
@@ -18,18 +18,20 @@ from cs_jax.core.rules import Where, select
 def describe(
     params: PyTree, where: Where = None, *, target_density: float | None = None, allow_empty_layers: bool = False
 ) -> None:
-    """Prints what rules do to a model: every float array, whether it is masked, its entries and share of all weights.
+    """Prints a table of all float arrays of a model: masked or not, number of entries, share of all weights.
 
-    "no" stands for arrays of two or more axes that are left alone, "-" for others.
+    In the column "masked", "yes" means one score per entry, "by 3×3×16×1" one score per block of this size, and "2:4"
+    an N:M pattern. "no" means an array of two or more axes that is not masked, and "-" another array.
 
     Args:
-        params: weights, as for `select`.
+        params: weights of any model: arrays, tracers or `jax.ShapeDtypeStruct` in any pytree.
         where: rules, as for `select`.
-        target_density: as for `select`.
-        allow_empty_layers: as for `select`.
+        target_density: share of all masked weights that the ticket keeps, in (0, 1], or None; as for `select`.
+        allow_empty_layers: whether a ticket may keep no weight of a masked array.
 
     Raises:
-        TypeError, ValueError: as `select`.
+        TypeError: as `select`.
+        ValueError: as `select`.
     """
     leaves = {path: leaf for path, leaf in trees.leaves_by_path(params).items() if is_float(leaf)}
     selection = select(params, where, target_density=target_density, allow_empty_layers=allow_empty_layers)

@@ -1,4 +1,4 @@
-"""What a user is told in one line: what was given and cannot be used, and what to beware of."""
+"""Errors and warnings for users, in one line each, and the wording of their messages."""
 
 import contextlib
 import difflib
@@ -9,21 +9,29 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A flag or file cannot be used as it was given; says which, what came and what was wanted, in one line."""
+    """Unusable flag, argument or file. The message is one line: `<flag or argument> <value>: <rule>; <what to do>`."""
 
 
 class CsJaxWarning(UserWarning):
-    """What every warning of this package is: a run shows each of them, every time."""
+    """Base class of all warnings of this package; a run shows every one of them, also repeated ones."""
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether a device had too little memory for what JAX was asked to do."""
+    """Whether an error of JAX means that the memory of a device was too small."""
     return any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "Out of memory"))
 
 
 @contextlib.contextmanager
-def told_of(file: Path, *others: type[Exception]) -> Iterator[None]:
-    """Puts the name of a file before what is said of its content, by a ConfigError or one of others."""
+def error_in_file(file: Path, *others: type[Exception]) -> Iterator[None]:
+    """Context manager that turns errors about the content of a file into a one-line ConfigError with its path.
+
+    Args:
+        file: path at the start of the message.
+        others: classes of errors to turn, in addition to ConfigError.
+
+    Raises:
+        ConfigError: the path and the first line of the error.
+    """
     try:
         yield
     except (ConfigError, *others) as error:
@@ -31,18 +39,18 @@ def told_of(file: Path, *others: type[Exception]) -> Iterator[None]:
 
 
 def one_of(value: str, choices: Any) -> str:
-    """ "one of a, b, c", with the closest match where there is one."""
+    """Rule of a message: "one of a, b, c", followed by the choice closest to `value` if one is similar."""
     return f"one of {', '.join(choices)}{closest(value, choices)}"
 
 
 def closest(value: str, choices: Any) -> str:
-    """ " (did you mean a?)", or nothing where no choice is alike."""
+    """Hint of a message: " (did you mean a?)", or an empty text if no choice is similar to `value`."""
     close = difflib.get_close_matches(value, list(choices), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def in_words(value: Any) -> str:
-    """A setting's value as it is given on a command line; "nothing" where there is none."""
+    """Value of a setting as on a command line; "nothing" for None and empty sequences."""
     if isinstance(value, tuple | list):
         return " ".join(map(str, value)) or "nothing"
     return "nothing" if value is None else str(value)
@@ -50,11 +58,11 @@ def in_words(value: Any) -> str:
 
 @contextlib.contextmanager
 def quiet(name: str, level: int) -> Iterator[None]:
-    """Keeps what a library's logger says below a level off the terminal.
+    """Context manager that silences a library's log messages below a level.
 
     Args:
-        name: of the logger.
-        level: as in `logging`, the least that is still told.
+        name: name of the logger.
+        level: lowest level to show, a number as in `logging`.
     """
     logger = logging.getLogger(name)
     before = logger.level

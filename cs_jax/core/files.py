@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic file writes: a file exists with its whole content, or not at all."""
 
 import os
 import secrets
@@ -11,18 +11,18 @@ _TEMPORARY = ".tmp"
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether this is a file that was being written when its process was killed."""
+    """Whether the name of a file is one of `write_all`'s temporary files, which a killed process leaves behind."""
     return path.name.startswith(".") and path.suffix == _TEMPORARY
 
 
 def sync_below(folder: Path) -> None:
-    """Waits until all that is below a folder, and the names in it, are on the disk."""
+    """Waits until a folder with all files and folders in it is on the disk."""
     for path in (*folder.rglob("*"), folder):
         sync(path)
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Waits until the content of a file, or the list of names in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -31,45 +31,49 @@ def sync(path: Path) -> None:
 
 
 def check_out(path: Path, *, source: Path | None = None, kind: str = "ticket") -> None:
-    """Refuses a path, given as `--out`, that no file can be at, or where the source of its content is.
+    """Raises a ConfigError if the value of `--out` cannot be the path of a new file.
 
     Args:
-        path: to write to.
-        source: a file that is to stay.
-        kind: what the source is.
+        path: value of `--out`.
+        source: file that must not be overwritten, or None.
+        kind: kind of the source in the message.
 
     Raises:
-        ConfigError: says what is there.
+        ConfigError: `path` is a folder, its folder is missing, or it is the source.
     """
     if path.is_dir():
-        raise ConfigError(f"--out: got the folder {path}, wanted a file")
+        raise ConfigError(f"--out {path}: must be a file, not a folder")
     if not path.parent.is_dir():
-        raise ConfigError(f"--out: got {path}, wanted a file in a folder that exists")
+        raise ConfigError(f"--out {path}: the folder of the file must exist; create it, or choose another one")
     if source is not None and path.exists() and source.exists() and path.samefile(source):
-        raise ConfigError(f"--out: got {path}, wanted another file than the {kind}")
+        raise ConfigError(f"--out {path}: must not overwrite the {kind}; choose another file")
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Puts a file with this content in place of what is at `path`; whoever reads meanwhile gets the old or the new.
+    """Writes or replaces a file atomically: a concurrent reader gets the whole old or the whole new content.
+
+    Args:
+        path: file to write; its folder must exist.
+        content: new content of the file.
 
     Raises:
-        OSError: it cannot be written; what was there before is left, and nothing else.
+        OSError: the file cannot be written. The old file is unchanged, and no temporary file is left.
     """
     write_all({path: content})
 
 
 def write_all(contents: Mapping[Path, bytes]) -> None:
-    """Puts files in place together: none of them before the content of all is on the disk.
+    """Writes or replaces several files: none appears before the contents of all are on the disk.
 
     Args:
-        contents: what to write by path; folders must exist.
+        contents: contents by path; folders must exist.
 
     Raises:
-        OSError: one cannot be written. A full disk changes no file; a path that is a folder, none after it.
+        OSError: a file cannot be written. On a full disk, no file is changed. If a path is a folder, this path and the
+            paths after it are unchanged.
     """
-    staged = {
-        path: path.with_name(f".{secrets.token_hex(8)}{_TEMPORARY}") for path in contents
-    }  # short: names have limits
+    # Short names of a fixed length: the name of the file with a suffix could exceed the limit of the file system.
+    staged = {path: path.with_name(f".{secrets.token_hex(8)}{_TEMPORARY}") for path in contents}
     try:
         for path, content in contents.items():
             _write(staged[path], content)
@@ -82,7 +86,7 @@ def write_all(contents: Mapping[Path, bytes]) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes a new file as far as the disk, which renaming alone does not wait for."""
+    """Writes a new file and waits until the content is on the disk, because a rename does not wait for it."""
     with open(path, "xb") as file:
         file.write(content)
         file.flush()

@@ -1,66 +1,63 @@
-"""One writer at a time: a lock on a run directory that dies with its process."""
+"""Locks a run or sweep folder, so that one process at a time writes to it."""
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import socket
 from pathlib import Path
 from types import TracebackType
 
+from filelock import FileLock, Timeout
+
 from cs_jax.core.errors import ConfigError
+
+_FILE_SYSTEM_HAS_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 class LockedError(ConfigError):
-    """Another process holds the directory."""
+    """Another process holds the lock of a folder."""
 
 
 class Lock:
-    """Holds a directory for this process, from entering the context to leaving it.
+    """Context manager that holds the lock of a folder for this process.
 
-    The file names the process, for whoever is refused. It is the operating system that holds the lock, so the one of
-    a process that has died, however it died, is free.
+    The operating system owns the lock, so the lock of a dead process is free, also after SIGKILL. The lock file
+    contains the id and host of its process as JSON, for the message to other processes. The file is deleted when the
+    context ends. On a file system without locks, every process enters.
+
+    Args:
+        path: lock file, in the folder to lock. The folder must exist.
 
     Raises:
-        LockedError: another process holds the directory; says its id and host.
-        ConfigError: it cannot be written.
+        LockedError: on entering, if another process holds the lock; names that process and its host.
+        ConfigError: on entering, if the folder is missing or not writable.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._lock = FileLock(path, timeout=0, thread_local=False, on_acquired=_write_holder)
 
     def __enter__(self) -> "Lock":
+        folder = self._path.parent
         try:
-            self._file = self._take()
-        except BlockingIOError:
-            raise LockedError(f"{self._path.parent}: {self._holder()} is writing to it") from None
+            folder.stat()  # FileLock creates a missing folder
+            self._lock.acquire()
+        except Timeout:
+            raise LockedError(f"{folder}: {self._read_holder()} is writing to it; wait until it has finished") from None
         except OSError as error:
-            raise ConfigError(f"{self._path.parent}: cannot be written: {error.strerror}") from error
+            if error.errno not in _FILE_SYSTEM_HAS_NO_LOCKS:
+                raise ConfigError(f"{folder}: cannot be written: {error.strerror}") from error
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         with contextlib.suppress(OSError):
-            self._path.unlink()
-        os.close(self._file)
+            self._path.unlink()  # before the release: afterwards the file may be another process's lock
+        self._lock.release()
 
-    def _take(self) -> int:
-        while True:
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                _lock(file)
-                if _is_at(file, self._path):
-                    os.ftruncate(file, 0)
-                    os.write(file, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode())
-                    return file
-            except BaseException:
-                os.close(file)
-                raise
-            os.close(file)  # its holder has just left, and taken the file along
-
-    def _holder(self) -> str:
+    def _read_holder(self) -> str:
         try:
             holder = json.loads(self._path.read_text())
             return f"process {holder['process']} on host {holder['host']}"
@@ -68,21 +65,6 @@ class Lock:
             return "another process"
 
 
-def _is_at(file: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _lock(file: int) -> None:
-    """Takes the operating system's lock on a file, or raises BlockingIOError."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (
-            errno.ENOLCK,
-            errno.ENOSYS,
-            errno.ENOTSUP,
-        ):  # a file system without locks has to do without
-            raise
+def _write_holder(file: int) -> None:
+    os.ftruncate(file, 0)  # a killed process leaves its record
+    os.pwrite(file, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode(), 0)

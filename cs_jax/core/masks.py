@@ -1,8 +1,8 @@
 """Scores to masks and back: the formulas of Continuous Sparsification as pure functions on pytrees.
 
-A *score* is a trainable number, one per maskable weight. A *mask* is what multiplies the weight. Every function
-here takes one array or any pytree of JAX or NumPy arrays and keeps its structure and dtypes; a NumPy array of
-float64 stays float64 whether or not JAX's 64-bit mode is on.
+A *score* is a trainable number, one per maskable weight. A *mask* multiplies the weight. Every function accepts one
+array or any pytree of JAX or NumPy arrays, and keeps structure and dtypes. A NumPy array of float64 stays float64, with
+JAX's 64-bit mode on or off.
 
 References:
     Savarese, Silva and Maire, "Winning the Lottery with Continuous Sparsification", NeurIPS 2020, arXiv:1912.04427.
@@ -21,7 +21,7 @@ from jaxtyping import PyTree
 from cs_jax.core.arrays import at_least_float32, map_leaves, on_host
 
 MIN_INIT_VALUE = -80.0
-"""Least initial score: below it the mask scale 1/sigmoid(init_value) leaves float32."""
+"""Lowest initial score: below it, the mask scale 1 / sigmoid(init_value) overflows float32."""
 
 
 def init_scores(masks: PyTree, value: ArrayLike, *, dtype: DTypeLike | None = None) -> PyTree:
@@ -30,14 +30,14 @@ def init_scores(masks: PyTree, value: ArrayLike, *, dtype: DTypeLike | None = No
     Args:
         masks: arrays, any shapes; one leaf per masked weight array (for a Flax model, its "masks" collection).
         value: initial score (s0 in the paper), finite and at least -80; higher keeps more weights. May be traced.
-        dtype: float dtype of the scores; by default that of each mask, but float32 where the mask's is narrower,
-            because small steps vanish in bfloat16.
+        dtype: float dtype of the scores; None: the dtype of each mask, but at least float32, because bfloat16 loses
+            small steps.
 
     Returns:
-        Tree like `masks` of constant arrays.
+        Tree like `masks` (structure, shapes) of constant arrays, on the devices of the masks.
 
     Raises:
-        ValueError: `value` is not finite or below -80, or `dtype` is not a float dtype.
+        ValueError: a leaf is not an array, `value` is not finite or below -80, or `dtype` is not a float dtype.
 
     >>> init_scores({"kernel": jnp.ones((1, 2), jnp.bfloat16)}, -0.02)
     {'kernel': Array([[-0.02, -0.02]], dtype=float32)}
@@ -45,11 +45,11 @@ def init_scores(masks: PyTree, value: ArrayLike, *, dtype: DTypeLike | None = No
     _check_init_value(value, name="value")
     _check_arrays(masks, "masks")
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype is {jnp.dtype(dtype)}, wanted a float dtype")
+        raise ValueError(f"dtype {jnp.dtype(dtype)}: must be a float dtype")
 
     def fill(mask: Any) -> jax.Array:
         kind = jnp.promote_types(mask.dtype, jnp.float32) if dtype is None else dtype
-        return jnp.full_like(mask, value, dtype=kind)  # which is where the mask is, too
+        return jnp.full_like(mask, value, dtype=kind)  # with the sharding of the mask
 
     return map_leaves(fill, masks)
 
@@ -57,14 +57,14 @@ def init_scores(masks: PyTree, value: ArrayLike, *, dtype: DTypeLike | None = No
 def soft_mask(scores: PyTree, temperature: ArrayLike, *, init_value: ArrayLike) -> PyTree:
     """Relaxed mask `sigmoid(temperature * score) / sigmoid(init_value)`, leaf by leaf.
 
-    Multiplies the weights while scores are trained, and tends to `hard_mask` as the temperature (beta in the paper)
-    grows. It is 1, to rounding, where a score still has its initial value and the temperature is 1. Values and
+    The soft mask multiplies the weights while scores are trained. It tends to `hard_mask` as the temperature (beta in
+    the paper) grows. It is 1, to rounding, where a score has its initial value and the temperature is 1. Values and
     gradients are finite for every finite score and temperature.
 
     Args:
         scores: float arrays, any shapes; one leaf per masked weight array.
-        temperature: scalar > 0, dimensionless, may be traced; larger is harder.
-        init_value: the value that every score started from, at least -80; fixes the scale. May be traced.
+        temperature: finite scalar > 0, dimensionless; larger is harder. May be traced.
+        init_value: initial value of all scores, finite, at least -80; fixes the scale. May be traced.
 
     Returns:
         Tree like `scores` (structure, shapes, dtypes), entries in [0, 1 / sigmoid(init_value)].
@@ -90,14 +90,14 @@ def soft_mask(scores: PyTree, temperature: ArrayLike, *, init_value: ArrayLike) 
 
 
 def hard_mask(scores: PyTree, *, init_value: ArrayLike) -> PyTree:
-    """Ticket's mask `[score > 0] / sigmoid(init_value)`, leaf by leaf.
+    """Mask of a ticket, `[score > 0] / sigmoid(init_value)`, leaf by leaf.
 
-    The inequality is strict: a score of exactly 0 is off. The scale stays, so at `init_value` 0 a kept weight is
-    multiplied by 2: it is what the network was trained with while masks were soft.
+    The inequality is strict: a score of exactly 0 is off. The scale of the soft masks stays, because the network was
+    trained with it: at `init_value` 0 a kept weight is multiplied by 2.
 
     Args:
         scores: float arrays, any shapes.
-        init_value: the value that every score started from, at least -80. May be traced.
+        init_value: initial value of all scores, finite, at least -80; fixes the scale. May be traced.
 
     Returns:
         Tree like `scores` (structure, shapes, dtypes); entries are 0 or `1 / sigmoid(init_value)`.
@@ -121,17 +121,17 @@ def hard_mask(scores: PyTree, *, init_value: ArrayLike) -> PyTree:
 def prune_scores(scores: PyTree, temperature: ArrayLike, *, init_value: ArrayLike) -> PyTree:
     """Scores after the reset between rounds, `min(temperature * score, init_value)`, leaf by leaf.
 
-    Positive evidence is forgotten, negative evidence kept. With the temperature that the round ended on, this is the
-    paper's reset, after which pruned entries stay pruned; with temperature 1 it is the one that the authors' script
-    performs, after which they can come back.
+    The reset forgets positive evidence and keeps negative evidence. With the temperature at the end of the round, this
+    is the paper's reset: pruned entries stay pruned. With temperature 1, this is the reset of the authors' script:
+    pruned entries can return.
 
-    Afterwards no score exceeds `init_value`, so for `init_value <= 0` the hard mask is empty: evaluate a ticket
+    Afterwards no score exceeds `init_value`. For `init_value <= 0` the hard mask is then empty: evaluate a ticket
     before the reset, never right after it.
 
     Args:
         scores: float arrays, any shapes.
-        temperature: scalar > 0, may be traced.
-        init_value: the value that every score started from, at least -80. May be traced.
+        temperature: finite scalar > 0, dimensionless. May be traced.
+        init_value: initial value of all scores, finite, at least -80. May be traced.
 
     Returns:
         Tree like `scores` (structure, shapes, dtypes). A product too large for the dtype becomes its lowest finite
@@ -155,15 +155,18 @@ def prune_scores(scores: PyTree, temperature: ArrayLike, *, init_value: ArrayLik
 
 
 def mask_penalty(masks: PyTree) -> jax.Array:
-    """Sum of all mask entries, a scalar: the penalty that, times its weight (lambda in the paper), joins the loss.
+    """Penalty of the masks, the sum of all entries; its weight in the loss is lambda in the paper.
 
-    Entries are counted with their scale `1 / sigmoid(init_value)`, as in the authors' code.
+    Entries include their scale `1 / sigmoid(init_value)`, as in the authors' code.
 
     Args:
         masks: arrays, any shapes.
 
     Returns:
         Scalar array, accumulated in at least float32; 0 for a tree without leaves.
+
+    Raises:
+        ValueError: a leaf is not an array.
 
     >>> mask_penalty({"kernel": jnp.array([0.0, 0.5, 2.0])})
     Array(2.5, dtype=float32)
@@ -177,19 +180,19 @@ def mask_penalty(masks: PyTree) -> jax.Array:
 
 
 def density(masks: PyTree) -> Any:
-    """Share of nonzero entries over the whole tree of hard masks, in [0, 1].
+    """Density of a tree of hard masks: share of nonzero entries, in [0, 1].
 
-    Entries are counted in integers over all leaves together, so large layers weigh more than small ones. Soft masks
-    are hardly ever exactly 0: count `hard_mask(scores, ...)`.
+    Entries of all leaves are counted together, so large layers weigh more than small ones. Entries of soft masks are
+    almost never exactly 0: pass `hard_mask(scores, ...)`.
 
     Args:
-        masks: hard masks (of any dtype), any shapes; not all empty.
+        masks: hard masks, any dtypes and shapes; at least one entry in all.
 
     Returns:
-        A Python float; a scalar array where a mask is traced.
+        A Python float; a scalar array if a mask is traced.
 
     Raises:
-        ValueError: there is no entry to count.
+        ValueError: a leaf is not an array, or there is no entry.
 
     >>> density({"a": jnp.array([0.0, 2.0, 2.0]), "b": jnp.zeros(5)})
     0.25
@@ -198,10 +201,10 @@ def density(masks: PyTree) -> Any:
     leaves = jax.tree.leaves(masks)
     total = sum(math.prod(mask.shape) for mask in leaves)
     if total == 0:
-        raise ValueError("density of masks without any entry: wanted at least one")
+        raise ValueError("masks without entries: must have at least one entry")
     if any(isinstance(mask, Tracer) for mask in leaves):
         return jnp.asarray(sum(jnp.count_nonzero(mask) for mask in leaves) / total)
-    # Rows are counted where the masks are and added up on the host: no 32-bit count can overflow.
+    # Rows are counted on the devices of the masks and added on the host: a 32-bit count cannot overflow.
     counts = on_host([_count_rows(mask) for mask in leaves])
     return sum(int(np.sum(count, dtype=np.int64)) for count in counts) / total
 
@@ -217,7 +220,7 @@ def _path_name(path: tuple) -> str:
 
 
 def _scale(init_value: ArrayLike, dtype: DTypeLike) -> ArrayLike:
-    """Scale `1 / sigmoid(init_value)`, as `1 + exp(-init_value)`: exactly 2 at 0."""
+    """Scale `1 / sigmoid(init_value)`, computed as `1 + exp(-init_value)`, which is exactly 2 at 0."""
     if isinstance(init_value, jax.Array):
         return 1 + jnp.exp(-init_value.astype(dtype))
     return 1 + math.exp(-float(np.asarray(init_value)))
@@ -226,14 +229,14 @@ def _scale(init_value: ArrayLike, dtype: DTypeLike) -> ArrayLike:
 def _check_arrays(tree: PyTree, what: str) -> None:
     for path, leaf in jax.tree.leaves_with_path(tree):
         if not hasattr(leaf, "dtype"):
-            raise ValueError(f"{_leaf_name(path, what)}: got {leaf!r}, wanted an array")
+            raise ValueError(f"{_leaf_name(path, what)} {leaf!r}: must be an array")
 
 
 def _check_floats(tree: PyTree, what: str) -> None:
     _check_arrays(tree, what)
     for path, leaf in jax.tree.leaves_with_path(tree):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(f"{_leaf_name(path, what)}: got dtype {leaf.dtype}, wanted a float dtype")
+            raise ValueError(f"{_leaf_name(path, what)} of dtype {leaf.dtype}: must have a float dtype")
 
 
 def _leaf_name(path: tuple, what: str) -> str:
@@ -243,24 +246,22 @@ def _leaf_name(path: tuple, what: str) -> str:
 def _check_temperature(temperature: ArrayLike) -> None:
     value = _concrete_scalar(temperature, "temperature")
     if value is not None and not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"temperature: got {value:g}, wanted a finite number above 0")
+        raise ValueError(f"temperature {value:g}: must be a finite number above 0")
 
 
 def _check_init_value(init_value: ArrayLike, name: str = "init_value") -> None:
     value = _concrete_scalar(init_value, name)
     if value is not None and not (math.isfinite(value) and value >= MIN_INIT_VALUE):
-        raise ValueError(f"{name}: got {value:g}, wanted a finite number of at least {MIN_INIT_VALUE:g}")
+        raise ValueError(f"{name} {value:g}: must be a finite number of at least {MIN_INIT_VALUE:g}")
 
 
 def _concrete_scalar(value: ArrayLike, name: str) -> float | None:
-    """`value` as a Python float; None where it is traced."""
-    if isinstance(value, Tracer):
-        if value.shape != ():
-            raise ValueError(f"{name}: got an array of shape {value.shape}, wanted a scalar")
-        return None
-    array = np.asarray(value)
+    """`value` as a Python float; None if it is traced."""
+    array = value if isinstance(value, Tracer) else np.asarray(value)
     if array.shape != ():
-        raise ValueError(f"{name}: got an array of shape {array.shape}, wanted a scalar")
+        raise ValueError(f"{name} of shape {array.shape}: must be a scalar")
+    if isinstance(array, Tracer):
+        return None
     if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
-        raise ValueError(f"{name}: got {value!r}, wanted a real number")
+        raise ValueError(f"{name} {value!r}: must be a real number")
     return float(array)

@@ -1,4 +1,4 @@
-"""What gets masked: rules by path, their default, and the table that shows what they do to a model."""
+"""Rules that select the weights to mask, by path or by a function, and set groups and target densities."""
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ from wcmatch import glob
 
 from cs_jax.core import trees
 from cs_jax.core.default_rules import default_weights, module_kinds
-from cs_jax.core.groups import LAYOUTS, NM, Group, Grouping, Layout, check_group, grouping
+from cs_jax.core.groups import LAYOUTS, NM, AxisHints, Group, Grouping, Layout, check_group, grouping
 from cs_jax.core.selection import Budget, Selection
 from cs_jax.core.trees import Path
 
@@ -23,25 +23,29 @@ Predicate = Callable[[str, Any], bool]
 
 @dataclass(frozen=True)
 class Rule:
-    """Which weights are masked, what one score of theirs stands for, and how many of them are kept.
+    """Selection of weights to mask, with the group of weights per score and an optional target density.
 
     Attributes:
-        where: None, a glob or several, or a function. None is the default: weights of two or more axes that are no
-            biases, embeddings, norms or classifier heads, by their names. Globs are compared with the weights' paths,
-            as in "encoder/layers/0/kernel": `*` is one part of a path, `**` any number of parts, `{a,b}` either;
-            without a slash a glob is compared with the last part alone. A glob after `!` takes out what the others
-            select, or what the default selects if there are no others. A function gets a weight's path, as text, and
-            the array or what stands for it, and says whether it is masked.
-        group: what one score stands for: "entry", "output_channel", "input_channel", or one of `Axes`, `Block`,
-            `Head` and `NM`.
-        layout: where input and output axes lie: "auto" goes by the library's names, "in_out" is (..., input, output)
-            as in Flax and Haiku, "out_in" (output, input, ...) as in Equinox and PyTorch.
-        stacked: leading axes along which layers are stacked, as `nn.scan` and `eqx.filter_vmap` make them; groups do
-            not reach across layers. None is none, but weights of three axes have to be told: they could be either.
-        target_density: share of the rule's weights that the ticket keeps, in (0, 1]; None leaves it to the network's.
+        where: None, one glob, several globs, or a function.
+            None selects the default: weights of two or more axes, except biases, embeddings, norms and classifier
+            heads, recognized by name.
+            A glob is compared with the path of a weight, such as "encoder/layers/0/kernel". `*` matches one part of a
+            path, `**` any number of parts, `{a,b}` matches a or b. A glob without a slash is compared with the last
+            part alone. A glob after `!` excludes weights that the other globs select; if all globs have `!`, they
+            exclude weights from the default.
+            A function receives the path as text and the array (or a tracer or `jax.ShapeDtypeStruct`), and returns
+            whether to mask the weight.
+        group: weights that share a score: "entry", "output_channel", "input_channel", `Axes`, `Block`, `Head` or `NM`.
+        layout: position of the input and output axes: "auto" decides by the library's names, "in_out" means
+            (..., input, output) as in Flax and Haiku, "out_in" means (output, input, ...) as in Equinox and PyTorch.
+        stacked: number of leading axes along which layers are stacked, as by `nn.scan` and `eqx.filter_vmap`; a group
+            never spans several layers. None means 0, except that weights of three axes, which could be either, are
+            refused.
+        target_density: share of the rule's weights that the ticket keeps, in (0, 1]; None means that only the target
+            of the whole network applies.
 
     Raises:
-        TypeError: `where` or `group` is none of these.
+        TypeError: `where` or `group` has a wrong type.
         ValueError: an attribute is out of range.
     """
 
@@ -55,45 +59,48 @@ class Rule:
         if isinstance(self.where, Sequence) and not isinstance(self.where, str):
             object.__setattr__(self, "where", tuple(self.where))
         patterns = self.where if isinstance(self.where, tuple) else (self.where,)
-        texts = bool(patterns) and all(isinstance(pattern, str) for pattern in patterns)
-        if not (texts or self.where is None or callable(self.where)):
-            raise TypeError(f"where: got {self.where!r}, wanted a glob, several, or a function of path and array")
+        are_globs = bool(patterns) and all(isinstance(pattern, str) for pattern in patterns)
+        if not (are_globs or self.where is None or callable(self.where)):
+            raise TypeError(f"where {self.where!r}: must be a glob, several globs, or a function of path and array")
         if self.layout not in LAYOUTS:
-            raise ValueError(f"layout: got {self.layout!r}, wanted one of {', '.join(LAYOUTS)}")
+            raise ValueError(f"layout {self.layout!r}: must be one of {', '.join(LAYOUTS)}")
         if self.stacked is not None and (type(self.stacked) is not int or self.stacked < 0):
-            raise ValueError(f"stacked: got {self.stacked!r}, wanted a number of axes, or None")
+            raise ValueError(f"stacked {self.stacked!r}: must be a number of axes of at least 0, or None")
         check_group(self.group)
         if self.target_density is not None:
             check_density(self.target_density)
             if isinstance(self.group, NM):
                 raise ValueError(
-                    f"target_density: got {self.target_density:g} for {self.group.n}:{self.group.m}, whose density is "
-                    f"{self.group.n / self.group.m:g}; wanted none"
+                    f"target_density {self.target_density:g}: must be None for group NM({self.group.n}, "
+                    f"{self.group.m}), whose density is {self.group.n / self.group.m:g}"
                 )
 
 
 Where = None | str | Predicate | Rule | Sequence[str] | Sequence[Rule]
-"""What `where` arguments take: what `Rule.where` takes, a rule, or several rules, the first of which that selects a
-weight decides about it."""
+"""Values of `where` arguments: a value of `Rule.where`, a rule, or several rules. The first rule that selects a weight
+applies to it."""
 
 
 def select(
     params: PyTree, where: Where = None, *, target_density: float | None = None, allow_empty_layers: bool = False
 ) -> Selection:
-    """The weights of `params` that rules mask.
+    """Selection of the weights of `params` to mask.
 
     Args:
         params: weights of any model: arrays, tracers or `jax.ShapeDtypeStruct` in any pytree.
-        where: rules; the default masks weights of two or more axes that are no biases, embeddings, norms or
-            classifier heads, by their names.
-        target_density: share of all masked weights that the ticket keeps, in (0, 1]. Where rules have targets of
-            their own too, the other rules' weights share what these leave.
-        allow_empty_layers: whether a ticket may leave a masked array without any weight.
+        where: rules; None masks weights of two or more axes, except biases, embeddings, norms and classifier heads,
+            recognized by name.
+        target_density: share of all masked weights that the ticket keeps, in (0, 1]. If rules have targets too, weights
+            of the other rules share the rest of the total. None sets no target.
+        allow_empty_layers: whether a ticket may keep no weight of a masked array.
+
+    Returns:
+        The selection, with the masked arrays in the order of the leaves of `params`.
 
     Raises:
-        TypeError: `where` is no rule, or `target_density` is traced.
-        ValueError: a glob or rule selects nothing, or everything down to biases; what it selects is no float array;
-            a group does not fit; a target cannot be met; names the weights or the argument.
+        TypeError: `where` is not a rule, or `target_density` is traced.
+        ValueError: a glob or rule selects nothing, or everything including biases; a selected leaf is not a real float
+            array; a group does not fit; a target cannot be met. The message names the weights or the argument.
     """
     leaves = trees.leaves_by_path(params)
     rules = as_rules(where)
@@ -105,10 +112,12 @@ def select(
             _check_maskable(leaves[path], path)
             chosen.setdefault(path, index)
     if not chosen:
-        raise ValueError(f"found no weights to mask among {_listed(leaves)}; wanted `where` to name some")
+        raise ValueError(f"params with {_listed(leaves)}: the rules select no weights to mask; set `where`")
     for index, rule in enumerate(rules):
         if index not in chosen.values():
-            raise ValueError(f"rule {rule.where!r} selects nothing that the rules before it leave")
+            raise ValueError(
+                f"rule {rule.where!r}: must select a weight that no earlier rule selects; remove or move it"
+            )
     ordered = [path for path in leaves if path in chosen]
     masked = tuple(_grouping(path, leaves, rules[chosen[path]]) for path in ordered)
     owners = [chosen[path] for path in ordered]
@@ -119,26 +128,25 @@ def select(
 def _check_maskable(weight: Any, path: Path) -> None:
     trees.check_float(weight, path)
     if not jnp.issubdtype(weight.dtype, jnp.floating):
-        raise ValueError(f"weights {trees.name(path)!r}: got dtype {weight.dtype}, wanted a real float dtype")
+        raise ValueError(f"weights {trees.name(path)!r} of dtype {weight.dtype}: must have a real float dtype")
     if 0 in weight.shape:
-        raise ValueError(f"weights {trees.name(path)!r}: shape {weight.shape} has no entries to mask")
+        raise ValueError(f"weights {trees.name(path)!r} of shape {weight.shape}: must have an entry to mask")
 
 
 def _grouping(path: Path, leaves: Mapping[Path, Any], rule: Rule) -> Grouping:
     projections = ((*path[:-2], name, "kernel") for name in ("query", "key", "value", "out"))
     in_attention = path[-1:] == ("kernel",) and all(projection in leaves for projection in projections)
-    return grouping(path, leaves[path], rule.group, rule.layout, stacked=rule.stacked, in_attention=in_attention)
+    return grouping(path, leaves[path], rule.group, AxisHints(rule.layout, rule.stacked, in_attention))
 
 
 def by_entry(weights: PyTree) -> Selection:
-    """Every array of `weights`, scored by entry, without budgets: for the masks or scores of a network.
+    """Selection of all arrays in `weights`, with one score per entry and without budgets.
 
     Args:
-        weights: arrays, tracers or `jax.ShapeDtypeStruct`, each of the shape of masked weights.
+        weights: arrays, tracers or `jax.ShapeDtypeStruct` with the shapes of the masked weights, such as the masks or
+            scores of a network.
     """
-    return Selection(
-        tuple(grouping(path, leaf, "entry", "auto") for path, leaf in trees.leaves_by_path(weights).items())
-    )
+    return Selection(tuple(grouping(path, leaf, "entry") for path, leaf in trees.leaves_by_path(weights).items()))
 
 
 def with_budgets(
@@ -148,16 +156,17 @@ def with_budgets(
     per_layer: bool = False,
     allow_empty_layers: bool = False,
 ) -> Selection:
-    """A selection of the same arrays and groups, of which a density may be kept.
+    """The selection with budgets for a target density.
 
     Args:
-        selection: without budgets.
-        target_density: as for `select`.
-        per_layer: whether each array has the target density, instead of all together.
-        allow_empty_layers: as for `select`.
+        selection: masked arrays and groups, without budgets.
+        target_density: share of the masked weights that the ticket keeps, in (0, 1]; None sets no target.
+        per_layer: whether every array has the target density, instead of all arrays together.
+        allow_empty_layers: whether a ticket may keep no weight of a masked array.
 
     Raises:
-        TypeError, ValueError: as `select`.
+        TypeError: `target_density` is traced or not a number.
+        ValueError: `target_density` is out of range or cannot be met.
     """
     masked = selection.masked
     if per_layer:
@@ -169,15 +178,15 @@ def with_budgets(
 
 
 def as_rules(where: Where) -> tuple[Rule, ...]:
-    """`where` as rules, the first of which that selects a weight decides about it."""
+    """`where` as rules; the first rule that selects a weight applies to it."""
     if isinstance(where, Rule):
         return (where,)
     if isinstance(where, Sequence) and not isinstance(where, str):
         if not where:
-            raise ValueError("where: got an empty sequence, wanted globs or rules")
+            raise ValueError(f"where {where!r}: must contain a glob or rule")
         rules = [entry for entry in where if isinstance(entry, Rule)]
         if rules and len(rules) < len(where):
-            raise TypeError("where: got globs and rules mixed, wanted one kind: Rule(glob) makes a glob a rule")
+            raise TypeError("where: must not mix globs and rules; write Rule(glob) for a glob")
         if rules:
             return tuple(rules)
         return (Rule(tuple(entry for entry in where if not isinstance(entry, Rule))),)
@@ -185,22 +194,22 @@ def as_rules(where: Where) -> tuple[Rule, ...]:
 
 
 def check_density(value: Any, name: str = "target_density") -> None:
-    """Raises unless `value` is a number in (0, 1]."""
+    """Raises a TypeError or ValueError unless `value` is a number in (0, 1]; `name` is the argument in the message."""
     if isinstance(value, Tracer):
-        raise TypeError(f"{name} is traced, wanted a number: it decides how many weights are kept")
+        raise TypeError(f"{name}: must not be traced, because it fixes the number of kept weights; pass a number")
     if isinstance(value, bool) or not isinstance(value, int | float | np.number | np.ndarray | jax.Array):
-        raise TypeError(f"{name}: got {value!r}, wanted a number")
+        raise TypeError(f"{name} {value!r}: must be a number")
     if not 0 < value <= 1:
-        raise ValueError(f"{name}: got {value:g}, wanted a share above 0 and at most 1")
+        raise ValueError(f"{name} {value:g}: must be a share above 0 and at most 1")
 
 
 def selected_by(rule: Rule, leaves: Mapping[Path, Any], kinds: Mapping[Path, str]) -> list[Path]:
-    """Paths that a rule selects of some leaves, in order; globs may match none of them.
+    """Paths of the leaves that a rule selects, in the order of `leaves`; globs may match none.
 
     Args:
-        rule: its `where` decides.
-        leaves: arrays, or what stands for them, by path.
-        kinds: class names of the objects at the beginning of the paths, where they are known.
+        rule: rule whose `where` selects.
+        leaves: arrays, tracers or `jax.ShapeDtypeStruct`, by path.
+        kinds: class names of the modules, by path, as from `module_kinds`; may be incomplete.
     """
     if rule.where is None:
         return default_weights(leaves, kinds)
@@ -210,12 +219,12 @@ def selected_by(rule: Rule, leaves: Mapping[Path, Any], kinds: Mapping[Path, str
     found = {path for pattern in positive for path in _matches(pattern, leaves)}
     if not positive:
         found = default_weights(leaves, kinds)
-    without = {path for pattern in negative for path in _matches(pattern, leaves)}
-    return [path for path in leaves if path in found and path not in without]
+    excluded = {path for pattern in negative for path in _matches(pattern, leaves)}
+    return [path for path in leaves if path in found and path not in excluded]
 
 
 def _globs(where: str | Sequence[str]) -> tuple[list[str], list[str]]:
-    """Globs that select, and those that take out, without their `!`."""
+    """Globs that select, and globs that exclude, the latter without `!`."""
     patterns = (where,) if isinstance(where, str) else where
     return [p for p in patterns if not p.startswith("!")], [p[1:] for p in patterns if p.startswith("!")]
 
@@ -226,42 +235,42 @@ def _matches(pattern: str, leaves: Mapping[Path, Any]) -> list[Path]:
 
 
 def _check_rule(rule: Rule, leaves: Mapping[Path, Any]) -> None:
-    """Raises where a function or any glob selects nothing, or everything."""
+    """Raises a ValueError if a function or a glob selects nothing, or everything including biases."""
     if rule.where is None:
         return
     if callable(rule.where):
         found = selected_by(rule, leaves, {})
         if not found:
-            raise ValueError(f"rule {rule.where!r} selects none of {_listed(leaves)}")
+            raise ValueError(f"rule {rule.where!r}: selects none of {_listed(leaves)}")
         _check_not_everything(rule.where, found, leaves)
         return
     positive, negative = _globs(rule.where)
     for pattern in (*positive, *negative):
         if not _matches(pattern, leaves):
-            raise ValueError(f"glob {pattern!r} matches none of {_listed(leaves)}{_hint(pattern, leaves)}")
+            raise ValueError(f"glob {pattern!r}: matches none of {_listed(leaves)}{_suggestions(pattern, leaves)}")
     for pattern in positive:
         _check_not_everything(pattern, _matches(pattern, leaves), leaves)
 
 
-def _hint(pattern: str, leaves: Mapping[Path, Any]) -> str:
-    """What may have been meant: what is inside a module of this name, or what is alike."""
+def _suggestions(pattern: str, leaves: Mapping[Path, Any]) -> str:
+    """Leaves in a module with this name, or else leaves with similar names."""
     names = list(map(trees.name, leaves))
     inside = [name for name in names if name.startswith(pattern.rstrip("/") + "/")][:3]
     close = inside or difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
-    return f"; close to it are {', '.join(close)}" if close else ""
+    return f"; did you mean {', '.join(close)}?" if close else ""
 
 
 def _check_not_everything(where: Any, found: Sequence[Path], leaves: Mapping[Path, Any]) -> None:
-    """A rule that takes biases and norms along with the rest was hardly meant, unless it names them."""
+    """Refuses a rule that selects biases and norms with everything else; a rule that names them is accepted."""
     flat = [trees.name(path) for path in found if jnp.ndim(leaves[path]) < 2]
     if callable(where):
-        anything = len(found) == len(leaves)
+        everything = len(found) == len(leaves)
     else:
-        anything = where.split("/")[-1] in ("*", "**")
-    if anything and 0 < len(flat) < len(found):
+        everything = where.split("/")[-1] in ("*", "**")
+    if everything and 0 < len(flat) < len(found):
         raise ValueError(
-            f"rule {where!r} selects all {len(found)} leaves there, {', '.join(flat[:3])} among them; "
-            "wanted the arrays to mask, as in '**/kernel'"
+            f"rule {where!r}: selects all {len(found)} leaves, including {', '.join(flat[:3])}; "
+            "name the arrays to mask, as in '**/kernel'"
         )
 
 
@@ -270,7 +279,7 @@ def _listed(leaves: Mapping[Path, Any]) -> str:
 
 
 def _first(names: Iterable[str], most: int) -> str:
-    """Some of the names, and how many more there are."""
+    """The first `most` names, and the number of the others."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -282,41 +291,56 @@ def _budgets(
     target_density: float | None,
     allow_empty_layers: bool,
 ) -> tuple[Budget, ...]:
-    """Counts to keep, from targets of rules and of the whole; N:M arrays keep what their pattern says."""
-    patterned = sum(leaf.size * leaf.pattern.n // leaf.pattern.m for leaf in masked if leaf.pattern)
-    free = [index for index, leaf in enumerate(masked) if leaf.pattern is None]
+    """Budgets from the targets of rules and of the whole network; N:M arrays keep the share of their pattern.
+
+    Args:
+        masked: all masked arrays.
+        owners: index of the rule of each masked array.
+        rules: rules, with or without targets.
+        target_density: share of all masked weights, in (0, 1], or None.
+        allow_empty_layers: whether a budget may be too small for one score of every array.
+    """
     budgets = []
+    without_pattern = [index for index, leaf in enumerate(masked) if leaf.pattern is None]
     for number, rule in enumerate(rules):
         if rule.target_density is not None:
-            members = [index for index in free if owners[index] == number]
+            members = [index for index in without_pattern if owners[index] == number]
             size = sum(masked[index].size for index in members)
             budgets.append(Budget(tuple(members), round(float(rule.target_density) * size), size))
     if target_density is not None:
         check_density(target_density)
-        taken = {index for budget in budgets for index in budget.members}
-        members = [index for index in free if index not in taken]
-        keep = round(float(target_density) * sum(leaf.size for leaf in masked))
-        rest = keep - patterned - sum(budget.keep for budget in budgets)
-        size = sum(masked[index].size for index in members)
-        if not 0 <= rest <= size or (size == 0 and rest):
-            raise ValueError(
-                f"target_density: got {target_density:g}, {keep} weights, which cannot be met: rules with targets or "
-                f"N:M patterns keep {keep - rest}, and the others have {size}"
-            )
-        if members:
-            budgets.append(Budget(tuple(members), rest, size))
+        in_budget = {index for budget in budgets for index in budget.members}
+        members = [index for index in without_pattern if index not in in_budget]
+        if (rest := _rest(masked, members, budgets, target_density)) is not None:
+            budgets.append(rest)
     for budget in budgets:
         _check_budget(budget, masked, allow_empty_layers)
     return tuple(budgets)
+
+
+def _rest(
+    masked: tuple[Grouping, ...], members: Sequence[int], budgets: Sequence[Budget], target_density: float
+) -> Budget | None:
+    """Budget of the arrays `members`, for which no rule and no pattern sets a density; None without such arrays."""
+    by_pattern = sum(leaf.size * leaf.pattern.n // leaf.pattern.m for leaf in masked if leaf.pattern)
+    fixed = by_pattern + sum(budget.keep for budget in budgets)
+    keep = round(float(target_density) * sum(leaf.size for leaf in masked))
+    size = sum(masked[index].size for index in members)
+    if not fixed <= keep <= fixed + size:
+        raise ValueError(
+            f"target_density {target_density:g}: {keep} weights cannot be met; rules with targets and N:M patterns "
+            f"keep {fixed}, and the other arrays have {size}"
+        )
+    return Budget(tuple(members), keep - fixed, size) if members else None
 
 
 def _check_budget(budget: Budget, masked: tuple[Grouping, ...], allow_empty_layers: bool) -> None:
     needed = sum(masked[index].group_size for index in budget.members)
     if budget.keep < needed and not allow_empty_layers:
         names = _first((masked[index].name for index in budget.members), 4)
-        alone = budget.size == sum(leaf.size for leaf in masked)
-        least = f"at least {needed / budget.size:.3g}" if alone else f"enough for {needed} weights there"
+        covers_all = budget.size == sum(leaf.size for leaf in masked)
+        least = f"at least {needed / budget.size:.3g}" if covers_all else f"a target of at least {needed} weights there"
         raise ValueError(
-            f"target_density: {budget.keep} of {budget.size} weights would empty a layer of {names}, which need "
-            f"{needed} for one score each; wanted {least}, or allow_empty_layers=True"
+            f"target_density: {budget.keep} of {budget.size} weights would empty a layer of {names}; one score in each "
+            f"layer needs {needed} weights; use {least}, or allow_empty_layers=True"
         )

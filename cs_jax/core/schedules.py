@@ -1,4 +1,4 @@
-"""What changes from epoch to epoch: temperature and learning rate, as functions of the epoch inside a round."""
+"""Schedules of temperature and learning rate, as functions of the epoch in a round."""
 
 import math
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ from jax.core import Tracer
 def temperature(epoch: Any, num_epochs: Any, final: Any) -> Any:
     """Temperature of an epoch, `final ** (epoch / (num_epochs - 1))`: 1 in the first epoch, `final` in the last.
 
-    Constant inside an epoch, and 1 again at the start of each round. A round of one epoch has `final`.
+    The temperature is constant in an epoch, and starts again at 1 in each round. A round of one epoch has `final`.
 
     Args:
-        epoch: epoch inside the round, from 0 to `num_epochs - 1`; may be traced.
-        num_epochs: epochs in a round, at least 1; may be traced.
+        epoch: epoch in the round, from 0 to `num_epochs - 1`; may be traced.
+        num_epochs: number of epochs in a round, at least 1; may be traced.
         final: temperature of the last epoch, finite and above 0; may be traced.
 
     Returns:
-        A Python float, or a scalar array where an argument is one.
+        A Python float; a scalar array if an argument is one.
 
     Raises:
         ValueError: an argument is out of range.
@@ -32,11 +32,11 @@ def temperature(epoch: Any, num_epochs: Any, final: Any) -> Any:
     """
     traced = isinstance(num_epochs, Tracer)
     if not traced and num_epochs < 1:
-        raise ValueError(f"num_epochs: got {num_epochs}, wanted at least 1")
+        raise ValueError(f"num_epochs {num_epochs}: must be at least 1")
     if not isinstance(final, Tracer) and not (math.isfinite(final) and final > 0):
-        raise ValueError(f"final: got {final:g}, wanted a finite number above 0")
+        raise ValueError(f"final {final:g}: must be a finite number above 0")
     if not (traced or isinstance(epoch, Tracer)) and not 0 <= epoch < num_epochs:
-        raise ValueError(f"epoch: got {epoch}, wanted 0 to {num_epochs - 1}")
+        raise ValueError(f"epoch {epoch}: must be 0 to {num_epochs - 1}")
     if traced:
         return final ** jnp.where(num_epochs > 1, epoch / jnp.maximum(num_epochs - 1, 1), 1.0)
     if num_epochs == 1:
@@ -45,16 +45,16 @@ def temperature(epoch: Any, num_epochs: Any, final: Any) -> Any:
 
 
 def learning_rate(epoch: int, base: float, boundaries: Sequence[int], drops: Sequence[float]) -> float:
-    """Learning rate of an epoch: `base` times every drop whose boundary has come (`epoch >= boundary`).
+    """Learning rate of an epoch: `base` times every drop with `epoch >= boundary`.
 
     Args:
-        epoch: epoch inside the round, from 0.
+        epoch: epoch in the round, from 0.
         base: learning rate before the first drop.
-        boundaries: epochs from which the drops hold, increasing; those after the last epoch have no effect.
-        drops: factors, as many as boundaries.
+        boundaries: first epoch of each drop, increasing; boundaries after the last epoch have no effect.
+        drops: factor of each drop; one per boundary.
 
     Raises:
-        ValueError: there are more boundaries than drops, or fewer.
+        ValueError: the numbers of boundaries and drops differ.
 
     >>> [learning_rate(epoch, 1.0, (1, 3), (0.5, 0.5)) for epoch in range(4)]
     [1.0, 0.5, 0.5, 0.25]

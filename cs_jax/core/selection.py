@@ -1,4 +1,4 @@
-"""The masked weights of a model, and their scores and masks where a score can stand for a group of weights."""
+"""Selection of the masked weights of a model, with their scores and masks; a score may belong to a group of weights."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,16 +14,17 @@ from jaxtyping import PyTree
 from cs_jax.core import masks, trees
 from cs_jax.core.arrays import at_least_float32
 from cs_jax.core.groups import Grouping
+from cs_jax.core.trees import Path
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many weights some of the masked arrays may keep together.
+    """Number of weights to keep in a set of masked arrays.
 
     Attributes:
-        members: indices into `Selection.masked`.
-        keep: weights to keep, of all the members together.
-        size: weights of all members.
+        members: indices of the arrays in `Selection.masked`.
+        keep: number of weights to keep in all members together.
+        size: number of weights in all members together.
     """
 
     members: tuple[int, ...]
@@ -38,18 +39,19 @@ class Budget:
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Selection:
-    """Which weights are masked and what their scores stand for; made by `select`.
+    """Masked weights of a model and their groups; made by `select`.
 
-    Its methods are the functions of the same names for scores that may be shared by groups of weights. Scores and
-    masks are nested dictionaries along the paths of the weights, which hold masked weights alone: for a Flax model,
-    the structure of its "masks" collection. Scores have the shape of their groups, masks that of their weights.
+    The methods extend the functions of the same names to scores that groups of weights share. Scores and masks are
+    nested dictionaries along the paths of the masked weights, without other weights. For a Flax model, this is the
+    structure of its "masks" collection. Score arrays have one entry per group; masks have the shapes of their weights.
 
-    It is static: hashable, and a pytree without leaves.
+    A selection is static: hashable, and a pytree without leaves. Methods raise a ValueError with the name of the array
+    if scores do not fit, and with the name of the argument if a number is out of range.
 
     Attributes:
-        masked: the masked arrays, in the order of the model's leaves.
-        budgets: how many weights they may keep; none where no density was asked for. No array is in two.
-        allow_empty_layers: whether a budget may leave an array without any weight.
+        masked: masked arrays, in the order of the model's leaves.
+        budgets: numbers of weights to keep; empty without a target density. An array is in at most one budget.
+        allow_empty_layers: whether a ticket may keep no weight of an array in a budget.
     """
 
     masked: tuple[Grouping, ...]
@@ -57,33 +59,33 @@ class Selection:
     allow_empty_layers: bool = False
 
     def init_scores(self, value: ArrayLike, *, dtype: DTypeLike | None = None) -> PyTree:
-        """Scores of `value`, one for each group.
+        """Scores with the initial value, one for each group.
 
         Args:
             value: initial score (s0 in the paper), finite and at least -80; may be traced.
-            dtype: float dtype of the scores; by default that of each weight array, at least float32.
+            dtype: float dtype of the scores; None: the dtype of each weight array, but at least float32.
 
-        Raises:
-            ValueError: `value` or `dtype` is out of range.
+        Returns:
+            Nested dictionaries with arrays of the groups' shapes.
         """
         shapes = self.nest(jax.ShapeDtypeStruct(leaf.score_shape, leaf.dtype) for leaf in self.masked)
         return masks.init_scores(shapes, value, dtype=dtype)
 
     def soft_mask(self, scores: PyTree, temperature: ArrayLike, *, init_value: ArrayLike) -> PyTree:
-        """`cs_jax.soft_mask`, each group's value repeated over its weights.
+        """Soft masks as `cs_jax.soft_mask`, with the value of each group repeated over its weights.
 
-        Under an N:M pattern a score counts by its distance to the boundary between the kept and the dropped of its
-        group, `sigmoid(temperature * (score - boundary) + init_value) / sigmoid(init_value)`, so that as the
-        temperature grows n of m are left. The boundary starts at the n-th highest score, whose mask is 1 at
-        temperature 1, and tends to the middle between it and the next one.
+        Under an N:M pattern, the mask depends on the distance of a score to the boundary between kept and dropped
+        scores of its group: `sigmoid(temperature * (score - boundary) + init_value) / sigmoid(init_value)`. As the
+        temperature grows, n of m weights remain. At temperature 1 the boundary is the n-th highest score, whose mask is
+        1. As the temperature grows, the boundary tends to the midpoint of the n-th and the next score.
 
         Args:
-            scores: as `init_scores` makes them.
-            temperature: scalar > 0, may be traced.
-            init_value: the scores' initial value, may be traced.
+            scores: nested dictionaries as from `init_scores`.
+            temperature: finite scalar > 0, dimensionless; may be traced.
+            init_value: initial value of the scores, at least -80; may be traced.
 
         Returns:
-            Masks of the weights' shapes, in the scores' dtypes.
+            Nested dictionaries with arrays of the weights' shapes, in the dtypes of the scores.
         """
 
         def soften(leaf: Grouping, score: jax.Array) -> jax.Array:
@@ -96,16 +98,18 @@ class Selection:
         return self._map(lambda leaf, score: _repeat(leaf, soften(leaf, score)), scores)
 
     def hard_mask(self, scores: PyTree, *, init_value: ArrayLike) -> PyTree:
-        """`cs_jax.hard_mask`, each group's value repeated over its weights; n of m under an N:M pattern.
+        """Hard masks as `cs_jax.hard_mask`, with the value of each group repeated over its weights.
 
-        Equal scores in an N:M group are kept from the first on. Budgets have no part in this: see `ticket_masks`.
+        Under an N:M pattern, the n highest scores of m are kept; of equal scores the first ones. Budgets are ignored:
+        see `target_density.ticket_masks`.
 
         Args:
-            scores: as `init_scores` makes them.
-            init_value: the scores' initial value, may be traced.
+            scores: nested dictionaries as from `init_scores`.
+            init_value: initial value of the scores, at least -80; may be traced.
 
         Returns:
-            Masks of the weights' shapes: 0 or `1 / sigmoid(init_value)`.
+            Nested dictionaries with arrays of the weights' shapes, in the dtypes of the scores; entries are 0 or
+            `1 / sigmoid(init_value)`.
         """
 
         def harden(leaf: Grouping, score: jax.Array) -> jax.Array:
@@ -117,9 +121,18 @@ class Selection:
         return self._map(lambda leaf, score: _repeat(leaf, harden(leaf, score)), scores)
 
     def prune_scores(self, scores: PyTree, temperature: ArrayLike, *, init_value: ArrayLike) -> PyTree:
-        """`cs_jax.prune_scores`; under an N:M pattern kept scores start again, dropped ones stay below them.
+        """Scores after the reset between rounds, as `cs_jax.prune_scores`.
 
-        There a dropped score becomes `init_value - temperature * distance`, with its distance to the boundary.
+        Under an N:M pattern, kept scores become `init_value`. A dropped score becomes
+        `init_value - temperature * distance`, with its distance to the boundary of its group.
+
+        Args:
+            scores: nested dictionaries as from `init_scores`.
+            temperature: finite scalar > 0, dimensionless; may be traced.
+            init_value: initial value of the scores, at least -80; may be traced.
+
+        Returns:
+            Tree like `scores` (structure, shapes, dtypes).
         """
 
         def reset(leaf: Grouping, score: jax.Array) -> jax.Array:
@@ -133,70 +146,72 @@ class Selection:
         return self._map(reset, scores)
 
     def expand(self, values: PyTree) -> PyTree:
-        """A value for each group, repeated over the weights of the group.
+        """Arrays of the weights' shapes, with the value of each group repeated over its weights.
 
         Args:
-            values: of the scores' shapes.
+            values: nested dictionaries with arrays of the scores' shapes, any dtype.
         """
         return self._map(_repeat, values)
 
     def check_masks(self, found: PyTree) -> None:
-        """Raises a ValueError that names the array, unless `found` are masks of the masked weights' shapes."""
-        shapes = {path: jnp.shape(mask) for path, mask in trees.leaves_by_path(found).items()}
-        wanted = {leaf.path: leaf.shape for leaf in self.masked}
-        for path in shapes.keys() | wanted.keys():
-            if shapes.get(path) != wanted.get(path):
-                got, want = (f"shape {known[path]}" if path in known else "none" for known in (shapes, wanted))
-                raise ValueError(f"masks {trees.name(path)!r}: got {got}, wanted {want}")
+        """Raises a ValueError with the name of an array if `found` are not masks of the masked weights' shapes."""
+        _check_shapes(found, {leaf.path: leaf.shape for leaf in self.masked})
 
     @property
     def size(self) -> int:
-        """Masked weights in all."""
+        """Number of masked weights."""
         return sum(leaf.size for leaf in self.masked)
 
     def _map(self, function: Callable[[Grouping, Any], Any], scores: PyTree) -> PyTree:
         return self.nest(map(function, self.masked, self.score_leaves(scores)))
 
     def nest(self, arrays: Iterable[Any]) -> PyTree:
-        """The tree of arrays that are in the order of `masked`."""
+        """Nested dictionaries of arrays that are given in the order of `masked`."""
         return trees.nest({leaf.path: array for leaf, array in zip(self.masked, arrays, strict=True)})
 
     def score_leaves(self, scores: PyTree) -> list[Any]:
-        """Score arrays in the order of `masked`.
-
-        Raises:
-            ValueError: a score is missing, has no weights, or has another shape than its groups; names it.
-        """
+        """Score arrays in the order of `masked`."""
         found = trees.leaves_by_path(scores)
-        wanted = {leaf.path: leaf for leaf in self.masked}
+        expected = {leaf.path: leaf for leaf in self.masked}
         for path in found:
-            if path not in wanted:
-                raise ValueError(f"scores {trees.name(path)!r}: no such weights are masked")
-        for path, leaf in wanted.items():
+            if path not in expected:
+                raise ValueError(f"scores {trees.name(path)!r}: must have the path of masked weights; remove them")
+        for path, leaf in expected.items():
             if path not in found:
-                raise ValueError(f"scores hold nothing for the masked weights {leaf.name!r}")
-            if jnp.shape(found[path]) != leaf.score_shape:
+                raise ValueError(f"scores {leaf.name!r} missing: must have shape {leaf.score_shape}")
+            shape = jnp.shape(found[path])
+            if shape != leaf.score_shape:
                 raise ValueError(
-                    f"scores {leaf.name!r} have shape {jnp.shape(found[path])}, wanted {leaf.score_shape}: "
-                    f"weights of shape {leaf.shape} in groups of {leaf.block}"
+                    f"scores {leaf.name!r} of shape {shape}: must have shape {leaf.score_shape}, for weights of shape "
+                    f"{leaf.shape} in groups of {leaf.block}"
                 )
         return [found[leaf.path] for leaf in self.masked]
 
 
+def _check_shapes(found: PyTree, expected: dict[Path, tuple[int, ...]]) -> None:
+    shapes = {path: jnp.shape(mask) for path, mask in trees.leaves_by_path(found).items()}
+    for path, shape in expected.items():
+        if path not in shapes:
+            raise ValueError(f"masks {trees.name(path)!r} missing: must have shape {shape}")
+        if shapes[path] != shape:
+            raise ValueError(f"masks {trees.name(path)!r} of shape {shapes[path]}: must have shape {shape}")
+    for path in shapes.keys() - expected.keys():
+        raise ValueError(f"masks {trees.name(path)!r}: must have the path of masked weights; remove them")
+
+
 def _repeat(leaf: Grouping, array: jax.Array) -> jax.Array:
-    """A value for each group, repeated over the group's weights."""
+    """Values of the groups repeated over the weights of each group."""
     if leaf.group_size == 1:
         return array
-    whole = all(groups == 1 or step == 1 for groups, step in zip(leaf.score_shape, leaf.block, strict=True))
-    if whole:
-        return jnp.broadcast_to(array, leaf.shape)
-    apart = [size for groups in leaf.score_shape for size in (groups, 1)]
+    if all(groups == 1 or step == 1 for groups, step in zip(leaf.score_shape, leaf.block, strict=True)):
+        return jnp.broadcast_to(array, leaf.shape)  # without the reshapes below
+    separated = [size for groups in leaf.score_shape for size in (groups, 1)]
     boxes = [size for pair in zip(leaf.score_shape, leaf.block, strict=True) for size in pair]
-    return jnp.broadcast_to(array.reshape(apart), boxes).reshape(leaf.shape)
+    return jnp.broadcast_to(array.reshape(separated), boxes).reshape(leaf.shape)
 
 
 def _in_groups(leaf: Grouping, array: jax.Array) -> jax.Array:
-    """The N:M groups of an array along a new last axis."""
+    """The array with the N:M groups along a new last axis."""
     assert leaf.pattern is not None
     moved = jnp.moveaxis(array, leaf.pattern_axis, -1)
     return moved.reshape(*moved.shape[:-1], -1, leaf.pattern.m)
@@ -207,16 +222,16 @@ def _out_of_groups(leaf: Grouping, groups: jax.Array) -> jax.Array:
 
 
 def _rank(leaf: Grouping, score: jax.Array) -> jax.Array:
-    """Place of every entry in its N:M group, 0 for the highest score; the first of equals comes first."""
+    """Rank of every entry in its N:M group: 0 for the highest score; of equal scores, the first one ranks higher."""
     order = jnp.argsort(-_in_groups(leaf, score), axis=-1, stable=True)
     return _out_of_groups(leaf, jnp.argsort(order, axis=-1, stable=True))
 
 
 def _boundary(leaf: Grouping, score: jax.Array, temperature: ArrayLike) -> jax.Array:
-    """What the scores of each entry's N:M group are measured from.
+    """Boundary between kept and dropped scores in the N:M group of every entry.
 
-    The n-th highest score at temperature 1, towards infinity the middle between it and the next; where there is no
-    next, because n is m, 1 below the lowest.
+    At temperature 1 the boundary is the n-th highest score. As the temperature grows, it tends to the midpoint of the
+    n-th and the next score, or if n is m to the lowest score - 1.
     """
     assert leaf.pattern is not None
     n, m = leaf.pattern.n, leaf.pattern.m
@@ -229,5 +244,5 @@ def _boundary(leaf: Grouping, score: jax.Array, temperature: ArrayLike) -> jax.A
     return _out_of_groups(leaf, jnp.broadcast_to(boundary, groups.shape))
 
 
-# A state that holds a selection is serialized as it is: the selection is made anew with the optimizer.
+# Flax stores nothing for a selection in an optimizer state, and restoring keeps the selection of the target state.
 serialization.register_serialization_state(Selection, lambda selection: {}, lambda selection, _: selection)

@@ -1,11 +1,50 @@
-"""Names of flags and checks of numbers, shared by all config classes."""
+"""Base class of config dataclasses: each field is annotated with what it affects and which values it accepts.
+
+A package declares the settings that it reads in its own `config` module, and `experiment.config.Config` inherits them
+all. A field is written as
+
+    keep: Annotated[int, FILES, COUNT] = 3
+
+The string below a field is its help text on the command line. A field without an `Effect` changes the result of a run,
+and compiled programs are built from it.
+"""
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
 import numpy as np
 
+from cs_jax.core.errors import ConfigError, in_words, one_of
 
-def flag(name: str) -> str:
-    """A field's flag: `--batch-size` of `batch_size`."""
-    return "--" + name.replace("_", "-")
+
+@dataclasses.dataclass(frozen=True)
+class Effect:
+    """What a setting affects."""
+
+    on: Literal["result", "speed", "files"]  # the result of a run, only its speed, or which files are read and written
+    compiled: bool  # whether compiled programs are built from it, so that runs with other values cannot share them
+
+
+RESULT = Effect("result", compiled=True)
+"""For fields without an annotation."""
+RUNTIME = Effect("result", compiled=False)
+"""An argument of compiled programs, or used between their calls."""
+SPEED = Effect("speed", compiled=False)
+DEVICES = Effect("speed", compiled=True)
+FILES = Effect("files", compiled=False)
+DATA_FILES = Effect("files", compiled=True)
+"""Runs that share programs share the images on the device too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A rule for the values of a field; None passes, and of a tuple each entry is checked."""
+
+    holds: Callable[[Any], bool]
+    rule: str
 
 
 def is_finite(value: float) -> bool:
@@ -15,3 +54,82 @@ def is_finite(value: float) -> bool:
 
 def is_positive(value: float) -> bool:
     return is_finite(value) and value >= float(np.finfo(np.float32).tiny)
+
+
+def at_least(least: float) -> Check:
+    """A check for finite numbers of at least `least`."""
+    return Check(lambda value: is_finite(value) and value >= least, f"must be a finite number of at least {least:g}")
+
+
+COUNT = Check(lambda value: value >= 1, "must be at least 1")
+NOT_NEGATIVE = Check(lambda value: value >= 0, "must be at least 0")
+POSITIVE = Check(is_positive, "must be a finite number above 0")
+SHARE = Check(lambda value: 0 < value <= 1, "must be a share above 0 and at most 1")
+OPEN_SHARE = Check(lambda value: 0 < value < 1, "must be a share above 0 and below 1")
+
+
+def choice(choices: Iterable[str]) -> Check:
+    """A check for one of some names."""
+    names = tuple(choices)
+    return Check(lambda value: value in names, f"must be one of {', '.join(names)}")
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field: `--batch-size` for `batch_size`."""
+    return "--" + name.replace("_", "-")
+
+
+@functools.cache
+def field_types(kind: type) -> Mapping[str, Any]:
+    """Types of the fields of a config class, by name, with their annotations."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+@functools.cache
+def effects(kind: type) -> Mapping[str, Effect]:
+    """What each field of a config class affects, by name."""
+    return {name: next(_annotations(hint, Effect), RESULT) for name, hint in field_types(kind).items()}
+
+
+def _annotations(hint: Any, kind: type) -> Any:
+    return (mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, kind))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of config classes; checks every field with a `Check` when it is made.
+
+    Raises:
+        ConfigError: "FLAG VALUE: RULE", of the first value that breaks its rule.
+    """
+
+    def __post_init__(self) -> None:
+        for name, hint in field_types(type(self)).items():
+            value = getattr(self, name)
+            for check in _annotations(hint, Check):
+                entries = value if isinstance(value, tuple) else () if value is None else (value,)
+                self._check(name, all(map(check.holds, entries)), check.rule)
+            kind = typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+            if typing.get_origin(kind) is Literal:
+                self._check_choice(name, typing.get_args(kind))
+
+    def _check(self, name: str, holds: bool, rule: str) -> None:
+        """Refuses the value of a field with a rule that it breaks."""
+        if not holds:
+            raise self._error(name, rule)
+
+    def _check_choice(self, name: str, choices: Any) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise self._error(name, f"must be {one_of(value, choices)}")
+
+    def _error(self, name: str, rule: str) -> ConfigError:
+        value = getattr(self, name)
+        shown = "" if value is None or value is True else f" {in_words(value)}"
+        return ConfigError(f"{flag(name)}{shown}: {rule}")
+
+
+def steps_up(values: tuple[int, ...]) -> bool:
+    """Whether numbers increase from each to the next."""
+    return all(early < late for early, late in zip(values, values[1:], strict=False))

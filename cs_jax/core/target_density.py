@@ -1,12 +1,13 @@
-"""The density that was asked for: scores held at it while they are trained, and a ticket that has it exactly.
+"""Target density: shifts scores to track it; selects a ticket that meets it exactly.
 
-A search left to itself ends at the density that initial score, penalty and learning rates happen to give. Under a
-budget, scores are shifted at every epoch's end, all by the same amount, so that just the highest ones are above 0:
-the threshold of the masks moves instead of a penalty's weight. The budget shrinks by the same factor in every round.
+Without a target, a search ends at a density that depends on initial score, penalty and learning rates. With a budget,
+all scores are shifted by the same amount at the end of every epoch, so that only the highest ones are above 0. The
+threshold of the masks moves, and the weight of a penalty stays. The budget shrinks by the same factor in every round.
 
-Constrained optimization, where the penalty's weight follows the constraint, is the alternative (Gallego-Posada et al.,
-"Controlled sparsity via constrained optimization", NeurIPS 2022, arXiv:2208.04425). It hardly moves scores that the
-temperature has decided already, and has a learning rate to be found; `benchmarks/density_control.py` compares the two.
+The alternative is constrained optimization, in which the weight of the penalty follows the constraint (Gallego-Posada
+et al., "Controlled sparsity via constrained optimization", NeurIPS 2022, arXiv:2208.04425). It hardly moves scores with
+masks that the temperature has already made hard, and it needs a learning rate. `benchmarks/density_control.py` compares
+both.
 """
 
 import functools
@@ -29,7 +30,12 @@ from cs_jax.core.selection import Budget, Selection
 
 
 class CollapsedLayerWarning(CsJaxWarning):
-    """Masked arrays are left without weights, or would be if their highest score had not been kept all the same."""
+    """Masked arrays keep no weight, or only the highest score, which is reserved.
+
+    Args:
+        message: text of the warning.
+        layers: names of the arrays.
+    """
 
     def __init__(self, message: str, layers: tuple[str, ...] = ()) -> None:
         super().__init__(message)
@@ -37,20 +43,23 @@ class CollapsedLayerWarning(CsJaxWarning):
 
 
 class DensityWarning(CsJaxWarning):
-    """Groups are too coarse for the density that was asked for: the ticket's is off by more than 1%."""
+    """Groups are too large for the target density: the number of kept weights differs by more than 1%."""
 
 
 class UnfinishedSearchWarning(CsJaxWarning):
-    """A search ended with soft masks: before the final temperature, or with scores that have hardly moved."""
+    """A search ended with soft masks: below the final temperature, or with scores that have hardly moved."""
 
 
 def round_density(target: float, round: Any, rounds: Any) -> Any:
-    """Density at which scores are held in a round, `target ** ((round + 1) / rounds)`: the target in the last.
+    """Density that scores track in a round, `target ** ((round + 1) / rounds)`: the target in the last round.
 
     Args:
         target: density of the ticket, in (0, 1].
-        round: from 0, may be traced; every round after the last has the target.
-        rounds: rounds of the search.
+        round: round of the search, from 0, may be traced; rounds after the last planned one have the target.
+        rounds: planned rounds of the search, at least 1; may be traced.
+
+    Returns:
+        A Python float; a scalar array if `round` or `rounds` is one.
 
     >>> [round_density(0.01, round, 2) for round in range(2)]
     [0.1, 0.01]
@@ -61,16 +70,16 @@ def round_density(target: float, round: Any, rounds: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnames="selection")
 def track_density(selection: Selection, scores: PyTree, round: Any, rounds: Any) -> PyTree:
-    """Scores shifted so that those above 0 are as many weights as each budget has in this round.
+    """Scores shifted so that in every budget, the number of weights with a score above 0 is the budget of the round.
 
-    All scores of a budget are shifted by the same amount, so their order stays. Where the last ones are equal, fewer
-    are above 0; scores that are all equal, as at the start, are none of them.
+    All scores of a budget are shifted by the same amount, so their order stays. If scores at the threshold are equal,
+    fewer are above 0. If all scores are equal, as at the start, no score is above 0.
 
     Args:
-        selection: with budgets; arrays in none are returned as they are.
-        scores: as `selection.init_scores` makes them.
-        round: from 0, may be traced.
-        rounds: rounds of the search, may be traced.
+        selection: selection with budgets; arrays without a budget are returned unchanged.
+        scores: nested dictionaries as from `selection.init_scores`.
+        round: round of the search, from 0; may be traced.
+        rounds: planned rounds of the search, at least 1; may be traced.
 
     Returns:
         Tree like `scores` (structure, shapes, dtypes).
@@ -88,10 +97,15 @@ def track_density(selection: Selection, scores: PyTree, round: Any, rounds: Any)
 
 
 def _threshold(scores: Sequence[jax.Array], sizes: Sequence[int], keep: ArrayLike) -> jax.Array:
-    """The lowest score above which no more than `keep` weights lie; just below the lowest of all where all may.
+    """Lowest score with at most `keep` weights above it; just below the lowest of all scores if all may be kept.
 
-    It is found without sorting. Floats are compared as the integers that order them, so halving the range 32 times
-    (64 in double precision) finds the very entry, however far scores are apart.
+    The search needs no sorting. Floats are compared as integers in the same order. Halving their range 32 times, or 64
+    times in double precision, therefore finds the exact entry for any range of scores.
+
+    Args:
+        scores: score arrays, any shapes.
+        sizes: number of weights per score of each array.
+        keep: number of weights to keep, may be fractional.
     """
     dtype = jnp.result_type(jnp.float32, *scores)
     keys = [_ordered_bits(score.astype(dtype)) for score in scores]
@@ -116,20 +130,23 @@ def _ordered_bits(array: jax.Array) -> jax.Array:
 
 
 def _flip_negative(bits: jax.Array) -> jax.Array:
-    """Integers in the order of the floats that they are the bits of, and back."""
+    """Bits of floats as integers in the order of the floats; its own inverse."""
     return jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits)
 
 
 def warn_if_soft(selection: Selection, scores: PyTree, temperature: ArrayLike) -> None:
-    """Warns if most masks are still soft at a search's end: a ticket cut out of them is another network.
+    """Warns if most masks are still soft at the end of a search, so that the ticket computes another function.
 
-    Soft are those whose `temperature * score` lies within 1 of 0, which are 0.27 to 0.73 of their scale. N:M patterns
-    are left out.
+    A mask is soft if `temperature * score` is between -1 and 1, which gives a mask of 0.27 to 0.73 of its scale. Arrays
+    with an N:M pattern do not count as soft.
 
     Args:
-        selection: what is masked.
-        scores: as `selection.init_scores` makes them, not traced.
-        temperature: that the search ended with.
+        selection: masked weights.
+        scores: nested dictionaries as from `selection.init_scores`, not traced.
+        temperature: temperature at the end of the search, scalar.
+
+    Warns:
+        UnfinishedSearchWarning: more than half of the masked weights have soft masks.
     """
     soft = 0
     for leaf, score in zip(selection.masked, selection.score_leaves(scores), strict=True):
@@ -137,43 +154,44 @@ def warn_if_soft(selection: Selection, scores: PyTree, temperature: ArrayLike) -
             soft += leaf.group_size * int(jnp.sum(jnp.abs(temperature * at_least_float32(score)) < 1))
     if soft > 0.5 * selection.size:
         warnings.warn(
-            f"{soft / selection.size:.0%} of the masks are still soft at the end of the search, and the ticket is "
-            "another network: wanted a higher learning rate of the scores, more epochs or a higher final temperature",
+            f"{soft / selection.size:.0%} of the masks are still soft at the end of the search, so the ticket computes "
+            "another function; use a higher learning rate of the scores, more epochs or a higher final temperature",
             UnfinishedSearchWarning,
             stacklevel=4,
         )
 
 
 def ticket_masks(selection: Selection, scores: PyTree, *, init_value: ArrayLike) -> PyTree:
-    """Hard masks of a ticket: just as many weights as the budgets have, those with the highest scores.
+    """Hard masks of a ticket: the highest scores, with exactly the number of weights in each budget.
 
-    Of equal scores the first ones are kept, in the order of the arrays and of their entries. Each array keeps its
-    highest score at least, unless the selection allows empty layers. Groups are kept whole: with groups of several
-    weights the count may be off by less than the largest group. Where there is no budget, scores above 0 are kept, or
-    n of m.
+    Of equal scores the first ones are kept, in the order of the arrays and their entries. Each array keeps at least its
+    highest score, unless the selection allows empty layers. Groups are never split: with groups of several weights, the
+    number of kept weights may differ from the budget by less than the largest group. Arrays without a budget keep
+    scores above 0, or n of m under an N:M pattern.
 
     Args:
-        selection: which weights are masked, and how many of them may be kept.
-        scores: as `selection.init_scores` makes them, not traced.
-        init_value: the scores' initial value, which fixes the masks' scale.
+        selection: masked weights and budgets.
+        scores: nested dictionaries as from `selection.init_scores`, finite, not traced.
+        init_value: initial value of the scores, at least -80; fixes the scale of the masks.
 
     Returns:
-        Masks of the weights' shapes, in the scores' dtypes: 0 or `1 / sigmoid(init_value)`.
+        Nested dictionaries with arrays of the weights' shapes, in the dtypes of the scores; entries are 0 or
+        `1 / sigmoid(init_value)`.
 
     Raises:
         TypeError: scores are traced.
-        ValueError: a score is not finite.
+        ValueError: scores are not finite, or do not fit the selection.
 
     Warns:
-        CollapsedLayerWarning: an array keeps nothing, or its one reserved group alone.
-        DensityWarning: the count is off by more than 1%, because groups are large.
+        CollapsedLayerWarning: an array keeps no weight, or only its reserved highest score.
+        DensityWarning: the number of kept weights differs from a budget by more than 1%, because groups are large.
     """
     leaves = selection.score_leaves(scores)
     if any(isinstance(score, Tracer) for score in leaves):
-        raise TypeError("scores are traced: a ticket is counted outside of jit, grad and vmap")
+        raise TypeError("scores: must not be traced; make a ticket outside of jit, grad and vmap")
     for leaf, score in zip(selection.masked, leaves, strict=True):
         if not np.isfinite(on_host(score).astype(np.float64)).all():
-            raise ValueError(f"scores {leaf.name!r} are not finite, wanted finite numbers")
+            raise ValueError(f"scores {leaf.name!r}: must be finite numbers")
     chosen = list(leaves)
     for budget in selection.budgets:
         _keep_highest(selection, budget, chosen)
@@ -183,14 +201,14 @@ def ticket_masks(selection: Selection, scores: PyTree, *, init_value: ArrayLike)
 
 
 def warn_if_empty(ticket: PyTree) -> None:
-    """Warns of each array of a ticket's masks that keeps no weight."""
+    """Warns for each array of a ticket's masks that keeps no weight."""
     for path, mask in trees.leaves_by_path(ticket).items():
         if not np.any(on_host(mask)):
             warn_collapsed(trees.name(path), "keeps no weight")
 
 
 def _keep_highest(selection: Selection, budget: Budget, leaves: list[Any]) -> None:
-    """Puts 1 for the scores that a budget keeps and -1 for the others, in place of its members of `leaves`."""
+    """Replaces the budget's members of `leaves`: 1 for scores that the budget keeps, -1 for the others."""
     flat = [on_host(leaves[index]).astype(np.float64).ravel() for index in budget.members]
     group_sizes = [selection.masked[index].group_size for index in budget.members]
     sizes = np.repeat(group_sizes, [len(score) for score in flat])
@@ -198,28 +216,35 @@ def _keep_highest(selection: Selection, budget: Budget, leaves: list[Any]) -> No
     best = [int(start + np.argmax(score)) for start, score in zip(starts, flat, strict=False)]
     order = np.argsort(-np.concatenate(flat), kind="stable")
     kept = _choose(order, sizes, budget.keep, [] if selection.allow_empty_layers else best)
-    freely = _choose(order, sizes, budget.keep, [])
+    unreserved = _choose(order, sizes, budget.keep, [])
     for number, index in enumerate(budget.members):
         part = slice(starts[number], starts[number + 1])
-        if kept[part].any() and not freely[part].any():
-            warn_collapsed(selection.masked[index].name, "has only its highest score kept, by reservation")
+        if kept[part].any() and not unreserved[part].any():
+            warn_collapsed(selection.masked[index].name, "keeps only its highest score, which is reserved")
         signs = np.where(kept[part], 1.0, -1.0).reshape(leaves[index].shape)
         leaves[index] = jnp.asarray(signs, leaves[index].dtype)
     count = int(sizes[kept].sum())
     if abs(count - budget.keep) > 0.01 * budget.keep:
         warnings.warn(
-            f"{count} of {budget.size} weights are kept where {budget.keep} were asked for: scores stand for whole "
-            f"groups of {', '.join(map(str, sorted(set(group_sizes))))} weights",
+            f"ticket keeps {count} of {budget.size} weights, and the target is {budget.keep}: groups of "
+            f"{', '.join(map(str, sorted(set(group_sizes))))} weights cannot be split",
             DensityWarning,
             stacklevel=3,
         )
 
 
 def _choose(order: np.ndarray, sizes: np.ndarray, budget: int, reserved: Sequence[int]) -> np.ndarray:
-    """Which groups are kept, of `sizes` weights, so that they are `budget` weights or as near as a swap can get.
+    """Boolean array of the groups to keep, with `budget` weights in all, or as near as one swap gets.
 
-    The reserved ones, then in `order` whichever still fits; or, where that is nearer, the best that did not fit in
-    the place of the last ones that did.
+    The first candidate contains the reserved groups, and then in `order` every group that still fits. The second
+    candidate swaps the last groups of the first for the best group that did not fit. The candidate nearer to the budget
+    is returned; of equally near ones, the first.
+
+    Args:
+        order: indices of the groups, from the highest score to the lowest.
+        sizes: number of weights in each group.
+        budget: number of weights to keep.
+        reserved: indices of groups to keep in any case.
     """
     under = np.zeros(len(sizes), bool)
     under[list(reserved)] = True
@@ -245,5 +270,10 @@ def _choose(order: np.ndarray, sizes: np.ndarray, budget: int, reserved: Sequenc
 
 
 def warn_collapsed(name: str, what: str) -> None:
-    """Warns that a masked array has collapsed, and says what it keeps."""
+    """Warns that a masked array has collapsed.
+
+    Args:
+        name: name of the array.
+        what: verb phrase for the rest, such as "keeps no weight".
+    """
     warnings.warn(CollapsedLayerWarning(f"layer {name!r} has collapsed: it {what}", (name,)), stacklevel=4)

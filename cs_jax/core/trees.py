@@ -1,7 +1,7 @@
-"""Leaves of a pytree by name: what masks find their weights by, and rules go by.
+"""Leaves of a pytree by path: masks belong to weights by path, and rules select weights by path.
 
-A leaf's name is its path as text, "encoder/layers/0/kernel": dictionary keys, attribute names and indices. It is the
-same for a weight in a Flax, Haiku, NNX or Equinox tree and for its mask in nested dictionaries.
+The name of a leaf is its path as text: dictionary keys, attribute names and indices, as in "encoder/layers/0/kernel". A
+weight in a Flax, Haiku, NNX or Equinox tree has the same name as its mask in nested dictionaries.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,13 +15,14 @@ from jaxtyping import PyTree
 from cs_jax.core.arrays import map_leaves
 
 Path = tuple[str, ...]
-"""Keys of a leaf's path as text, from the root."""
+"""Keys on the path from the root to a leaf, as text."""
 
 
 def leaves_by_path(tree: PyTree) -> dict[Path, Any]:
-    """Leaves of `tree` by their path, in the order of `jax.tree.leaves`.
+    """Leaves of `tree` by path, in the order of `jax.tree.leaves`.
 
-    None has no leaves. What an `nnx.Variable` or a box of Linen's holds has the path of its holder.
+    None has no leaves. An array in an `nnx.Variable` or in a Linen box (as `nn.Partitioned`) has the path of its
+    container.
 
     Raises:
         ValueError: two leaves have the same path, as under the keys 0 and "0" of one dictionary.
@@ -30,34 +31,34 @@ def leaves_by_path(tree: PyTree) -> dict[Path, Any]:
     {('layers', '0', 'kernel'): 3.0}
     """
     leaves = {}
-    for keys, node in jax.tree.leaves_with_path(tree, is_leaf=_is_holder):
+    for keys, node in jax.tree.leaves_with_path(tree, is_leaf=_is_container):
         path = tuple(map(_key_name, keys))
-        held = jax.tree.leaves_with_path(node)
-        for inner, leaf in held:
-            own = path if len(held) == 1 else (*path, *map(_key_name, inner))
-            if own in leaves:
-                raise ValueError(f"two leaves are called {name(own)!r}: wanted different paths")
-            leaves[own] = leaf
+        contents = jax.tree.leaves_with_path(node)
+        for inner_keys, leaf in contents:
+            leaf_path = path if len(contents) == 1 else (*path, *map(_key_name, inner_keys))
+            if leaf_path in leaves:
+                raise ValueError(f"path {name(leaf_path)!r}: must belong to one leaf, not to two; rename one of them")
+            leaves[leaf_path] = leaf
     return leaves
 
 
-def _is_holder(node: Any) -> bool:
-    """Whether this is a box of Linen's or an `nnx.Variable`, known by its methods: NNX is not imported for it."""
+def _is_container(node: Any) -> bool:
+    """Whether `node` is a Linen box or an `nnx.Variable`."""
     return isinstance(node, AxisMetadata) or is_variable(node)
 
 
 def is_variable(node: Any) -> bool:
-    """Whether this is an `nnx.Variable`."""
+    """Whether `node` is an `nnx.Variable`; recognized by its methods, because NNX is not imported here."""
     return hasattr(node, "get_value") and hasattr(node, "set_value")
 
 
 def name(path: Path) -> str:
-    """A path as one text: "layers/0/kernel"."""
+    """A path as text, such as "layers/0/kernel"."""
     return "/".join(path)
 
 
 def nest(leaves: Mapping[Path, Any]) -> PyTree:
-    """Nested dictionaries with `leaves` under their paths; the leaf itself where its path is empty.
+    """Nested dictionaries with the leaves under their paths; the leaf itself if its path is empty.
 
     >>> nest({("dense", "kernel"): 1.0})
     {'dense': {'kernel': 1.0}}
@@ -74,31 +75,32 @@ def nest(leaves: Mapping[Path, Any]) -> PyTree:
 
 
 def map_with_keys(function: Callable[[jax.Array, Any], Any], key: jax.Array, tree: PyTree) -> PyTree:
-    """`function` of a PRNG key of its own and each leaf, in nested dictionaries along the leaves' paths."""
+    """Results of `function(key, leaf)` for every leaf, each with another PRNG key, in nested dictionaries by path."""
     leaves = leaves_by_path(tree)
     keys = jax.random.split(key, len(leaves))
     return nest({path: function(keys[index], leaf) for index, (path, leaf) in enumerate(leaves.items())})
 
 
 def replace_leaves(tree: PyTree, leaves: Mapping[Path, Any]) -> PyTree:
-    """`tree` with those leaves that are in `leaves` in place of its own, the others as they are."""
+    """`tree` with the leaves under the paths in `leaves` replaced; other leaves are unchanged."""
     treedef = jax.tree.structure(tree)
     return jax.tree.unflatten(treedef, [leaves.get(path, leaf) for path, leaf in leaves_by_path(tree).items()])
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
-    """Weights multiplied by the masks found under the same path; the others are returned as they are.
+    """Weights multiplied by the masks under the same paths; weights without a mask are returned unchanged.
 
     Args:
-        params: weights, any pytree.
-        masks: masks under the paths of the weights that they multiply, each of its weight's shape; a weight without
-            a mask is absent from this tree. Nested dictionaries will do, whatever `params` is made of.
+        params: weights, any pytree of float arrays; leaves without a mask may be anything.
+        masks: arrays under the paths of the weights that they multiply, with the shapes of these weights. A weight
+            without a mask is absent from this tree. Nested dictionaries fit every kind of `params`.
 
     Returns:
         Tree like `params` (structure, shapes, dtypes).
 
     Raises:
-        ValueError: a mask has no weight under its path, or another shape than its weight, or that is no float array.
+        ValueError: a mask is not an array, has no weight under its path or another shape than its weight, or its weight
+            is not a float array.
 
     >>> params = {"dense": {"kernel": jnp.array([3.0, 4.0]), "bias": jnp.array([1.0])}}
     >>> apply_masks(params, {"dense": {"kernel": jnp.array([0.0, 1.0])}})
@@ -108,13 +110,13 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
     masked = {}
     for path, mask in leaves_by_path(masks).items():
         if not hasattr(mask, "dtype"):
-            raise ValueError(f"masks {name(path)!r}: got {mask!r}, wanted an array")
+            raise ValueError(f"masks {name(path)!r} {mask!r}: must be an array")
         if path not in weights:
-            raise ValueError(f"mask {name(path)!r} has no weights: params hold {names(weights)}")
+            raise ValueError(f"masks {name(path)!r}: must have the path of a weight; params have {names(weights)}")
         weight = weights[path]
         if mask.shape != jnp.shape(weight):
             raise ValueError(
-                f"mask {name(path)!r} has shape {mask.shape}, its weights {jnp.shape(weight)}: wanted equal shapes"
+                f"masks {name(path)!r} of shape {mask.shape}: must have the shape of the weights, {jnp.shape(weight)}"
             )
         check_float(weight, path)
         masked[path] = map_leaves(lambda array, mask=mask: array * mask.astype(array.dtype), weight)
@@ -122,15 +124,15 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
 
 
 def check_float(weight: Any, path: Path) -> None:
-    """Raises a ValueError that names the leaf, unless it is a float array."""
+    """Raises a ValueError with the name of the leaf unless it is a float array, real or complex."""
     if not hasattr(weight, "dtype"):
-        raise ValueError(f"weights {name(path)!r}: got {weight!r}, wanted a float array")
+        raise ValueError(f"weights {name(path)!r} {weight!r}: must be a float array")
     if not jnp.issubdtype(weight.dtype, jnp.inexact):
-        raise ValueError(f"weights {name(path)!r}: got dtype {weight.dtype}, wanted a float dtype")
+        raise ValueError(f"weights {name(path)!r} of dtype {weight.dtype}: must have a float dtype")
 
 
 def names(leaves: Mapping[Path, Any]) -> str:
-    """Names of leaves, for a message."""
+    """Names of all leaves in one text, for a message; "nothing" if there are none."""
     return ", ".join(map(name, leaves)) or "nothing"
 
 

@@ -1,1 +1,6 @@
-"""Data sets as images on the device, or as a stream."""
+"""Data sets as images in device memory, or as a stream from files.
+
+Sources (`digits`, `tfds`) read a data set on the host; `registry` maps names of data sets to sources. `load` splits and
+normalises what a source gives. A new source is one module with a function like `digits.opened`, and one line in
+`registry.SOURCES`.
+"""

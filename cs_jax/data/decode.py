@@ -1,26 +1,33 @@
-"""Encoded images to arrays of one size, with Pillow: a part at random for training, the middle for evaluation."""
+"""Decodes images to arrays of one size, with Pillow: a random crop for training, the middle for evaluation."""
 
 import io
 
 import numpy as np
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-"""Pillow's modes by number of channels."""
+"""Pillow's mode for each number of channels."""
 
 EVALUATION_SHARE = 224 / 256
-"""Side of the square that is evaluated, in shorter sides of the image: 224 of 256 pixels, as on ImageNet."""
+"""Side of the middle square used in evaluation, as a share of the image's shorter side; on ImageNet 224 of 256 pixels.
+"""
 
 AREA, ASPECT, ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10
-"""Of a random crop: share of the image, width over height, and draws before the middle is taken instead."""
+"""Random crop: range of its share of the image, range of width / height, and draws before a middle crop is used."""
 
 
 def decode(
     encoded: bytes, shape: tuple[int, int, int], size: int | None, random: np.random.Generator | None
 ) -> np.ndarray:
-    """An encoded image as uint8 array of a shape: cut at random, or its middle, or the whole where it is not resized.
+    """Decode an image to a uint8 array of a given shape.
+
+    Args:
+        encoded: bytes of an image file.
+        shape: (height, width, channels) of the result.
+        size: side of the square, in pixels, to resize to; None returns the whole image, which must have `shape`.
+        random: draws a crop and a horizontal flip (with probability 1/2); None takes the middle, without a flip.
 
     Raises:
-        Exception: of Pillow's, of any kind, if these are no image's bytes; or it has another shape.
+        Exception: of any type, from Pillow, if the bytes are not an image; ValueError if the image has another shape.
     """
     from PIL import Image
 
@@ -38,14 +45,15 @@ def decode(
         image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
     pixels = np.asarray(image).reshape(image.height, image.width, channels)
     if pixels.shape != shape:
-        raise ValueError(f"shape {pixels.shape}, wanted {shape}")
+        raise ValueError(f"shape {pixels.shape}: must be {shape}")
     return pixels[:, ::-1] if random is not None and random.random() < 0.5 else pixels
 
 
 def middle_box(width: int, height: int) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of what is evaluated: the middle square, 7/8 of the shorter side.
+    """Left, top, right and bottom of the middle square, whose side is 7/8 of the image's shorter side, in pixels.
 
-    To resize it is to resize the image to a shorter side of 8/7 of the size and to cut out the middle.
+    Resizing this square gives the same pixels as resizing the image's shorter side to 8/7 of the target size and then
+    cropping the middle.
 
     >>> middle_box(480, 320)
     (100.0, 20.0, 380.0, 300.0)
@@ -56,10 +64,10 @@ def middle_box(width: int, height: int) -> tuple[float, float, float, float]:
 
 
 def random_box(random: np.random.Generator, width: int, height: int) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a random part of an image, in pixels: of 8% to all of its area, near square.
+    """Left, top, right and bottom of a random crop, in pixels: 8% to 100% of the image's area, nearly square.
 
-    Area and the logarithm of the aspect are uniform in `AREA` and `ASPECT`, as in Inception; where the part does not
-    fit in after `ATTEMPTS` draws it is the middle, of the nearest aspect.
+    Area and the logarithm of the aspect ratio are uniform in `AREA` and `ASPECT`, as for Inception. If no crop fits
+    after `ATTEMPTS` draws, the crop is in the middle, with the aspect ratio in `ASPECT` nearest to the image's.
     """
     for _ in range(ATTEMPTS):
         area = width * height * random.uniform(*AREA)

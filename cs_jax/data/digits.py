@@ -1,17 +1,22 @@
-"""The digits of scikit-learn."""
+"""Handwritten digits of scikit-learn."""
+
+import contextlib
+from collections.abc import Iterator
 
 import numpy as np
 
-from cs_jax.core.errors import ConfigError
-from cs_jax.data.split import Split, check_resident
-from cs_jax.experiment.config import Config
+from cs_jax.data.config import DataConfig
+from cs_jax.data.source import Examples
+from cs_jax.data.split import Split
 
 
-def load_digits(config: Config) -> tuple[Split, Split, tuple[str, ...]]:
-    """scikit-learn's 1,797 digits, 16 grey levels spread over 0 to 255; a fifth, always the same, is the test set."""
-    if config.stream:
-        raise ConfigError("--stream: got digits, wanted a set of TensorFlow Datasets: digits are in no file to read")
-    check_resident(config, "digits are kept as they are")
+@contextlib.contextmanager
+def opened(config: DataConfig, *splits: str) -> Iterator[Examples]:
+    """scikit-learn's 1,797 digits, 8x8 pixels, whose 17 grey levels are scaled to 0 to 255.
+
+    The test split is a fifth of them, the same for every seed.
+    """
+    del config
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -19,4 +24,5 @@ def load_digits(config: Config) -> tuple[Split, Split, tuple[str, ...]]:
     images = np.round(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     everything = Split(images, labels.astype(np.int32))
     train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
-    return everything[np.asarray(train)], everything[np.asarray(test)], tuple("0123456789")
+    indices = {"train": np.asarray(train), "test": np.asarray(test)}
+    yield Examples(tuple(everything[indices[split]] for split in splits), tuple("0123456789"))

@@ -1,4 +1,4 @@
-"""What happens to images on the device: they rest as uint8, are augmented there, and normalised last."""
+"""Images on the device: stored as uint8, augmented on the device, then normalised."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from flax import struct
 from jax import lax
 from jax.typing import ArrayLike
 
-CROP_PADDING = 4  # pixels on every side, as the authors pad CIFAR-10
+CROP_PADDING = 4  # pixels on every side, as in the authors' code for CIFAR-10
 
 
 class ImageSet(struct.PyTreeNode):
@@ -18,7 +18,7 @@ class ImageSet(struct.PyTreeNode):
         images: (n, height, width, channels) uint8.
         labels: (n,) int32, classes from 0.
         mean: (channels,) float, in units of a pixel (0 to 255), subtracted.
-        std: (channels,) float, in the same units, divided by. Its dtype is that of the network's input.
+        std: (channels,) float, in units of a pixel, divided by. Its dtype is the dtype of the network's input.
     """
 
     images: jax.Array
@@ -35,7 +35,7 @@ class ImageSet(struct.PyTreeNode):
         return self.images.shape[1:]
 
     def take(self, indices: ArrayLike) -> "ImageSet":
-        """The examples `indices`, (n,) integers, in their order."""
+        """Examples at `indices`, (n,) integers, in this order."""
         return self.replace(images=self.images[indices], labels=self.labels[indices])
 
 
@@ -49,11 +49,11 @@ def normalize(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
 
 
 def random_crop(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Each image padded by 4 black pixels on every side and cropped to its size at a random place of its own.
+    """Each image padded with 4 black pixels on every side, then cropped to its size at an independent random position.
 
     Args:
         key: PRNG key.
-        images: (n, height, width, channels) uint8, before normalising, so that the padding is black.
+        images: (n, height, width, channels) uint8. Not normalised, so that zeros are black.
 
     Returns:
         Array like `images`.
@@ -66,7 +66,7 @@ def random_crop(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Each image mirrored left to right with probability 1/2; shapes as in `random_crop`."""
+    """Each image mirrored left to right with probability 1/2; arguments and result as in `random_crop`."""
     mirrored = jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))
     return jnp.where(mirrored, images[:, :, ::-1], images)
 
@@ -78,7 +78,7 @@ def flip_and_crop(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 RESIZED_CROP = "resized-crop"
-"""Augmentation of streamed images while they are decoded; on the device nothing is left to do."""
+"""Augmentation of streamed images, done on the host while they are decoded; the device does nothing."""
 
 AUGMENTATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "none": lambda key, images: images,
@@ -86,4 +86,4 @@ AUGMENTATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "flip-crop": flip_and_crop,
     RESIZED_CROP: lambda key, images: images,
 }
-"""What `--augment` can name: functions of a key and uint8 images that keep shape and dtype."""
+"""Choices of `--augment`: functions of a PRNG key and uint8 images that keep shape and dtype."""

@@ -1,4 +1,4 @@
-"""Files of a prepared split: encoded examples at random access, and what is said where one is damaged."""
+"""Files of a prepared split: random access to encoded examples, and error messages that name a damaged file."""
 
 import os
 import resource
@@ -12,31 +12,32 @@ import numpy as np
 from cs_jax.core.errors import ConfigError
 
 OTHER_FILES = 256
-"""Files and sockets that a process may come to have open beside its data."""
+"""Files and sockets that a process may open in addition to its data."""
 
 REPAIR = (
-    "repair it, or remove the data set there and prepare it again; a run that has begun goes on from its last "
-    "checkpoint, with the same command"
+    "repair the file, or remove the data set and prepare it again; then the same command resumes an interrupted run "
+    "from its last checkpoint"
 )
 
 
 class Shard(NamedTuple):
-    """A file of a split."""
+    """One file of a split."""
 
     path: Path
-    examples: int
+    examples: int  # number of examples in the file
 
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """Encoded images and labels of a prepared split, at random access.
+    """Encoded images and labels of a prepared split, with random access.
 
     Attributes:
-        source: by index, a dictionary of "image" (encoded) and "label".
-        dataset: its name and version.
-        split: its name.
-        shards: its files, in order.
-        num_classes: labels are 0 to one less.
+        source: sequence of dictionaries with "image" (encoded bytes) and "label".
+        dataset: name and version of the data set.
+        split: name of the split.
+        shards: files of the split, in order.
+        num_classes: labels are 0 to `num_classes - 1`.
+        image_shape: (height, width, channels) of every image; height and width are None if images differ.
     """
 
     source: Any
@@ -44,41 +45,42 @@ class Records:
     split: str
     shards: tuple[Shard, ...]
     num_classes: int
+    image_shape: tuple[int | None, int | None, int]
 
     def __len__(self) -> int:
         return sum(shard.examples for shard in self.shards)
 
     def read(self, index: int) -> tuple[bytes, int]:
-        """An example's encoded image and its label.
+        """Encoded image and label of one example.
 
         Raises:
-            ConfigError: its file cannot be read, or is damaged there.
+            ConfigError: the file cannot be read, or the example is damaged.
         """
         try:
             record = self.source[index]
         except Exception as error:
             raise self.unreadable(index, reason_of(error)) from error
-        if not record["image"] or record["label"] is None:  # what is read beyond the end of a file that was cut short
-            raise self.unreadable(index, "the file has lost it")
+        if not record["image"] or record["label"] is None:  # reads beyond the end of a truncated file
+            raise self.unreadable(index, "the file no longer contains it")
         if not 0 <= record["label"] < self.num_classes:
-            raise self.unreadable(index, f"label {record['label']}, wanted 0 to {self.num_classes - 1}")
+            raise self.unreadable(index, f"label {record['label']} is not 0 to {self.num_classes - 1}")
         return record["image"], int(record["label"])
 
     def check(self) -> None:
-        """Opens every file and reads its last example. What is open can be read on, even if it is removed.
+        """Open every file and read its last example. Open files stay readable, even if they are removed.
 
         Raises:
-            ConfigError: one is missing or cut short; says which.
+            ConfigError: a file is missing or truncated; names the file.
         """
         last = [int(end) - 1 for end, shard in zip(self._ends(), self.shards, strict=True) if shard.examples]
         with ThreadPoolExecutor(16) as workers:
             list(workers.map(self.read, last))
 
     def unreadable(self, index: int, reason: str) -> ConfigError:
-        """What is raised for an example that cannot be used."""
+        """Error for an example that cannot be used; names the file."""
         path = self.shards[int(np.searchsorted(self._ends(), index, side="right"))].path
         return ConfigError(
-            f"{path}: example {index} of {self.dataset}'s {self.split} split cannot be read ({reason}): {REPAIR}"
+            f"{path}: example {index} of {self.dataset}'s {self.split} split cannot be read ({reason}); {REPAIR}"
         )
 
     def _ends(self) -> np.ndarray:
@@ -86,20 +88,22 @@ class Records:
 
 
 def allow_open_files(count: int) -> None:
-    """Lets the process open so many files more; systems often allow 1,024 in all unless they are asked.
+    """Raise the process's limit of open files, often 1,024 by default, so that `count` more files can be opened.
 
     Raises:
-        ConfigError: it cannot be allowed.
+        ConfigError: the system's hard limit is lower.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + OTHER_FILES + len(os.listdir("/dev/fd"))
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return
     if hard != resource.RLIM_INFINITY and hard < wanted:
-        raise ConfigError(f"ulimit -n: got {hard} open files at most, wanted {wanted}: the data set has {count}")
+        raise ConfigError(
+            f"ulimit -n {hard}: must be at least {wanted}, because the data set has {count} files; raise the hard limit"
+        )
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def reason_of(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """Type and message of an error, in one line of at most 300 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -1,19 +1,28 @@
 """Examples on the host, the split into training and validation, and pixel statistics."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from cs_jax.core.errors import ConfigError
+from cs_jax.data.config import DataConfig
 from cs_jax.data.images import AUGMENTATIONS, RESIZED_CROP
-from cs_jax.experiment.config import Config
 
 STATISTICS = {
     "cifar10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),  # the authors'
     "imagenet2012": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),  # torchvision's, times 255
 }
-"""Mean and deviation per channel, in units of a pixel, where they are not those of the examples trained on."""
+"""Fixed mean and standard deviation per channel, in units of a pixel, by name of the data set.
+
+Other data sets use the statistics of their training examples.
+"""
+
+
+def base_name(config: DataConfig) -> str:
+    """Name of the data set, without variant or version."""
+    return re.split("[/:]", config.dataset)[0]
 
 
 @dataclass(frozen=True)
@@ -30,46 +39,46 @@ class Split:
         return Split(self.images[indices], self.labels[indices])
 
 
-def split_validation(config: Config, labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def split_validation(config: DataConfig, labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Indices of validation and of training examples, both in random order.
 
-    Validation takes `config.val_set_size` in all, equally many of each class; a class that has fewer gives all it
-    has, and the others make up for it.
+    `config.val_set_size` examples go to validation, the same number of each class. A class with too few examples gives
+    all of them; the other classes give more instead.
 
     Args:
-        config: its `val_set_size`.
+        config: gives `val_set_size`.
         labels: (n,) classes of the training split.
         rng: draws the examples.
 
     Raises:
-        ConfigError: no example would be left to train on.
+        ConfigError: no training example would be left.
     """
     check_validation_size(config, len(labels))
     order = rng.permutation(len(labels))
     _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    rank = np.empty(len(labels), int)  # how many of its class precede an example in the drawn order
+    rank = np.empty(len(labels), int)  # number of earlier examples of the same class in the drawn order
     for label, count in enumerate(counts):
         rank[order[classes[order] == label]] = np.arange(count)
-    # Drawn first of every class, then second of every class, ...; within a rank in random order.
+    # First the examples of rank 0 of all classes, then rank 1, and so on; in random order within a rank.
     by_rank = order[np.argsort(rank[order], kind="stable")]
     validation, train = by_rank[: config.val_set_size], by_rank[config.val_set_size :]
     return validation, rng.permutation(train)
 
 
-def check_validation_size(config: Config, examples: int) -> None:
+def check_validation_size(config: DataConfig, examples: int) -> None:
     if config.val_set_size >= examples:
         raise ConfigError(
-            f"--val-set-size: got {config.val_set_size}, wanted less than the {examples} training examples"
+            f"--val-set-size {config.val_set_size}: must be less than {examples}, the number of training examples"
         )
 
 
 def statistics(batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation per channel over all of some images, each (channels,) float64 in units of a pixel.
+    """Mean and standard deviation per channel over batches of images, each (channels,) float64 in units of a pixel.
 
-    A channel without variation has deviation 1, so that it stays finite.
+    A constant channel has standard deviation 1, so that normalised pixels are finite.
 
     Args:
-        batches: (n, height, width, channels) uint8 each; one at least.
+        batches: at least one array, (n, height, width, channels) uint8.
 
     >>> statistics([np.array([[[[0, 7]]], [[[2, 7]]]], np.uint8)])
     (array([1., 7.]), array([1., 1.]))
@@ -85,12 +94,12 @@ def statistics(batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.where(std > 0, std, 1.0)
 
 
-def check_resident(config: Config, reason: str) -> None:
-    """Refuses settings of streams for what is held in memory; `reason` says why it is."""
+def check_resident(config: DataConfig, rule: str) -> None:
+    """Refuses settings of streams for images in memory. `rule` is the reason in the error message."""
     if config.image_size is not None:
-        raise ConfigError(f"--image-size: got {config.image_size}, wanted none: {reason}")
+        raise ConfigError(f"--image-size {config.image_size}: {rule}; omit --image-size")
     if config.loader_threads is not None:
-        raise ConfigError(f"--loader-threads: got {config.loader_threads}, wanted none: {reason}")
+        raise ConfigError(f"--loader-threads {config.loader_threads}: {rule}; omit --loader-threads")
     if config.augment == RESIZED_CROP:
-        others = ", ".join(name for name in AUGMENTATIONS if name != RESIZED_CROP)
-        raise ConfigError(f"--augment: got {RESIZED_CROP}, wanted {others}: {reason}")
+        others = " or ".join(name for name in AUGMENTATIONS if name != RESIZED_CROP)
+        raise ConfigError(f"--augment {RESIZED_CROP}: {rule}; choose {others}")

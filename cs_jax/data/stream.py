@@ -1,7 +1,8 @@
-"""Images that are streamed: read, decoded and cut to size on the host, batch by batch, ahead of the steps.
+"""Streamed images: read, decoded and resized on the host, batch by batch, ahead of the training steps.
 
-Nothing here touches a device but `ImageStream.on_device` and `take`. Workers are threads, because Pillow decodes and
-resizes without Python's lock: they start at once, share open files, and need no fork or second interpreter beside JAX.
+Only `ImageStream.on_device` and `ImageStream.take` use a device. Workers are threads, because Pillow decodes and
+resizes without holding Python's global lock. Threads start fast, share open files, and avoid forking a process with
+JAX.
 """
 
 import contextlib
@@ -18,11 +19,11 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from cs_jax.data.decode import decode
-from cs_jax.data.images import RESIZED_CROP, ImageSet
+from cs_jax.data.images import ImageSet
 from cs_jax.data.records import Records, reason_of
 
 BATCHES_AHEAD = 2
-"""That are read and decoded before they are asked for."""
+"""Number of batches that are read and decoded in advance."""
 
 
 class Batch(NamedTuple):
@@ -33,18 +34,30 @@ class Batch(NamedTuple):
     labels: np.ndarray  # (n,) int32
 
 
+class Share(NamedTuple):
+    """Part of every batch that one host reads."""
+
+    part: int  # index of the host, from 0
+    parts: int  # number of hosts
+
+
+WHOLE = Share(0, 1)
+"""Share of a single host."""
+
+
 @dataclass(frozen=True, eq=False)
 class ImageStream:
-    """Labelled images that are read when they are wanted, with the constants that normalise them.
+    """Labelled images that are read from files when needed, with the constants that normalise them.
 
     Attributes:
-        records: of a whole split.
-        indices: (n,) int64, the split's examples that this has, in its own order.
-        image_shape: (height, width, channels) of every image that comes out.
-        image_size: side of the square that images are cut to; None where they have `image_shape` as they are.
+        records: encoded examples of a whole split.
+        indices: (n,) int64, positions in the split of the examples of this stream, in the order of the stream.
+        image_shape: (height, width, channels) of every decoded image.
+        image_size: side of the square, in pixels, that images are resized to; None keeps images that all have
+            `image_shape`.
         mean: (channels,) float, in units of a pixel (0 to 255).
-        std: (channels,) float, in the same units.
-        threads: that read and decode.
+        std: (channels,) float, in units of a pixel (0 to 255).
+        threads: number of threads that read and decode.
     """
 
     records: Records
@@ -54,7 +67,7 @@ class ImageStream:
     mean: np.ndarray
     std: np.ndarray
     threads: int = 1
-    _labels: np.ndarray = field(init=False, repr=False)  # (n,) int32; -1 for those of examples not read yet
+    _labels: np.ndarray = field(init=False, repr=False)  # (n,) int32; -1 for examples that were not read yet
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_labels", np.full(len(self.indices), -1, np.int32))
@@ -64,10 +77,10 @@ class ImageStream:
 
     @property
     def labels(self) -> np.ndarray:
-        """(n,) int32. Those of images that have been read are known; only the others are read for it.
+        """(n,) int32. Labels of images that were read before are stored; only the other examples are read.
 
         Raises:
-            ConfigError: as `batches`.
+            ConfigError: a file or an example is damaged or missing.
         """
 
         def read(row: int) -> None:
@@ -82,42 +95,40 @@ class ImageStream:
         order: ArrayLike,
         *,
         batch_size: int,
-        seed: int = 0,
-        augment: str = "none",
+        crop_seed: int | None = None,
         first_step: int = 0,
-        part: int = 0,
-        parts: int = 1,
+        share: Share = WHOLE,
     ) -> Generator[Batch, None, None]:
-        """Batches of one pass over `order`, or the share of one of several hosts: a pure function of its arguments.
+        """Batches of one pass over `order`, or one host's share of them: a pure function of the arguments.
 
-        Batch k of all hosts together is `order[k * batch_size : (k + 1) * batch_size]`; each host has a run of it, in
-        order, and their sizes differ by one at most. What is random about an example follows from `seed` and its place
-        in `order` alone, not from threads, parts or where one begins. To close the generator ends its threads.
+        Batch k of all hosts together is `order[k * batch_size : (k + 1) * batch_size]`. Each host gets a contiguous
+        part of it; the sizes of the parts differ by at most one. Random crops depend only on `crop_seed` and an
+        example's position in `order`, not on threads, hosts or `first_step`. Closing the generator ends its threads.
 
         Args:
             order: (examples,) integers, indices into this stream.
-            batch_size: examples of a batch, over all parts; the last batch may be smaller.
-            seed: of the augmentation, 0 to 2**64 - 1: another one for every pass.
-            augment: `RESIZED_CROP`, or any other name for the middle of each image.
-            first_step: batches to leave out.
-            part: of this host, from 0.
-            parts: hosts.
+            batch_size: examples of a batch, over all hosts; the last batch may be smaller.
+            crop_seed: 0 to 2**64 - 1, seed of the random crops and flips; must differ between passes. None takes the
+                middle of each image, or the whole image if `image_size` is None.
+            first_step: number of batches to skip.
+            share: part of each batch that this host reads.
 
         Raises:
-            ConfigError: a file or an example in it is damaged or gone; says which.
+            ConfigError: a file or an example in it is damaged or missing; names the file and the example.
         """
+        part, parts = share
         rows = np.asarray(order)
-        shares = [
+        spans = [
             range(start + size * part // parts, start + size * (part + 1) // parts)
             for start in range(first_step * batch_size, len(rows), batch_size)
             for size in [min(batch_size, len(rows) - start)]
         ]
-        most = max(map(len, shares), default=0)
-        places = np.concatenate([np.arange(0), *shares]).astype(np.int64)
-        read = functools.partial(self._example, rows, seed, augment)
+        most = max(map(len, spans), default=0)
+        places = np.concatenate([np.arange(0), *spans]).astype(np.int64)
+        read = functools.partial(self._example, rows, crop_seed)
         with _prefetched(places, read, threads=self.threads, ahead=BATCHES_AHEAD * most) as examples:
-            for share in shares:
-                yield self._batch(rows[share.start : share.stop], examples)
+            for span in spans:
+                yield self._batch(rows[span.start : span.stop], examples)
 
     def _batch(self, rows: np.ndarray, examples: Iterator[tuple[np.ndarray, int]]) -> Batch:
         images = np.empty((len(rows), *self.image_shape), np.uint8)
@@ -126,14 +137,15 @@ class ImageStream:
             images[place], labels[place] = next(examples)
         return Batch(self.indices[rows], images, labels)
 
-    def _example(self, rows: np.ndarray, seed: int, augment: str, place: int) -> tuple[np.ndarray, int]:
-        """The image of what is at a place in the order, decoded, cut and augmented, and its label."""
+    def _example(self, rows: np.ndarray, crop_seed: int | None, place: int) -> tuple[np.ndarray, int]:
+        """Decoded, resized and augmented image at a position of the order, and its label."""
         row = int(rows[place])
         index = int(self.indices[row])
         encoded, label = self.records.read(index)
         self._labels[row] = label
-        key = np.array([seed, place], np.uint64)
-        random = np.random.Generator(np.random.Philox(key=key)) if augment == RESIZED_CROP else None
+        random = None
+        if crop_seed is not None:
+            random = np.random.Generator(np.random.Philox(key=np.array([crop_seed, place], np.uint64)))
         try:
             image = decode(encoded, self.image_shape, self.image_size, random)
         except Exception as error:
@@ -141,18 +153,18 @@ class ImageStream:
         return image, label
 
     def on_device(self, batch: Batch) -> ImageSet:
-        """A batch as the steps take it."""
+        """A batch on the default device, as training steps need it."""
         images, labels = jax.device_put((batch.images, batch.labels))
         return ImageSet(images, labels, mean=jnp.asarray(self.mean, float), std=jnp.asarray(self.std, float))
 
     def take(self, indices: ArrayLike) -> ImageSet:
-        """The examples `indices`, (n,) integers, in their order and without augmentation, on the device."""
+        """Examples at `indices`, (n,) integers, in this order, without augmentation, on the default device."""
         rows = np.asarray(indices, np.int64)
         with contextlib.closing(self.batches(rows, batch_size=max(1, len(rows)))) as batches:
             return self.on_device(next(batches, None) or self._batch(rows, iter(())))
 
     def identity(self) -> dict[str, Any]:
-        """What tells this stream from others, as JSON values: its files' names and sizes, not what is in them."""
+        """JSON values that identify this stream: names and sizes of its files, not their content, and its settings."""
         return {
             "dataset": self.records.dataset,
             "split": self.records.split,
@@ -165,16 +177,16 @@ class ImageStream:
 
 
 Images: TypeAlias = ImageSet | ImageStream
-"""Examples, wherever they are."""
+"""Labelled images, in device memory or streamed."""
 
 
 @contextlib.contextmanager
 def _prefetched(places: np.ndarray, read: Any, *, threads: int, ahead: int) -> Iterator[Iterator[Any]]:
-    """What `read` makes of each place, in order, read ahead by threads that end with the context."""
+    """Iterator over `read(place)` of each place, in order. Threads read ahead; they end with the context."""
     if not len(places):
         yield iter(())
         return
-    import grain  # loads for a while, and only streams want it
+    import grain  # slow to import, and only streams need it
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, 2 * threads))
     source: Any = places
@@ -186,6 +198,6 @@ def _prefetched(places: np.ndarray, read: Any, *, threads: int, ahead: int) -> I
 
 
 def default_threads() -> int:
-    """A thread for every core that this process may use, up to 16."""
+    """Number of CPU cores that this process may use, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 16)

@@ -1,157 +1,188 @@
-"""Prepared TensorFlow Datasets: found, checked and opened without TensorFlow, or prepared where that is installed."""
+"""Source of TensorFlow Datasets (TFDS): reads prepared sets without TensorFlow; prepares sets if it is installed."""
 
 import contextlib
 import importlib.util
 import logging
 import os
 import queue
-import re
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from cs_jax.core.errors import ConfigError, closest, quiet
+from cs_jax.data.config import DataConfig
 from cs_jax.data.decode import MODES
 from cs_jax.data.records import Records, Shard, allow_open_files, reason_of
-from cs_jax.experiment.config import Config
-from cs_jax.training import processes
+from cs_jax.data.source import Examples
+from cs_jax.data.split import Split, base_name, check_resident
 
 CONNECT_SECONDS = 6
-"""How long a data set's server may take to answer before it counts as out of reach."""
+"""Seconds after which a data set's server that does not answer counts as out of reach."""
 
 
 @contextlib.contextmanager
-def opened(config: Config) -> Iterator[Any]:
-    """Builder of a suitable data set, prepared; what goes wrong while it is read is told in one line."""
-    # It remarks on group sizes, OpenCV and missing info files, which nobody can act on.
-    with quiet("absl", logging.CRITICAL), _told_in_one_line(config):
-        builder = _builder(config)
+def opened(config: DataConfig, *splits: str, other_names: tuple[str, ...]) -> Iterator[Examples]:
+    """Examples of a prepared image classification set, in memory or as record files to stream.
+
+    Images without a fixed shape are always streamed; others are streamed if the config says so. If there is no "test"
+    split, or its labels are secret (as on ImageNet), "validation" is read in its place. All errors inside the context
+    are reported in one line.
+
+    Args:
+        config: names the data set and its folder.
+        splits: "train" or "test".
+        other_names: data sets from other sources, for error messages.
+
+    Raises:
+        ConfigError: the data set is unknown, missing, damaged or not suitable.
+    """
+    # TFDS logs remarks on group sizes, OpenCV and missing info files that a user cannot act on.
+    with quiet("absl", logging.CRITICAL), _errors_in_one_line(config):
+        builder = _builder(config, other_names)
         _check_features(config, builder)
-        yield builder if _is_prepared(config, builder) else _prepare(config, builder)
+        if not _is_prepared(config, builder):
+            builder = _prepare(config, builder)
+        read = _open_records if _is_streamed(config, builder) else _read
+        test = _test_split(config, builder)
+        yield Examples(read(builder, [test if split == "test" else split for split in splits]), _classes(builder))
 
 
-def test_split(config: Config, builder: Any) -> str:
-    """The split to test on: "test", or "validation" where there is none or its labels are kept secret."""
+def _is_streamed(config: DataConfig, builder: Any) -> bool:
+    """True if images are streamed.
+
+    Raises:
+        ConfigError: images of varying shape without an image size, or settings of streams for images in memory.
+    """
+    shape = builder.info.features["image"].shape
+    if None in shape and config.image_size is None:
+        raise ConfigError(
+            f"--dataset {config.dataset}: images of shape {shape} require --image-size, the side in pixels of the "
+            "square to resize them to"
+        )
+    if None in shape or config.stream:
+        return True
+    check_resident(config, f"requires --stream for {config.dataset}, whose images all have shape {shape}")
+    return False
+
+
+def _test_split(config: DataConfig, builder: Any) -> str:
+    """Split to test on: "test", or "validation" if there is no "test" or its labels are secret."""
     named = [name for name in ("test", "validation") if name in builder.info.splits]
     test = next((name for name in named if name == named[-1] or _has_labels(builder, name)), None)
     if "train" not in builder.info.splits or test is None:
         raise ConfigError(
-            f"--dataset: got {config.dataset}, which has the splits {', '.join(builder.info.splits)}, "
-            "wanted train and test (or validation)"
+            f"--dataset {config.dataset}: requires the splits train and test (or validation), "
+            f"but has {', '.join(builder.info.splits)}"
         )
     return test
 
 
 def _has_labels(builder: Any, split: str) -> bool:
-    """Whether the first example of a split has a class; TFDS has -1 for one that is not known."""
+    """True if the first example of a split has a label; TFDS stores -1 for an unknown label."""
     import tensorflow_datasets as tfds
 
     source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
     return len(source) > 0 and source[0]["label"] != -1
 
 
-def base_name(config: Config) -> str:
-    """Of the data set, without a variant or version."""
-    return re.split("[/:]", config.dataset)[0]
-
-
-def classes(builder: Any) -> tuple[str, ...]:
-    """Names of the classes."""
+def _classes(builder: Any) -> tuple[str, ...]:
     return tuple(builder.info.features["label"].names)
 
 
-def _data_dir(config: Config) -> Path:
+def _data_dir(config: DataConfig) -> Path:
     return (config.data_dir or Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")).expanduser()
 
 
 @contextlib.contextmanager
-def _told_in_one_line(config: Config) -> Iterator[None]:
-    """Whatever goes wrong while prepared files are read, told in one line."""
+def _errors_in_one_line(config: DataConfig) -> Iterator[None]:
+    """Turns every error while prepared files are read into a ConfigError of one line."""
     try:
         yield
     except ConfigError:
         raise
     except MemoryError as error:
-        size = f"--image-size: got {config.image_size}" if config.image_size else f"--dataset: got {config.dataset}"
-        raise ConfigError(f"{size}, whose images do not fit into memory: {reason_of(error)}") from error
+        flag = f"--image-size {config.image_size}" if config.image_size else f"--dataset {config.dataset}"
+        raise ConfigError(f"{flag}: images do not fit into memory ({reason_of(error)})") from error
     except Exception as error:
         raise ConfigError(
-            f"--data-dir: got {_data_dir(config)}, where {config.dataset} cannot be read ({reason_of(error)}); wanted "
-            "a folder of prepared TensorFlow Datasets: repair it, or remove the data set there and prepare it again"
+            f"--data-dir {_data_dir(config)}: {config.dataset} cannot be read ({reason_of(error)}); repair the "
+            "prepared files in this folder, or remove the data set and prepare it again"
         ) from error
 
 
-def _builder(config: Config) -> Any:
+def _builder(config: DataConfig, other_names: tuple[str, ...]) -> Any:
     import tensorflow_datasets as tfds
 
     directory = _data_dir(config)
     if directory.exists() and not (directory.is_dir() and os.access(directory, os.R_OK | os.X_OK)):
-        raise ConfigError(f"--data-dir: got {directory}, wanted a folder that can be read")
+        raise ConfigError(f"--data-dir {directory}: must be a readable folder")
     known = tfds.list_builders(with_community_datasets=False)
     name = base_name(config)
     if name not in known and not (name and (directory / name).is_dir()):
         raise ConfigError(
-            f"--dataset: got {config.dataset!r}, wanted digits or a name in TensorFlow Datasets{closest(name, known)}"
+            f"--dataset {config.dataset!r}: must be {', '.join(other_names)} or a name in TensorFlow Datasets"
+            f"{closest(name, [*other_names, *known])}"
         )
     return tfds.builder(config.dataset, data_dir=directory)
 
 
-def _check_features(config: Config, builder: Any) -> None:
+def _check_features(config: DataConfig, builder: Any) -> None:
     import tensorflow_datasets as tfds
 
     features = builder.info.features
     has_label = "label" in features and isinstance(features["label"], tfds.features.ClassLabel)
     if not ("image" in features and isinstance(features["image"], tfds.features.Image) and has_label):
         raise ConfigError(
-            f"--dataset: got {config.dataset}, whose features are {', '.join(sorted(features))}, wanted an image "
-            "classification set with the features image and label"
+            f"--dataset {config.dataset}: must be an image classification set with the features image and label, "
+            f"but has the features {', '.join(sorted(features))}"
         )
     shape, dtype = features["image"].shape, np.dtype(features["image"].np_dtype)
     if len(shape) != 3 or shape[-1] not in MODES or dtype != np.uint8:
         raise ConfigError(
-            f"--dataset: got {config.dataset}, whose images have shape {shape} and dtype {dtype}, wanted uint8 images "
-            f"of {min(MODES)} to {max(MODES)} channels"
+            f"--dataset {config.dataset}: images must be uint8 with {min(MODES)} to {max(MODES)} channels, "
+            f"but have shape {shape} and dtype {dtype}"
         )
 
 
-def _is_prepared(config: Config, builder: Any) -> bool:
-    """Whether the data set's files are there; refuses files of another format than array_record."""
+def _is_prepared(config: DataConfig, builder: Any) -> bool:
+    """True if the files of the data set are there; refuses formats other than array_record."""
     directory = Path(builder.data_dir)
     if not (directory / "dataset_info.json").exists():
         return False
     stored = builder.info.file_format.value
     if stored != "array_record":
         raise ConfigError(
-            f"--data-dir: got {_data_dir(config)}, where {config.dataset} is prepared as {stored}, wanted "
-            "array_record; give another --data-dir, and it is prepared there"
+            f"--data-dir {_data_dir(config)}: {config.dataset} must be prepared as array_record, but is prepared as "
+            f"{stored}; choose another folder, where it will be prepared"
         )
     return True
 
 
-def _prepare(config: Config, builder: Any) -> Any:
-    """Builder of the data set, downloaded and prepared, where TensorFlow is installed and a server answers.
+def _prepare(config: DataConfig, builder: Any) -> Any:
+    """Download and prepare the data set, if TensorFlow is installed and a server answers; the new builder.
 
-    TFDS reads prepared sets without TensorFlow, but encodes images with it. Out of reach, it would retry for minutes
-    without a word; here that is refused at once.
+    TFDS reads prepared sets without TensorFlow, but needs it to encode images. If the servers are out of reach, TFDS
+    would retry silently for minutes; this function raises an error after `CONNECT_SECONDS`.
     """
     import tensorflow_datasets as tfds
 
     directory = _data_dir(config)
     missing = None
     if importlib.util.find_spec("tensorflow") is None:
-        missing = "which cannot be prepared without TensorFlow"
-    elif processes.are_several():
-        missing = "which several processes do not prepare at once"
+        missing = "cannot be prepared without TensorFlow"
+    elif jax.process_count() > 1:
+        missing = "cannot be prepared by several processes at once"
     elif builder.url_infos and not _any_answers(list(builder.url_infos)):
-        missing = "whose servers are out of reach"
+        missing = "cannot be downloaded, because its servers are out of reach"
     if missing:
         raise ConfigError(
-            f"--dataset: got {config.dataset}, which is not in {directory} and {missing}; wanted a prepared set. "
-            "Prepare it once, where there is a network, in an environment of its own:  python -m venv prepare && "
+            f"--dataset {config.dataset}: is not in {directory} and {missing}; "
+            "prepare it once, with network access, in a separate environment:  python -m venv prepare && "
             "prepare/bin/pip install tensorflow tensorflow-datasets importlib_resources && prepare/bin/python -c "
             f"\"import tensorflow_datasets as tfds; tfds.builder('{config.dataset}', data_dir='{directory}', "
             "file_format='array_record').download_and_prepare()\""
@@ -163,7 +194,7 @@ def _prepare(config: Config, builder: Any) -> Any:
 
 
 def _any_answers(urls: list[str]) -> bool:
-    """Whether any of some addresses answers within `CONNECT_SECONDS`, whatever the answer."""
+    """True if at least one of the addresses answers within `CONNECT_SECONDS`; any HTTP status counts."""
     import requests
 
     answers: queue.Queue[bool] = queue.Queue()
@@ -175,7 +206,7 @@ def _any_answers(urls: list[str]) -> bool:
         except requests.RequestException:
             answers.put(False)
 
-    # Daemons, because a name server that hangs keeps a thread beyond the request's time-out.
+    # Daemon threads: a name server that hangs keeps a thread alive beyond the request's time-out.
     one_per_host = {url.split("/")[2]: url for url in urls}.values()
     threads = [threading.Thread(target=ask, args=(url,), daemon=True) for url in one_per_host]
     for thread in threads:
@@ -186,22 +217,33 @@ def _any_answers(urls: list[str]) -> bool:
     return False
 
 
-def open_records(builder: Any, *splits: str) -> tuple[Records, ...]:
-    """The examples of splits, their images left encoded, in files that are all open, and whole at their ends.
+def _read(builder: Any, splits: list[str]) -> tuple[Split, ...]:
+    """All examples of splits, decoded, in memory."""
+    found = []
+    for split in splits:
+        source = builder.as_data_source(split=split)
+        examples = source.__getitems__(range(len(source)))
+        images = np.stack([example["image"] for example in examples])
+        found.append(Split(images, np.array([example["label"] for example in examples], np.int32)))
+    return tuple(found)
+
+
+def _open_records(builder: Any, splits: list[str]) -> tuple[Records, ...]:
+    """Examples of splits, with encoded images. All files are opened, and checked for truncation.
 
     Raises:
-        ConfigError: a file is missing or damaged, a split is empty, or so many files cannot be open.
+        ConfigError: a file is missing or damaged, a split is empty, or the system allows too few open files.
     """
     import tensorflow_datasets as tfds
 
-    opened = []
+    opened, shape = [], builder.info.features["image"].shape
     for split in splits:
         info = builder.info.splits[split]
         if info.num_examples == 0:
-            raise ConfigError(f"--dataset: got {builder.info.name}, whose {split} split is empty")
+            raise ConfigError(f"--dataset {builder.info.name}: the {split} split is empty")
         shards = tuple(Shard(Path(path), size) for path, size in zip(info.filepaths, info.shard_lengths, strict=True))
         source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-        opened.append(Records(source, builder.info.full_name, split, shards, len(classes(builder))))
+        opened.append(Records(source, builder.info.full_name, split, shards, len(_classes(builder)), shape))
     allow_open_files(sum(len(records.shards) for records in opened))
     for records in opened:
         records.check()

@@ -2,7 +2,6 @@
 
 import functools
 import time
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -10,57 +9,52 @@ import numpy as np
 from jax import lax
 from jaxtyping import PyTree
 
-from cs_jax import methods
 from cs_jax.core import trees
 from cs_jax.core.arrays import on_host
 from cs_jax.data.stream import Images
-from cs_jax.experiment.config import SEARCH, Config
-from cs_jax.experiment.progress import EpochRecord, Observer, Progress
+from cs_jax.experiment.config import SEARCH
+from cs_jax.experiment.experiment import Search
+from cs_jax.experiment.progress import EpochRecord, Progress
 from cs_jax.methods import Method
 from cs_jax.training import step
-from cs_jax.training.executor import share_right
+from cs_jax.training.evaluation import share_right
 from cs_jax.training.step import Hyperparams, StepMetrics, TrainState
-
-if TYPE_CHECKING:
-    from cs_jax.training.problem import Problem
 
 
 def of_epoch(
-    config: Config,
-    problem: "Problem",
-    progress: Progress,
-    state: TrainState,
-    hyper: Hyperparams,
-    started: float,
-    observer: Observer,
+    search: Search, progress: Progress, state: TrainState, hyper: Hyperparams, started: float
 ) -> tuple[EpochRecord, PyTree]:
-    """What is reported of an epoch, and which entries its masks keep, as bits on the device, for the next one.
+    """Per-epoch metrics, and the packed bits of the hard masks on the device, for the flip rate of the next epoch.
 
     Args:
-        config: method and batch size.
-        problem: model and data.
-        progress: the epoch's steps.
-        state: at its end.
-        hyper: its hyperparameters.
-        started: time at which its steps were done, by `time.perf_counter`.
-        observer: told of every batch that is evaluated.
+        search: config, problem, and the observer that is called for every evaluated batch.
+        progress: position after the steps of the epoch.
+        state: train state at the end of the epoch.
+        hyper: hyperparameters of the epoch.
+        started: time at which the last step ended, in seconds of `time.perf_counter`.
+
+    Returns:
+        The record, and a tree of uint8 arrays; None outside the search.
     """
+    config, problem = search.config, search.problem
     metrics = step_figures(progress)
     sizes = np.full(metrics.loss.shape, config.batch_size)
     sizes[-1] = len(problem.train) - sizes[:-1].sum()
     searching = progress.phase == SEARCH
-    soft_masks, hard_masks = _search_masks(methods.of(config), state, hyper) if searching else (None, state.masks)
-    counts, kept, flips = _mask_figures(hard_masks, progress.kept if searching else None)
+    soft_masks, hard_masks = (
+        _search_masks(type(config.pruning_method), state, hyper) if searching else (None, state.masks)
+    )
+    counts, kept, flips = _mask_figures(hard_masks, progress.packed_masks if searching else None)
     layer_density = _layer_density(hard_masks, counts)
     size = sum(mask.size for mask in jax.tree.leaves(hard_masks))
     density = sum(int(rows.sum()) for rows in jax.tree.leaves(counts)) / size
     has_hard = soft_masks is None or density > 0  # those that are learned may be empty for a while
-    soft, hard = _evaluate(config, problem, state, soft_masks, hard_masks if has_hard else None, observer)
+    soft, hard = _evaluate(search, state, soft_masks, hard_masks if has_hard else None)
     record = EpochRecord(
         phase=progress.phase,
         round=progress.round,
         epoch=progress.epoch,
-        temperature=float(hyper.temperature) if searching and methods.of(config).anneals else None,
+        temperature=float(hyper.temperature) if searching and config.pruning_method.anneals else None,
         learning_rate=float(hyper.learning_rate),
         loss=float(np.average(metrics.loss, weights=sizes)),
         penalty=float(np.average(metrics.penalty, weights=sizes)),
@@ -82,33 +76,31 @@ def step_figures(progress: Progress) -> StepMetrics:
 
 
 def _evaluate(
-    config: Config, problem: "Problem", state: TrainState, soft_masks: PyTree, hard_masks: PyTree, observer: Observer
+    search: Search, state: TrainState, soft_masks: PyTree, hard_masks: PyTree
 ) -> tuple[float | None, float | None]:
-    """Validation accuracy with soft masks and with hard ones; None where there are none."""
-    images = problem.validation
+    """Validation accuracies with soft and with hard masks, in [0, 1]; None for masks that are None."""
+    images = search.problem.validation
     if images is None:
         return None, None
 
     def measure(some_masks: PyTree) -> float | None:
         if some_masks is None:
             return None
-        return share_right(logits(config, problem, state, some_masks, images, observer), images)
+        return share_right(logits(search, state, some_masks, images), images)
 
     return measure(soft_masks), measure(hard_masks)
 
 
-def logits(
-    config: Config, problem: "Problem", state: TrainState, some_masks: PyTree, images: Images, observer: Observer
-) -> jax.Array:
-    """What the state's weights make of `images` under `some_masks`: (examples, classes)."""
+def logits(search: Search, state: TrainState, some_masks: PyTree, images: Images) -> jax.Array:
+    """Logits (examples, classes) of a state's weights under some masks, for images in their order."""
     variables = step.network(state.channels, state.params, state.batch_stats, some_masks)
-    return problem.executor.predict(
-        problem.recipe.model, variables, images, batch_size=config.batch_size, on_batch=observer.on_batch
-    )
+    recipe, executor = search.problem.recipe, search.problem.executor
+    batch_size, on_batch = search.config.batch_size, search.observer.on_batch
+    return executor.predict(recipe.model, variables, images, batch_size=batch_size, on_batch=on_batch)
 
 
 @functools.partial(jax.jit, static_argnames="method")
-def _search_masks(method: Method, state: TrainState, hyper: Hyperparams) -> tuple[PyTree | None, PyTree]:
+def _search_masks(method: type[Method], state: TrainState, hyper: Hyperparams) -> tuple[PyTree | None, PyTree]:
     """Soft and hard masks of a search's state."""
     return method.soft_masks(state, hyper), method.hard_masks(state, hyper)
 

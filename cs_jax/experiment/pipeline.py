@@ -1,4 +1,4 @@
-"""The whole experiment: data and network from a config, search, retraining, comparison, and the summary of it all."""
+"""The stages of an experiment: search, retraining, controls, tests; and the summary of their results."""
 
 from typing import Any
 
@@ -6,13 +6,11 @@ import numpy as np
 
 from cs_jax import methods
 from cs_jax.core import trees
-from cs_jax.data.load import Data
 from cs_jax.experiment import metrics, search
-from cs_jax.experiment.config import SEARCH, TICKET, Config
-from cs_jax.experiment.progress import Observer, Progress
+from cs_jax.experiment.config import SEARCH, TICKET
+from cs_jax.experiment.experiment import Experiment
+from cs_jax.experiment.progress import Progress
 from cs_jax.experiment.storage import config_file, paths
-from cs_jax.experiment.storage.config_file import NOT_IN_RESULT
-from cs_jax.experiment.storage.run_directory import RunDirectory
 from cs_jax.experiment.storage.versions import versions
 from cs_jax.experiment.summary import (
     accuracies,
@@ -25,52 +23,41 @@ from cs_jax.experiment.summary import (
 from cs_jax.methods.controls import CONTROLS, DENSE
 from cs_jax.tickets.ticket import load_ticket
 from cs_jax.training import processes
-from cs_jax.training.problem import Problem, Snapshot, Ticket
+from cs_jax.training.problem import Snapshot, Ticket
 from cs_jax.training.step import TrainState
 
 
-def run(
-    config: Config,
-    problem: Problem,
-    data: Data,
-    directory: RunDirectory,
-    observer: Observer,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
+def run(experiment: Experiment, progress: Progress | None = None) -> dict[str, Any]:
     """Searches a ticket, retrains it, trains its controls, and tests them all.
 
     Args:
-        config: what was asked.
-        problem: of `prepare`.
-        data: of `prepare`.
-        directory: takes the ticket and its predictions.
-        observer: told of every phase, step and epoch.
-        progress: where an earlier process stood; None is the beginning.
+        experiment: config, problem, data, directory and observer.
+        progress: position at which an earlier process stopped; None starts from scratch.
 
     Returns:
-        What summary.json holds. Accuracies and densities are shares, in [0, 1].
+        The content of summary.json. Accuracies and densities are shares, in [0, 1].
 
     Raises:
         NonFiniteLossError: in which round, epoch and step.
     """
+    config, problem, observer = experiment.config, experiment.problem, experiment.observer
+    directory, data = experiment.directory, experiment.data
     progress = progress or search.begin_search(search.init_state(config, problem))
     round_ends = progress.round_ends
     if progress.phase == SEARCH:
         ticket, round_ends = search.search_ticket(config, problem, progress, observer)
         if config.retraining == methods.NONE:
-            _write_ticket(config, problem, data, directory, None, search.fixed_state(problem, ticket), observer)
+            _write_ticket(experiment, None, search.fixed_state(problem, ticket))
         else:
             progress = search.begin_retraining(problem, ticket, round_ends=round_ends)
     if progress.phase == TICKET:
         start = progress.snapshot
-        state = search.retrain(config, problem, progress, observer)
-        _write_ticket(config, problem, data, directory, start, state, observer)
-    processes.wait()  # the leader has written it
-    saved = load_ticket(directory.path / paths.TICKET_FILE)  # here too where this process has made it
+        _write_ticket(experiment, start, search.retrain(config, problem, progress, observer))
+    processes.wait()  # until the leader has written the ticket
+    saved = load_ticket(directory.path / paths.TICKET_FILE)  # also in the process that has just trained it
     start = saved.rewound or saved.variables
     ticket = Ticket(Snapshot(start["params"], start["batch_stats"]), saved.found_masks)
-    progress = progress._replace(round_ends=round_ends)
-    controls = _train_controls(config, problem, data, directory, ticket, observer, progress)
+    controls = _train_controls(experiment, ticket, progress._replace(round_ends=round_ends))
     return {
         "dataset": config.dataset,
         "classes": list(data.classes),
@@ -82,7 +69,7 @@ def run(
         "ticket": {
             **count_weights(ticket),
             **saved.metadata["accuracy"],
-            **training_cost(config, problem, directory, SEARCH, TICKET),
+            **training_cost(experiment, SEARCH, TICKET),
             **smaller_multiply_adds(config, problem, saved),
         },
         "dense": controls.pop(DENSE, None),
@@ -91,46 +78,36 @@ def run(
     }
 
 
-def _train_controls(
-    config: Config,
-    problem: Problem,
-    data: Data,
-    directory: RunDirectory,
-    ticket: Ticket,
-    observer: Observer,
-    progress: Progress,
-) -> dict[str, Any]:
-    """What came of each control: those that an earlier process has trained are read."""
+def _train_controls(experiment: Experiment, ticket: Ticket, progress: Progress) -> dict[str, Any]:
+    """Results of each control; controls that an earlier process has trained are read from the directory."""
+    config, problem = experiment.config, experiment.problem
     names = config.trained_controls
     done = names[: names.index(progress.phase)] if progress.phase in names else ()
-    results = {name: result for name, result in directory.read_controls().items() if name in done}
+    results = {name: result for name, result in experiment.directory.read_controls().items() if name in done}
     for name in names[len(done) :]:
-        begun = CONTROLS[name](config, problem, ticket)
+        begun = CONTROLS[name](problem, ticket)
         if progress.phase != name:
             progress = search.begin_retraining(problem, begun, phase=name, round_ends=progress.round_ends)
-        state = search.retrain(config, problem, progress, observer)
-        logits = metrics.logits(config, problem, state, state.masks, data.test, observer)
+        state = search.retrain(config, problem, progress, experiment.observer)
+        logits = metrics.logits(experiment, state, state.masks, experiment.data.test)
         results[name] = {
             **count_weights(begun),
-            **accuracies(config, problem, data, state, logits, observer),
-            **training_cost(config, problem, directory, name),
+            **accuracies(experiment, state, logits),
+            **training_cost(experiment, name),
         }
-        directory.write_controls(results)
+        experiment.directory.write_controls(results)
     return results
 
 
-def _write_ticket(
-    config: Config,
-    problem: Problem,
-    data: Data,
-    directory: RunDirectory,
-    start: Snapshot | None,
-    state: TrainState,
-    observer: Observer,
-) -> None:
-    """Writes the trained ticket, what its retraining began with, and what it makes of the test set."""
-    logits = metrics.logits(config, problem, state, state.masks, data.test, observer)
-    fields = config_file.to_json(config)
+def _write_ticket(experiment: Experiment, start: Snapshot | None, state: TrainState) -> None:
+    """Writes the trained ticket, the weights that its retraining began with, and its predictions for the test set."""
+    config, data, directory = experiment.config, experiment.data, experiment.directory
+    logits = metrics.logits(experiment, state, state.masks, data.test)
+    made_with = {
+        name: value
+        for name, value in config_file.to_json(config).items()
+        if config_file.decides_result(name) and name != "controls"
+    }
     metadata = {
         "dataset": config.dataset,
         "classes": list(data.classes),
@@ -141,15 +118,13 @@ def _write_ticket(
             "dtype": config.dtype,
         },
         "normalization": {"mean": data.train.mean.tolist(), "std": data.train.std.tolist()},
-        "mask_scale": methods.of(config).mask_scale(config),
-        "accuracy": accuracies(config, problem, data, state, logits, observer),
-        "config": {
-            name: value for name, value in fields.items() if name not in (*NOT_IN_RESULT, "controls")
-        },  # what made it
+        "mask_scale": config.pruning_method.mask_scale(),
+        "accuracy": accuracies(experiment, state, logits),
+        "config": made_with,
         "versions": versions(),
     }
     if state.channels is not None:
-        metadata["unmasked"] = [trees.name(path) for path in state.channels.whole]
+        metadata["unmasked"] = [trees.name(path) for path in state.channels.unscored]
     directory.write_predictions(predictions(np.asarray(logits), data.test))
     directory.write_ticket(
         params=state.params,

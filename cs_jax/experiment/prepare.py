@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cs_jax import methods
 from cs_jax.core.errors import ConfigError
 from cs_jax.data.images import ImageSet
 from cs_jax.data.load import Data, load_data
@@ -23,23 +22,26 @@ from cs_jax.training import step as training_step
 from cs_jax.training.accumulation import num_parts
 from cs_jax.training.executor import Executor
 from cs_jax.training.problem import Problem
-from cs_jax.training.step import Recipe
+from cs_jax.training.step import Recipe, StepInputs
 
 
 def prepare(config: Config, executor: Executor | None = None) -> tuple[Problem, Data]:
-    """Data, network and key of a config, checked against each other before anything is trained.
+    """Problem and data of a config, checked against each other before any training.
 
     Args:
-        config: what is asked.
-        executor: takes the steps; by default those of this run alone.
+        config: settings of the run.
+        executor: runs the training steps; by default one for this run alone.
 
     Raises:
-        ConfigError: data and config do not fit, or the model cannot take the images.
+        ConfigError: data and config do not fit, or the model does not accept the images.
     """
     executor = executor or Executor(mesh.make_layout(config.data_parallel, config.model_parallel))
-    if executor.layout is not None:
-        executor.layout.check_batch(config.batch_size)
+    if executor.mesh_layout is not None:
+        executor.mesh_layout.check_batch(config.batch_size)
     loaded = load_data(config)
+    if config.batch_size > len(loaded.train):
+        examples = len(loaded.train)
+        raise ConfigError(f"--batch-size {config.batch_size}: must be at most {examples}, the training examples")
     train, validation, test = map(executor.place_everywhere, (loaded.train, loaded.validation, loaded.test))
     data = Data(train, validation, test, loaded.classes)
     recipe = make_recipe(config, len(data.classes))
@@ -51,8 +53,8 @@ def prepare(config: Config, executor: Executor | None = None) -> tuple[Problem, 
         shape = data.train.image_shape
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"--model: got {config.model}, which cannot be trained on images of shape {shape}, "
-            f"{config.batch_size} at a time: {reason}"
+            f"--model {config.model}: cannot be trained on images of shape {shape} in batches of {config.batch_size}: "
+            f"{reason}"
         ) from error
     if config.granularity == "channel":
         problem = dataclasses.replace(problem, recipe=_by_channel(config, problem))
@@ -62,16 +64,16 @@ def prepare(config: Config, executor: Executor | None = None) -> tuple[Problem, 
 
 
 def _by_channel(config: Config, problem: Problem) -> Recipe:
-    """The problem's recipe with scores that stand for channels."""
+    """The problem's recipe, with one score per channel."""
     try:
         found = channels.of_model(problem.recipe.model, problem.train.image_shape)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"--granularity: got channel beside --model {config.model}: {error}") from error
+        raise ConfigError(f"--granularity channel: not possible with --model {config.model}: {error}") from error
     return dataclasses.replace(problem.recipe, channels=found)
 
 
 def make_recipe(config: Config, num_classes: int) -> Recipe:
-    """What steps are built from, as a config has it."""
+    """Recipe of the training step that a config describes."""
     return Recipe(
         model=build(config.model, num_classes=num_classes, dtype=config.dtype, remat=config.remat),
         augment=config.augment,
@@ -82,10 +84,10 @@ def make_recipe(config: Config, num_classes: int) -> Recipe:
 
 
 def check_all(configs: Iterable[Config]) -> None:
-    """Refuses what any of many runs would be refused for, as `prepare` does, but reads shared data once.
+    """Checks many configs as `prepare` does, but loads data and builds models that they share only once.
 
     Raises:
-        ConfigError: as `prepare`, of the first that cannot be trained.
+        ConfigError: as for `prepare`, for the first config that cannot be trained.
     """
     problems: dict[Any, Problem] = {}
     for config in configs:
@@ -107,50 +109,51 @@ def check_all(configs: Iterable[Config]) -> None:
 
 
 def _check_split(config: Config, problem: Problem) -> None:
-    """Refuses devices that would share no array of weights, and so do the same work each."""
-    layout = problem.executor.layout
+    """Refuses --model-parallel where the devices would share no weight array and all do the same work."""
+    layout = problem.executor.mesh_layout
     if layout is None or config.model_parallel == 1:
         return
     shardings = layout.state(jax.eval_shape(lambda: problem.init_variables()["params"]))
     if all(sharding.is_fully_replicated for sharding in jax.tree.leaves(shardings)):
         raise ConfigError(
-            f"--model-parallel: got {config.model_parallel}, which divides no large array of --model {config.model}, "
-            "wanted a number that divides its layers' features"
+            f"--model-parallel {config.model_parallel}: divides no large weight array of --model {config.model}; "
+            "choose a divisor of its layers' numbers of features"
         )
 
 
 def _check_target(config: Config, problem: Problem) -> None:
-    """Refuses a density that the network cannot have: the least, which is that of the last round."""
-    density, found = methods.of(config).density(config, config.rounds - 1), problem.recipe.channels
+    """Refuses a target that the network cannot reach; the last round has the lowest density."""
+    density, found = config.pruning_method.density(config.rounds - 1), problem.recipe.channels
     if found is not None and config.target_multiply_adds is not None:
         try:
             target_multiply_adds.check_share(found, config.target_multiply_adds, config.channel_multiple)
         except ValueError as error:
-            raise ConfigError(f"--target-multiply-adds: got {config.target_multiply_adds:g}, {error}") from error
+            raise ConfigError(f"--target-multiply-adds {config.target_multiply_adds:g}: {error}") from error
         return
     try:
         chosen = selection(config, jax.eval_shape(lambda: problem.init_variables()["masks"]), density, found)
         if any(budget.keep == 0 for budget in chosen.budgets):
-            raise ValueError(f"keeps none of {chosen.size} weights, wanted one at least")
+            raise ValueError(f"keeps none of {chosen.size} weights; must keep at least one")
     except ValueError as error:
         reason = str(error).removeprefix("target_density: ").replace("allow_empty_layers=True", "--allow-empty-layers")
         reason = reason if found is None else reason.removesuffix(", or --allow-empty-layers")
         target, rounds = config.target_density, config.rounds
-        got = f"--rounds: got {rounds}" if target is None else f"--target-density: got {target:g}"
+        got = f"--rounds {rounds}" if target is None else f"--target-density {target:g}"
         raise ConfigError(f"{got}: {reason}") from error
 
 
 def _smallest_step(config: Config, problem: Problem) -> Any:
-    """A step on as few examples as the smallest part has of any batch, of which the last of an epoch may be smaller."""
+    """One step on the fewest examples that any part of a batch has; the last batch of an epoch may be smaller."""
     state = search.fixed_state(problem, problem.init_ticket())
     hyper = search.hyperparams(config, TICKET, 0)
     n, batch_size, part_size = len(problem.train), config.batch_size, problem.recipe.part_size
     batches = {min(n, batch_size), n % batch_size or batch_size}
     indices = jnp.arange(min(size // num_parts(size, part_size) for size in batches))
-    return training_step.step(problem.recipe, state, _stand_in(problem.train), indices, problem.key, hyper)
+    inputs = StepInputs(_stand_in(problem.train), indices, problem.key, hyper)
+    return training_step.step(problem.recipe, state, inputs)
 
 
 def _stand_in(images: Images) -> ImageSet:
-    """Black images of the same shape, where only shapes count."""
+    """One black image of the same shape, for tracing, where only shapes matter."""
     zeros, label = jnp.zeros((1, *images.image_shape), jnp.uint8), jnp.zeros(1, jnp.int32)
     return ImageSet(zeros, label, mean=jnp.asarray(images.mean, float), std=jnp.asarray(images.std, float))

@@ -1,6 +1,7 @@
 """One run, from its start or from its last checkpoint, to its summary and its report."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,16 +13,16 @@ from cs_jax.core.settings import flag
 from cs_jax.data.load import Data, fingerprint
 from cs_jax.experiment import pipeline
 from cs_jax.experiment.config import Config
+from cs_jax.experiment.experiment import Experiment
 from cs_jax.experiment.observers.health import Health
 from cs_jax.experiment.observers.interrupts import Interrupts, Stopped
 from cs_jax.experiment.observers.terminal import ProgressDisplay, Terminal, print_line, print_result, warnings_as_lines
 from cs_jax.experiment.observers.tracking import TensorBoard, Tracker, Tracking
 from cs_jax.experiment.prepare import prepare
 from cs_jax.experiment.presets import without_effect
-from cs_jax.experiment.progress import Observer, Observers
+from cs_jax.experiment.progress import Observers
 from cs_jax.experiment.storage import config_file, paths, run_directory
 from cs_jax.experiment.storage.checkpoints import Checkpoints
-from cs_jax.experiment.storage.run_directory import RunDirectory
 from cs_jax.experiment.storage.versions import versions
 from cs_jax.training import processes
 from cs_jax.training.executor import Executor
@@ -37,120 +38,132 @@ def run(
     executor: Executor | None = None,
     watch: Interrupts | None = None,
 ) -> dict[str, Any]:
-    """The whole experiment that a config asks for, from where an earlier process left it, with all its files.
+    """Runs the experiment of a config, or resumes it from its last checkpoint, and writes all its files.
 
     Args:
-        config: what is asked.
-        write_report: writes the report of the run directory that it is called with; None for no report.
-        trackers: told of every epoch's figures, beside TensorBoard.
-        terminal: where it is shown; standard output by default.
-        executor: takes the steps; by default those of this run alone.
-        watch: hears signals; by default one that listens to them from here on.
+        config: settings of the run.
+        write_report: called with the run directory at the end, to write the report; None for no report.
+        trackers: receive the metrics of every epoch, in addition to TensorBoard.
+        terminal: where progress and results are printed; by default standard output.
+        executor: runs the training steps; by default one for this run alone.
+        watch: handler of signals; by default one that is installed now.
 
     Returns:
-        What summary.json holds.
+        The content of summary.json.
 
     Raises:
-        ConfigError: it cannot be done as asked.
+        ConfigError: the config and the data or the run directory do not fit.
         NonFiniteLossError: in which round, epoch and step.
-        Stopped: on SIGINT or SIGTERM, after the run was saved.
+        Stopped: SIGINT or SIGTERM came; the run is saved.
         OSError: a file cannot be written.
     """
-    started, path = time.perf_counter(), config.run_directory
     terminal = terminal or Terminal(quiet=not processes.is_leader())
-    processes.check_same_everywhere(_what_runs(config))
-    with watch or Interrupts() as watch, warnings_as_lines(terminal), contextlib.ExitStack() as stack:
-        figures = TensorBoard(path / paths.TENSORBOARD_FOLDER)
-        tracking = stack.enter_context(Tracking(config, [figures, *trackers]))
+    processes.check_same_everywhere(_identity(config))
+    with watch or Interrupts() as watch, warnings_as_lines(terminal):
         unused = without_effect(config)
         if unused:
-            print_line(terminal, f"without effect: {', '.join(unused)}, which --method {config.method} makes no use of")
-        new = processes.from_leader(lambda: not run_directory.holds_run(path))
-        if new:
+            print_line(terminal, f"--method {config.method} ignores {', '.join(unused)}")
+        path = config.run_directory
+        is_new = processes.from_leader(lambda: not run_directory.holds_run(path))
+        if is_new:
             processes.from_leader(lambda: run_directory.check_free(config))
-            problem, data = prepare(config, executor)  # before anything is written
-            hashed = _fingerprint(data)
-            directory = stack.enter_context(run_directory.opened(config, new=True))
-            processes.from_leader(lambda: directory.begin(hashed))
         else:
             processes.from_leader(lambda: run_directory.check_same_config(config))
-            summary = processes.from_leader(lambda: run_directory.read_summary(path))
-            if summary is not None:
-                print_result(terminal, summary)
-                reported = (path / paths.REPORT_FILE).exists() or not processes.is_leader()
-                if write_report and config.report and not reported:
-                    write_report(path)
-                print_line(terminal, f"{path}: finished before, nothing was trained")
-                return summary
-            directory = stack.enter_context(run_directory.opened(config, new=False))
-            problem, data = prepare(config, executor)
-            hashed = _fingerprint(data)
-            for name, (began, now) in processes.from_leader(lambda: directory.check_same_data(hashed)).items():
-                print_line(
-                    terminal, f"goes on with {name} {now}, began with {began}: figures may differ in the last digits"
-                )
-        summary = go_on(config, problem, data, directory, tracking, watch, terminal, new=new)
-        directory.write_summary(summary)
+        summary = None if is_new else processes.from_leader(lambda: run_directory.read_summary(path))
+        started, was_finished = time.perf_counter(), summary is not None
+        if summary is None:
+            summary = _run_to_end(config, trackers, terminal, executor, watch)
         print_result(terminal, summary)
-        if write_report and config.report and processes.is_leader():
+        has_report = was_finished and (path / paths.REPORT_FILE).exists()
+        if write_report and config.report and processes.is_leader() and not has_report:
             write_report(path)
-        print_line(terminal, f"{path}: {', '.join(directory.files())}; {time.perf_counter() - started:.0f} s")
+        if was_finished:
+            print_line(terminal, f"{path}: already finished")
+        elif processes.is_leader():
+            files = ", ".join(run_directory.list_files(path))
+            print_line(terminal, f"{path}: {files}; {time.perf_counter() - started:.0f} s")
     return summary
 
 
-def _what_runs(config: Config) -> dict[str, Any]:
-    """What has to be the same in all processes of a run."""
+def _run_to_end(
+    config: Config, trackers: Sequence[Tracker], terminal: Console, executor: Executor | None, watch: Interrupts
+) -> dict[str, Any]:
+    """Trains what is missing of a run, and writes summary.json."""
+    path = config.run_directory
+    is_new = processes.from_leader(lambda: not run_directory.holds_run(path))
+    with contextlib.ExitStack() as stack:
+        figures = TensorBoard(path / paths.TENSORBOARD_FOLDER)
+        tracking = stack.enter_context(Tracking(config, [figures, *trackers]))
+        if is_new:
+            problem, data, data_hash = _prepare(config, executor)  # before anything is written
+            directory = stack.enter_context(run_directory.open_run_directory(config, new=True))
+            processes.from_leader(lambda: directory.begin(data_hash))
+        else:
+            directory = stack.enter_context(run_directory.open_run_directory(config, new=False))
+            problem, data, data_hash = _prepare(config, executor)
+            changed = processes.from_leader(lambda: directory.check_same_data(data_hash))
+            for name, (before, now) in changed.items():
+                line = f"resuming with {name} {now}, started with {before}: results may differ in the last digits"
+                print_line(terminal, line)
+        experiment = Experiment(config, problem, tracking, data=data, directory=directory)
+        summary = resume(experiment, watch, terminal, new=is_new)
+        directory.write_summary(summary)
+    return summary
+
+
+def _prepare(config: Config, executor: Executor | None) -> tuple[Problem, Data, str]:
+    """Problem and data of a config, and the fingerprint of the data, which is the same in all processes."""
+    problem, data = prepare(config, executor)
+    data_hash = fingerprint(data)
+    processes.check_same_everywhere({"data": data_hash})
+    return problem, data, data_hash
+
+
+def _identity(config: Config) -> dict[str, Any]:
+    """Versions and settings that must be the same in all processes of a run."""
     fields = config_file.to_json(config)
     libraries = {name: version for name, version in versions().items() if name != "cs_jax"}
-    asked = {flag(name): value for name, value in fields.items() if name != "data_dir"}
-    return {"cs_jax": processes.code_version(), **libraries, **asked}
+    settings = {flag(name): value for name, value in fields.items() if name != "data_dir"}
+    return {"cs_jax": processes.code_version(), **libraries, **settings}
 
 
-def _fingerprint(data: Data) -> str:
-    """That of the data, which all processes have to have."""
-    found = fingerprint(data)
-    processes.check_same_everywhere({"data": found})
-    return found
+def resume(experiment: Experiment, watch: Interrupts, terminal: Console, *, new: bool) -> dict[str, Any]:
+    """Runs an experiment from its last checkpoint to its end; a signal saves the run first.
 
-
-def go_on(
-    config: Config,
-    problem: Problem,
-    data: Data,
-    directory: RunDirectory,
-    tracking: Observer,
-    watch: Interrupts,
-    terminal: Console,
-    *,
-    new: bool,
-) -> dict[str, Any]:
-    """What is left of the experiment; saved where a signal ends it."""
+    Args:
+        experiment: its observer receives the metrics; terminal, health checks and checkpoints are added here.
+        watch: handler of signals.
+        terminal: where progress is printed.
+        new: whether the run has just begun, so that no message says that it starts from scratch.
+    """
+    config, directory = experiment.config, experiment.directory
     folder = directory.path / paths.CHECKPOINTS_FOLDER
-    health = Health(config, 0 if data.validation is None else len(data.validation))
-    with (
-        Checkpoints(config, problem, folder, directory.path / paths.METRICS_FILE) as checkpoints,
-        watch.held(),
-    ):
+    validation = experiment.data.validation
+    health = Health(config, 0 if validation is None else len(validation))
+    metrics = directory.path / paths.METRICS_FILE
+    with Checkpoints(config, experiment.problem, folder, metrics) as checkpoints, watch.held():
         progress = checkpoints.restore()
-        processes.from_leader(lambda: directory.go_on_from(progress))
+        processes.from_leader(lambda: directory.truncate_to(progress))
         if progress is not None:
             at_end = progress.epoch == config.epochs
-            where = "its end" if at_end else f"epoch {progress.epoch}, step {progress.step}"
-            print_line(terminal, f"goes on from {progress.phase_name()}, {where}")
+            where = "at its end" if at_end else f"at epoch {progress.epoch}, step {progress.step}"
+            print_line(terminal, f"resuming {progress.phase_name()} {where}")
         elif not new:
-            print_line(terminal, "there is no checkpoint yet: begins from the start")
+            print_line(terminal, "no checkpoint yet: starting from scratch")
         try:
-            with ProgressDisplay(config, terminal) as display:
-                told = (directory, tracking, display, health) if processes.is_leader() else ()
-                observers = Observers(*told, checkpoints, watch)
-                return pipeline.run(config, problem, data, directory, observers, progress)
+            total = config.epochs * (config.search_rounds + len(config.retrainings))
+            done = 0 if progress is None else progress.epochs_done(config)
+            with ProgressDisplay(terminal, total_epochs=total, epochs_done=done) as display:
+                leading = (directory, experiment.observer, display, health) if processes.is_leader() else ()
+                observers = Observers(*leading, checkpoints, watch)
+                return pipeline.run(dataclasses.replace(experiment, observer=observers), progress)
         except Stopped as stop:
             saved = checkpoints.save_latest()
-            stop.hint = f"; saved: go on with --resume {directory.path}" if saved else "; nothing to save yet"
+            stop.hint = f"; saved: resume with --resume {directory.path}" if saved else "; nothing to save yet"
             raise
-        except BrokenPipeError:  # nobody reads what is printed
-            if not processes.are_several():  # a save is everybody's, and the others are elsewhere
+        except BrokenPipeError:  # the reader of standard output is gone
+            if not processes.are_several():  # saving needs all processes, and the others are elsewhere
                 checkpoints.save_latest()
             raise
         except OSError as error:
-            raise OSError(f"{error}; the same command goes on from the last checkpoint") from error
+            raise OSError(f"{error}; run the same command to resume from the last checkpoint") from error

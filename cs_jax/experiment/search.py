@@ -13,15 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from cs_jax import methods
 from cs_jax.core import schedules
 from cs_jax.core.arrays import on_host
 from cs_jax.experiment.config import SEARCH, TICKET, Config
+from cs_jax.experiment.experiment import Search
 from cs_jax.experiment.metrics import of_epoch
 from cs_jax.experiment.progress import EpochRecord, Observer, Progress
 from cs_jax.methods import FINETUNE, NONE, REWIND
 from cs_jax.methods.controls import FRESH
 from cs_jax.training import step as training_step
+from cs_jax.training.epoch import Epoch
 from cs_jax.training.problem import Problem, Snapshot, Ticket
 from cs_jax.training.step import Hyperparams, StepMetrics, TrainState
 
@@ -33,7 +34,7 @@ class NonFiniteLossError(ArithmeticError):
 def init_state(config: Config, problem: Problem) -> TrainState:
     """State before the search's first step: a fresh network, with the scores or masks that the method begins with."""
     variables = problem.init_variables()
-    scores, fixed = methods.of(config).begin(config, problem, variables)
+    scores, fixed = config.pruning_method.begin(problem, variables)
     params, batch_stats = variables["params"], variables["batch_stats"]
     state = training_step.init_state(problem.recipe, params, batch_stats, scores=scores, masks=fixed)
     return problem.executor.place(state)
@@ -72,15 +73,15 @@ def search_ticket(
     while len(progress.round_ends) < config.search_rounds:
         progress = _phase(config, problem, begin_next_round(config, problem, progress), observer)
     state = progress.state
-    found = methods.of(config).ticket_masks(config, state)
+    found = config.pruning_method.ticket_masks(state)
     start = Snapshot(state.params, state.batch_stats)
     if config.search_rounds and config.retraining == REWIND:
         assert progress.snapshot is not None
         start = progress.snapshot
     if config.retraining == NONE:  # the last masks may be others than those of the running averages
         model, batch_size = problem.recipe.model, config.batch_size
-        masks = training_step.network(problem.recipe.channels, *start, found)["masks"]
-        statistics = problem.executor.estimate_statistics(model, *start, masks, problem.train, batch_size=batch_size)
+        variables = training_step.network(problem.recipe.channels, *start, found)
+        statistics = problem.executor.estimate_statistics(model, variables, problem.train, batch_size=batch_size)
         start = start._replace(batch_stats=statistics)
     return Ticket(start, found), progress.round_ends
 
@@ -88,7 +89,7 @@ def search_ticket(
 def begin_next_round(config: Config, problem: Problem, progress: Progress) -> Progress:
     """The next round's start, from a round's end."""
     assert progress.round is not None
-    state = methods.of(config).begin_round(config, problem, progress.state, progress.snapshot)
+    state = config.pruning_method.begin_round(problem, progress.state, progress.snapshot)
     state = problem.executor.place(state.replace(step=jnp.zeros_like(state.step)))
     return progress._replace(round=progress.round + 1, epoch=0, state=state)
 
@@ -154,14 +155,16 @@ def _epoch(config: Config, problem: Problem, progress: Progress, observer: Obser
     progress = _steps(config, problem, progress, observer)
     started, state = time.perf_counter(), progress.state
     if progress.round is not None:
-        state = methods.of(config).end_epoch(config, state, progress.round, progress.epoch)
+        state = config.pruning_method.end_epoch(state, progress.round, progress.epoch)
         state = problem.executor.place(state)
     hyper = hyperparams(config, progress.phase, progress.epoch)
-    record, kept = of_epoch(config, problem, progress, state, hyper, started, observer)
+    record, kept = of_epoch(Search(config, problem, observer), progress, state, hyper, started)
     epoch, ends = progress.epoch + 1, progress.round_ends
     if progress.phase == SEARCH and epoch == config.epochs:
         ends = (*ends, record)
-    progress = progress._replace(epoch=epoch, step=0, state=state, round_ends=ends, figures=(), seconds=0.0, kept=kept)
+    progress = progress._replace(
+        epoch=epoch, step=0, state=state, round_ends=ends, figures=(), seconds=0.0, packed_masks=kept
+    )
     observer.on_epoch_end(record, progress)
     return progress
 
@@ -170,19 +173,16 @@ def _steps(config: Config, problem: Problem, progress: Progress, observer: Obser
     """What is left of an epoch's steps."""
     started = time.perf_counter() - progress.seconds
     number = min(progress.number(config), config.search_rounds)  # controls see the ticket's batches
-    recipe = methods.of(config).recipe(problem.recipe) if progress.phase == SEARCH else problem.recipe
-    order = problem.epoch_order(number, progress.epoch)
-    num_steps = -(-len(order) // config.batch_size)
-    calls = problem.executor.train_epoch(
-        recipe,
-        progress.state,
+    recipe = config.pruning_method.recipe(problem.recipe) if progress.phase == SEARCH else problem.recipe
+    epoch = Epoch(
         problem.train,
-        order,
+        problem.epoch_order(number, progress.epoch),
         problem.key_for("augment", number),
         hyperparams(config, progress.phase, progress.epoch),
         batch_size=config.batch_size,
         first_step=progress.step,
     )
+    calls = problem.executor.train_epoch(recipe, progress.state, epoch)
     with contextlib.closing(calls):  # a signal may end the run here
         for done, state, metrics in calls:
             if progress.figures:
@@ -190,7 +190,7 @@ def _steps(config: Config, problem: Problem, progress: Progress, observer: Obser
             seconds = time.perf_counter() - started
             figures = (*progress.figures, metrics)
             progress = progress._replace(step=done, state=state, figures=figures, seconds=seconds)
-            observer.on_steps(progress, num_steps)
+            observer.on_steps(progress, epoch.num_steps)
     check_finite(progress)
     return progress._replace(seconds=time.perf_counter() - started)
 
@@ -203,7 +203,7 @@ def hyperparams(config: Config, phase: str, epoch: int) -> Hyperparams:
         init_value=config.mask_initial_value,
         learning_rate=learning_rate(config, phase, epoch),
         score_learning_rate=_scheduled(config, epoch, score_lr),
-        penalty_weight=config.lmbda if methods.of(config).learns_masks and phase in (SEARCH, TICKET) else 0.0,
+        penalty_weight=config.lmbda if config.pruning_method.learns_masks and phase in (SEARCH, TICKET) else 0.0,
     )
     return Hyperparams(**{name: jnp.asarray(value, float) for name, value in values.items()})
 

@@ -8,29 +8,29 @@ import numpy as np
 from jaxtyping import Array
 
 from cs_jax.core import masks
-from cs_jax.data.load import Data
 from cs_jax.data.stream import Images
 from cs_jax.experiment import metrics
 from cs_jax.experiment.config import SEARCH, Config
-from cs_jax.experiment.progress import EpochRecord, Observer
-from cs_jax.experiment.storage.run_directory import RunDirectory
+from cs_jax.experiment.experiment import Experiment
+from cs_jax.experiment.progress import EpochRecord
 from cs_jax.models.multiply_adds import multiply_adds
 from cs_jax.models.wiring import WiringWarning
 from cs_jax.tickets.shrink import shrink
 from cs_jax.tickets.ticket import LoadedTicket
-from cs_jax.training.executor import share_right
+from cs_jax.training.evaluation import share_right
 from cs_jax.training.problem import Problem, Ticket
 from cs_jax.training.step import TrainState
 
 MAX_MISTAKES = 24
-"""Images of mistakes that are kept for the report."""
+"""Number of misclassified images that are kept for the report."""
 
 
-def training_cost(config: Config, problem: Problem, directory: RunDirectory, *phases: str) -> dict[str, float | int]:
-    """What phases took: epochs, floating-point operations and seconds.
+def training_cost(experiment: Experiment, *phases: str) -> dict[str, float | int]:
+    """Cost of some phases: epochs, floating-point operations and seconds.
 
-    Operations are those of a dense network, forward and twice as many backward, which a masked one computes as well.
+    A masked network computes the same operations as a dense one; the backward pass counts twice the forward pass.
     """
+    config, problem = experiment.config, experiment.problem
     epochs = config.epochs * (
         (config.search_rounds if SEARCH in phases else 0) + sum(phase in phases for phase in config.retrainings)
     )
@@ -38,27 +38,27 @@ def training_cost(config: Config, problem: Problem, directory: RunDirectory, *ph
     return {
         "epochs": epochs,
         "training_flops": 3 * forward * len(problem.train) * epochs,
-        "seconds": directory.seconds(*phases),
+        "seconds": experiment.directory.seconds(*phases),
     }
 
 
 def smaller_multiply_adds(config: Config, problem: Problem, ticket: LoadedTicket) -> dict[str, int]:
-    """Multiply-adds of the ticket without the channels that do not matter, and of the dense network."""
+    """Multiply-adds of the shrunk ticket and of the dense network; {} for tickets without channel scores."""
     if config.granularity != "channel":
         return {}
     model, image_shape = problem.recipe.model, problem.train.image_shape
     dense = {"dense_multiply_adds": multiply_adds(model, image_shape)}
     try:
         smaller, _ = shrink(model, ticket.variables, image_shape)
-    except ValueError as error:  # what was trained is kept
-        message = f"the ticket cannot be made smaller, and nobody knows what it computes: {error}"
+    except ValueError as error:  # the trained ticket must not be lost
+        message = f"the ticket cannot be shrunk, so its multiply-adds are unknown: {error}"
         warnings.warn(message, WiringWarning, stacklevel=2)
         return dense
     return {"multiply_adds": multiply_adds(smaller, image_shape), **dense}
 
 
 def predictions(logits: np.ndarray, images: Images) -> dict[str, np.ndarray]:
-    """Classes and confidence for every example, and the images of the most confident mistakes."""
+    """Labels, predicted classes and confidences of all examples, and the images of the most confident mistakes."""
     labels, predicted = np.asarray(images.labels, np.int32), np.argmax(logits, axis=-1).astype(np.int32)
     confidence = np.asarray(jax.nn.softmax(logits).max(axis=-1), np.float32)
     wrong = np.flatnonzero(predicted != labels)
@@ -73,10 +73,10 @@ def predictions(logits: np.ndarray, images: Images) -> dict[str, np.ndarray]:
 
 
 def count_weights(ticket: Ticket) -> dict[str, float | int]:
-    """Densities of a network, over masked weights and over all weights, and the number of weights that it has.
+    """Densities of a network, over masked weights and over all weights, and its numbers of weights.
 
     `num_weights` counts the masked weights that are kept and all weights that are never masked, out of
-    `num_all_weights`; `num_masked_weights` is the number that a mask could remove.
+    `num_all_weights`; `num_masked_weights` counts the weights that a mask could remove.
     """
     masked = sum(mask.size for mask in jax.tree.leaves(ticket.masks))
     everything = sum(weight.size for weight in jax.tree.leaves(ticket.start.params))
@@ -100,12 +100,11 @@ def summarize_round(record: EpochRecord) -> dict[str, Any]:
     }
 
 
-def accuracies(
-    config: Config, problem: Problem, data: Data, state: TrainState, test_logits: Array, observer: Observer
-) -> dict[str, float | None]:
-    """Shares classified right with the fixed masks of a state."""
+def accuracies(experiment: Experiment, state: TrainState, test_logits: Array) -> dict[str, float | None]:
+    """Validation and test accuracy with the fixed masks of a state, in [0, 1]."""
+    data = experiment.data
     right = {"val_accuracy": None, "test_accuracy": share_right(test_logits, data.test)}
     if data.validation is not None:
-        logits = metrics.logits(config, problem, state, state.masks, data.validation, observer)
+        logits = metrics.logits(experiment, state, state.masks, data.validation)
         right["val_accuracy"] = share_right(logits, data.validation)
     return right

@@ -1,4 +1,9 @@
-"""Masked Linen layers, and any Linen module made sparse."""
+"""Masked Linen layers, and sparse forms of any Linen module.
+
+This package is for Linen modules that several networks use: layers that multiply weights by masks, and layers that
+differ from Flax's own (BatchNorm as in PyTorch, convolution that trains fast on a CPU). Layers know nothing of scores,
+temperatures or rounds. Whole networks are in `models`, and NNX modules in `cs_jax.nnx`.
+"""
 
 from cs_jax.layers.masked import (
     Masked,

@@ -1,4 +1,4 @@
-"""Batch normalisation whose running variance is PyTorch's."""
+"""Batch normalisation with the running variance of PyTorch."""
 
 import math
 from typing import Any
@@ -9,36 +9,36 @@ from flax import linen as nn
 
 
 class BatchNorm(nn.BatchNorm):
-    """`flax.linen.BatchNorm` that keeps the unbiased variance in its running average, as PyTorch does.
+    """`flax.linen.BatchNorm` with the unbiased batch variance in its running average, as in PyTorch.
 
-    Training is the same: a batch is normalised by its biased variance. Running variances, and so evaluation, differ
-    by the factor n / (n - 1) per update, for n values per feature in a batch.
+    Training is the same as in Flax: a batch is normalised by its biased variance. Running variances, and therefore
+    evaluation, differ by the factor n / (n - 1) per update, for n values per feature in a batch.
 
     Args of a call:
-        x: (..., features) for the default `axis`, at least 2 values per feature while training.
-        use_running_average: normalise by the running averages (evaluation) instead of the batch's.
+        x: float array (..., features) for the default `axis`; at least 2 values per feature in training.
+        use_running_average: whether to normalise by the running averages (evaluation) instead of the batch statistics.
 
     Raises:
-        ValueError: a training batch has one value per feature, whose variance is undefined; or a `mask` or
-            `axis_index_groups` is given.
+        ValueError: a training batch has one value per feature, whose variance is undefined; `mask` or
+            `axis_index_groups` is set.
     """
 
     @nn.compact
     def __call__(self, x: jax.Array, use_running_average: bool | None = None, *, mask: jax.Array | None = None) -> Any:
         if mask is not None:
-            raise ValueError("mask of a BatchNorm is not supported: wanted None")
+            raise ValueError("mask of a BatchNorm: must be None, because it is not supported")
         if self.axis_index_groups is not None:
-            raise ValueError("axis_index_groups of a BatchNorm are not supported: wanted None")
+            raise ValueError("axis_index_groups of a BatchNorm: must be None, because it is not supported")
         old_mean, old_var = (self.get_variable("batch_stats", name) for name in ("mean", "var"))
         y = super().__call__(x, use_running_average)
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         if use_running_average or self.is_initializing():
             return y
-        # super() stored old * momentum + biased * (1 - momentum): the second term is what grows.
+        # super() stored old * momentum + biased * (1 - momentum): only the second term gets the factor.
         kept = self.momentum * old_var
         biased = self.get_variable("batch_stats", "var") - kept
         var = kept + biased * self._unbiased_factor(x)
-        # A running average keeps its dtype, whatever that of the batch: steps can be looped over.
+        # Running averages keep their dtypes for batches of any dtype, as loops over steps (lax.scan) require.
         self.put_variable("batch_stats", "var", var.astype(old_var.dtype))
         self.put_variable("batch_stats", "mean", self.get_variable("batch_stats", "mean").astype(old_mean.dtype))
         return y
@@ -47,5 +47,7 @@ class BatchNorm(nn.BatchNorm):
         features = math.prod(x.shape[axis] for axis in np.atleast_1d(self.axis))
         n = x.size // features * (jax.lax.axis_size(self.axis_name) if self.axis_name else 1)
         if n < 2:
-            raise ValueError(f"{'/'.join(self.path)}: got 1 value per feature in a training batch, wanted at least 2")
+            raise ValueError(
+                f"{'/'.join(self.path)}: a training batch must have at least 2 values per feature, not {n}"
+            )
         return n / (n - 1)

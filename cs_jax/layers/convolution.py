@@ -1,9 +1,9 @@
-"""Convolution that trains fast on a CPU, and what is otherwise in programs that are exported.
+"""Convolution and pooling that train fast on a CPU, and export as plain operations.
 
-XLA's CPU backend computes the gradient of a kernel from transposed activations, and fuses into the transposition
-whatever made these since the last convolution, in residual networks since several: all that is then computed again, in
-an order that no cache likes. An array that is kept from being fused is computed once. A program that is
-exported has no use for that.
+XLA's CPU backend computes the gradient of a kernel from transposed activations. It fuses into the transposition all
+operations since the last convolution, in residual networks since several convolutions. These operations are then
+computed again, in an order that is bad for caches. A barrier against this fusion lets the activations be computed once.
+Exported programs need no barrier.
 """
 
 import contextlib
@@ -16,43 +16,53 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-_trains = ContextVar("_trains", default=True)
+_for_training = ContextVar("_for_training", default=True)
 
 
 @contextlib.contextmanager
 def for_serving() -> Iterator[None]:
-    """Networks that are traced meanwhile are for programs that are exported: they have JAX's own convolution."""
-    token = _trains.set(False)
+    """Context manager for tracing networks that are exported or timed: they have JAX's own convolution."""
+    token = _for_training.set(False)
     try:
         yield
     finally:
-        _trains.reset(token)
+        _for_training.reset(token)
 
 
-def chosen() -> Callable[..., jax.Array]:
-    """`convolve`, as Flax's `conv_general_dilated_cls` wants it."""
+def get_convolve() -> Callable[..., jax.Array]:
+    """Function `convolve`; Flax's `conv_general_dilated_cls` must be a function that returns the convolution."""
     return convolve
 
 
 def convolve(lhs: jax.Array, rhs: jax.Array, *window: Any, **options: Any) -> jax.Array:
-    """`jax.lax.conv_general_dilated`, with the same arguments, result and gradients."""
-    if _trains.get() and jax.default_backend() == "cpu":
+    """`jax.lax.conv_general_dilated` with the same arguments, result and gradients, faster in training on a CPU."""
+    if _for_training.get() and jax.default_backend() == "cpu":
         lhs = _computed_once(lhs, rhs)
     return lax.conv_general_dilated(lhs, rhs, *window, **options)
 
 
 def max_pool(x: jax.Array, window: tuple[int, int], *, strides: tuple[int, int], padding: tuple[int, int]) -> jax.Array:
-    """Maxima over windows of (batch, height, width, channels), with so many pixels more on every side."""
-    around = [(size, size) for size in padding]
-    if not _trains.get():  # jax2onnx takes the padding of `nn.max_pool` for none, and says nothing
-        x = jnp.pad(x, [(0, 0), *around, (0, 0)], constant_values=-jnp.inf)
+    """Maxima over windows of images.
+
+    Args:
+        x: float array (batch, height, width, channels).
+        window: (height, width) of a window, in pixels.
+        strides: (vertical, horizontal) distance of windows, in pixels.
+        padding: (vertical, horizontal) padding on each of the two sides, in pixels; padding is -infinity.
+
+    Returns:
+        Array (batch, new height, new width, channels).
+    """
+    sides = [(size, size) for size in padding]
+    if not _for_training.get():  # jax2onnx silently ignores the padding of `nn.max_pool`
+        x = jnp.pad(x, [(0, 0), *sides, (0, 0)], constant_values=-jnp.inf)
         return nn.max_pool(x, window_shape=window, strides=strides)
-    return nn.max_pool(x, window_shape=window, strides=strides, padding=around)  # pyright: ignore[reportArgumentType]
+    return nn.max_pool(x, window_shape=window, strides=strides, padding=sides)  # pyright: ignore[reportArgumentType]
 
 
 def _computed_once(array: jax.Array, other: jax.Array) -> jax.Array:
-    """The array, behind what XLA does not fuse across: a choice between it and itself, known at run time alone.
+    """The array behind a barrier for fusion: a condition with two equal branches, decided at run time.
 
-    An `optimization_barrier` does not suffice: it is gone before the CPU backend fuses.
+    `optimization_barrier` alone does not suffice, because XLA removes it before the CPU backend fuses.
     """
     return lax.cond(other.ravel()[0] > 0, lambda array: array, lax.optimization_barrier, array)

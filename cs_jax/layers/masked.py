@@ -1,7 +1,7 @@
 """Masked forms of Flax Linen's layers, all made by one mixin.
 
-A masked layer knows nothing of scores, temperature or rounds: it multiplies its kernel by what it finds under the
-same path in the "masks" collection. `init` makes masks of ones, so a fresh masked network is the dense network.
+A masked layer multiplies its kernel by the array under the same path in the "masks" collection. It knows nothing of
+scores, temperature or rounds. `init` makes masks of ones, so a new masked network computes the same as the dense one.
 """
 
 import functools
@@ -14,28 +14,29 @@ from flax import linen as nn
 
 from cs_jax.layers import convolution
 
-# The mixin is no module itself, so that one on the wrong side of a module can be told; type checkers see one.
+# The mixin is not a module itself, so that `__init_subclass__` can detect that it comes after a module. For type
+# checkers it is one.
 _Mixin = nn.Module if TYPE_CHECKING else object
 
 
 class Masked(_Mixin):
     """Mixin for a Linen module: multiplies the named parameters by their leaf of the "masks" collection.
 
-    It comes before the module that it masks. Masks are made by `init`, as ones of the parameter's shape and dtype
-    (and sharding names, where it has some), and are needed by every `apply`; there a mask of another dtype is cast
-    to the parameter's.
+    In the list of base classes, the mixin comes before the module that it masks. `init` makes masks: ones with the
+    shape and dtype of the parameter, and with its sharding names if it has some. Every `apply` needs masks, and casts a
+    mask of another dtype to the dtype of the parameter.
 
-    Lifted transforms carry "masks" as they carry "params": name it in `variable_axes` of `nn.scan` and `nn.vmap`.
-    Around a masked layer use `cs_jax.WeightNorm` and `cs_jax.SpectralNorm`: Flax's own transform every collection,
-    masks too, and stop at `init` with a NameInUseError.
+    Lifted transforms must carry "masks" in the same way as "params": name it in `variable_axes` of `nn.scan` and
+    `nn.vmap`. Around a masked layer use `cs_jax.WeightNorm` and `cs_jax.SpectralNorm`: Flax's own ones transform every
+    collection, including masks, and stop in `init` with a NameInUseError.
 
     Attributes:
-        masked_params: names of the parameters to mask; ("kernel",) unless the class says otherwise.
+        masked_params: names of the parameters to mask; ("kernel",) unless the class overrides it.
 
     Raises:
-        TypeError: when the class is made, if the mixin comes after the module or `masked_params` is no tuple.
-        ValueError: when it is initialised or applied, if a named parameter does not exist, or a mask is missing or
-            has another shape than its parameter.
+        TypeError: when the class is defined, if the mixin comes after the module or `masked_params` is not a tuple.
+        ValueError: in `init` or `apply`, if a named parameter does not exist or is not a float array, or if a mask is
+            missing or has another shape than its parameter.
 
     >>> class Scale(Masked, nn.Module):
     ...     masked_params = ("scale",)
@@ -53,52 +54,58 @@ class Masked(_Mixin):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if isinstance(cls.masked_params, str):
-            raise TypeError(f"masked_params of {cls.__name__} is {cls.masked_params!r}, wanted a tuple of names")
+            raise TypeError(f"masked_params {cls.masked_params!r} of {cls.__name__}: must be a tuple of names")
         if not issubclass(cls, nn.Module):
             return
         order = cls.__mro__
         if order.index(Masked) > order.index(nn.Module):
-            raise TypeError(f"{cls.__name__} masks nothing: put Masked first, as in class {cls.__name__}(Masked, ...)")
+            raise TypeError(
+                f"{cls.__name__}: Masked must be its first base class, because after the module it masks nothing; "
+                f"write class {cls.__name__}(Masked, ...)"
+            )
         # Linen makes parameters in one compact method, or in setup.
         declares = next((name for name in dir(cls) if hasattr(getattr(cls, name), "compact")), "setup")
-        setattr(cls, declares, _checks_masked_params(getattr(cls, declares)))
+        setattr(cls, declares, _checking_masked_params(getattr(cls, declares)))
 
     def param(self, name: str, init_fn: Callable, *init_args: Any, unbox: bool = True, **init_kwargs: Any) -> Any:
-        """`nn.Module.param`, multiplied by its mask where `name` is in `masked_params`."""
+        """`nn.Module.param`, multiplied by its mask if `name` is in `masked_params`."""
         if name not in self.masked_params:
             return super().param(name, init_fn, *init_args, unbox=unbox, **init_kwargs)
         boxed = super().param(name, init_fn, *init_args, unbox=False, **init_kwargs)
-        self._check_masks_are_there(name)
+        self._check_mask_exists(name)
         boxed_mask = self.variable("masks", name, lambda: jax.tree.map(jnp.ones_like, boxed), unbox=False).value
         weight, mask = nn.unbox(boxed), nn.unbox(boxed_mask)
         if not (hasattr(weight, "dtype") and jnp.issubdtype(weight.dtype, jnp.floating)):
             found = getattr(weight, "dtype", type(weight).__name__)
-            raise ValueError(f"{self._describe(name)} is masked and has dtype {found}, wanted a float array")
+            raise ValueError(f"{self._describe(name)} of dtype {found}: must be a float array, because it is masked")
         if jnp.shape(mask) != weight.shape:
-            raise ValueError(f"mask of {self._describe(name)} has shape {jnp.shape(mask)}, its weights {weight.shape}")
+            raise ValueError(
+                f"mask of {self._describe(name)} with shape {jnp.shape(mask)}: must have the shape of the weights, "
+                f"{weight.shape}"
+            )
         masked = weight * mask.astype(weight.dtype)
         return masked if unbox else jax.tree.map(lambda _: masked, boxed)
 
-    def _check_masks_are_there(self, name: str) -> None:
+    def _check_mask_exists(self, name: str) -> None:
         if self.has_variable("masks", name) or (self.is_initializing() and self.is_mutable_collection("masks")):
             return
         if self.is_initializing():
             raise ValueError(
-                f"{self._describe(name)} cannot make its mask: a lifted transform around it does not carry the "
-                "collection 'masks'; name it beside 'params', as in variable_axes={'params': 0, 'masks': 0} (or in "
-                "mutable=, where that was given)"
+                f"{self._describe(name)}: cannot make its mask, because a lifted transform around the layer does not "
+                "carry the collection 'masks'; name it with 'params', as in variable_axes={'params': 0, 'masks': 0}, "
+                "or in mutable= if you set that"
             )
         raise ValueError(
-            f"{self._describe(name)} has no mask: the collection 'masks' is missing or does not hold it; apply the "
-            "model to {'params': ..., 'masks': ...}"
+            f"{self._describe(name)}: needs a mask in the collection 'masks'; apply the model to "
+            "{'params': ..., 'masks': ...}"
         )
 
     def _describe(self, name: str) -> str:
         return "/".join((*self.path, name))
 
 
-def _checks_masked_params(declare: Callable) -> Callable:
-    """Wraps the method that makes a module's parameters, to see afterwards that the masked ones were among them."""
+def _checking_masked_params(declare: Callable) -> Callable:
+    """The method that makes a module's parameters, with a check afterwards that it has made the masked ones."""
     if hasattr(declare, "checks_masked_params"):
         return declare
 
@@ -115,8 +122,8 @@ def _checks_masked_params(declare: Callable) -> Callable:
             found = self.get_variable("params", name)
             if found is None or isinstance(found, Mapping):
                 raise ValueError(
-                    f"{type(self).__name__} at {'/'.join(self.path) or 'the top'} masks {name!r}, which is no "
-                    "parameter of it: masked_params names what self.param makes"
+                    f"masked_params {name!r} of {type(self).__name__} at {'/'.join(self.path) or 'the top'}: must be a "
+                    "parameter that self.param makes"
                 )
         return result
 
@@ -125,49 +132,49 @@ def _checks_masked_params(declare: Callable) -> Callable:
 
 
 class MaskedDense(Masked, nn.Dense):
-    """`flax.linen.Dense` with its kernel, (in, out), masked: same fields, parameters and results at masks of one."""
+    """`flax.linen.Dense` with a masked kernel, (in, out): same fields, parameters, and results for masks of ones."""
 
 
 class MaskedDenseGeneral(Masked, nn.DenseGeneral):
-    """`flax.linen.DenseGeneral` with its kernel masked: same fields, parameters and results at masks of one."""
+    """`flax.linen.DenseGeneral` with a masked kernel: same fields, parameters, and results for masks of ones."""
 
 
 class MaskedEinsum(Masked, nn.Einsum):
-    """`flax.linen.Einsum` with its kernel masked: same fields, parameters and results at masks of one."""
+    """`flax.linen.Einsum` with a masked kernel: same fields, parameters, and results for masks of ones."""
 
 
 class MaskedConv(Masked, nn.Conv):
-    """`flax.linen.Conv` with its kernel, `(*window, in / groups, out)`, masked; the rest is as there.
+    """`flax.linen.Conv` with a masked kernel, `(*window, in / groups, out)`: same results for masks of ones.
 
-    Its own `mask` field stays too: a constant mask that is multiplied on top of the learned one.
+    Flax's field `mask` still works: it is a constant mask, which multiplies the kernel in addition to the learned one.
     """
 
-    conv_general_dilated_cls: Any = convolution.chosen
+    conv_general_dilated_cls: Any = convolution.get_convolve
 
 
 class MaskedConvLocal(Masked, nn.ConvLocal):
-    """`flax.linen.ConvLocal` with its kernel, `(*positions, window * in, out)`, masked; the rest is as there."""
+    """`flax.linen.ConvLocal` with a masked kernel, `(*positions, window * in, out)`: same results for masks of ones."""
 
 
 class MaskedConvTranspose(Masked, nn.ConvTranspose):
-    """`flax.linen.ConvTranspose` with its kernel masked: same fields, parameters and results at masks of one."""
+    """`flax.linen.ConvTranspose` with a masked kernel: same fields, parameters, and results for masks of ones."""
 
 
 class MaskedEmbed(Masked, nn.Embed):
-    """`flax.linen.Embed` with its embedding, (entries, features), masked, in look-ups and in `attend` alike."""
+    """`flax.linen.Embed` with a masked embedding, (entries, features), in look-ups and in `attend`."""
 
     masked_params = ("embedding",)
 
 
 class WeightNorm(nn.WeightNorm):
-    """`flax.linen.WeightNorm` for use around a masked layer: normalises the kernel, which is masked afterwards."""
+    """`flax.linen.WeightNorm` for masked layers: normalises the kernel, which is masked afterwards."""
 
     def _l2_normalize(self, path: tuple, vs: Any) -> Any:
         return vs if path[0].key == "masks" else super()._l2_normalize(path, vs)
 
 
 class SpectralNorm(nn.SpectralNorm):
-    """`flax.linen.SpectralNorm` for use around a masked layer: normalises the kernel, which is masked afterwards."""
+    """`flax.linen.SpectralNorm` for masked layers: normalises the kernel, which is masked afterwards."""
 
     def _spectral_normalize(self, path: tuple, vs: Any, update_stats: bool) -> Any:
         return vs if path[0].key == "masks" else super()._spectral_normalize(path, vs, update_stats)

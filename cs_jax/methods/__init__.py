@@ -1,6 +1,4 @@
-"""How tickets are found: one file per method, behind the interface of `method.Method`."""
-
-from typing import TYPE_CHECKING
+"""Pruning methods: one file per method, each a subclass of `base.Method`."""
 
 from cs_jax.methods.base import FINETUNE, LR_REWIND, NONE, RETRAININGS, REWIND, Method
 from cs_jax.methods.continuous import ContinuousSparsification
@@ -13,28 +11,20 @@ from cs_jax.methods.snip import Snip
 from cs_jax.methods.stochastic import IterativeStochasticSparsification
 from cs_jax.methods.supermask import StochasticSupermask, Supermask
 
-if TYPE_CHECKING:
-    from cs_jax.experiment.config import Config
-
-METHODS: dict[str, Method] = {
-    "cs": ContinuousSparsification(),
-    "imp": IterativeMagnitudePruning(),
-    "imp-c": ContinuedMagnitudePruning(),
-    "iss": IterativeStochasticSparsification(),
-    "gmp": GradualMagnitudePruning(),
-    "magnitude": OneShotMagnitudePruning(),
-    "random": RandomPruning(),
-    "snip": Snip(),
-    "supermask": Supermask(),
-    "supermask-iss": StochasticSupermask(),
-    "dense": Dense(),
+METHODS: dict[str, type[Method]] = {
+    "cs": ContinuousSparsification,
+    "imp": IterativeMagnitudePruning,
+    "imp-c": ContinuedMagnitudePruning,
+    "iss": IterativeStochasticSparsification,
+    "gmp": GradualMagnitudePruning,
+    "magnitude": OneShotMagnitudePruning,
+    "random": RandomPruning,
+    "snip": Snip,
+    "supermask": Supermask,
+    "supermask-iss": StochasticSupermask,
+    "dense": Dense,
 }
-"""What `--method` can name."""
+"""Methods by their name after `--method`; an instance is built from the config of a run."""
 
 
-def of(config: "Config") -> Method:
-    """The method that a config names."""
-    return METHODS[config.method]
-
-
-__all__ = ["RETRAININGS", "FINETUNE", "LR_REWIND", "METHODS", "NONE", "REWIND", "Method", "of"]
+__all__ = ["RETRAININGS", "FINETUNE", "LR_REWIND", "METHODS", "NONE", "REWIND", "Method"]

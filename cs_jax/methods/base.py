@@ -1,7 +1,7 @@
-"""What a method is: the moments of a search at which it has a say."""
+"""The pruning-method interface: hooks that the search calls at fixed points, and helpers that several methods share."""
 
-import math
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import PyTree
 
@@ -9,142 +9,143 @@ from cs_jax.core import masks, rules, target_density
 from cs_jax.core.arrays import DTYPES
 from cs_jax.core.selection import Selection
 from cs_jax.methods import target_multiply_adds
+from cs_jax.methods.config import MethodConfig
 from cs_jax.models.channels import Channels
-from cs_jax.training.problem import Snapshot
+from cs_jax.training.problem import Problem, Snapshot
 from cs_jax.training.step import Hyperparams, Recipe, TrainState
-
-if TYPE_CHECKING:  # the config checks the name of its method
-    from cs_jax.experiment.config import Config
-    from cs_jax.training.problem import Problem
 
 REWIND, FINETUNE, LR_REWIND, NONE = "rewind", "finetune", "lr-rewind", "none"
 
 RETRAININGS = (REWIND, FINETUNE, LR_REWIND, NONE)
-"""What can follow a search: training from early weights, on from the trained ones at the last learning rate, on from
-the trained ones with the learning rate from its start (Renda et al., 2020, arXiv:2003.02389), or nothing."""
+"""Trainings that can follow a search: from early weights; from the trained weights at the last learning rate; from the
+trained weights with the whole learning rate schedule (Renda et al., 2020, arXiv:2003.02389); or no training."""
 
 _UNSCALED = 80.0
-"""Initial value whose sigmoid is 1 in every float type."""
+"""Initial value whose sigmoid is 1 in every float type, so that masks are 0 or 1."""
 
 
+@dataclass(frozen=True)
 class Method:
-    """How masks come about. This one keeps every weight; others say what they do otherwise.
+    """A pruning method, built from the config of a run. This base class keeps every weight.
 
-    A method has no state: what it changes is in the train state, whose `scores` are trained, where there are some, and
-    whose `masks` are fixed between two of its moments. The moments are, in order, `begin` before the first step,
-    `recipe` for what a step computes with and what it moves, `end_epoch` after the steps of an epoch and before its
-    evaluation, `begin_round` between two rounds, and `ticket_masks` after the last.
+    A method has no state. Its hooks return a changed train state, whose `scores` are trained and whose `masks` are
+    fixed between hooks. The search calls the hooks in this order: `begin` before the first step; `recipe` to build the
+    training step; `end_epoch` after the steps of each epoch, before its evaluation; `begin_round` between two rounds;
+    `ticket_masks` after the last round. `soft_masks` and `hard_masks` are static, because compiled programs call them
+    and must not depend on a config.
 
     Attributes:
-        retrainings: of `RETRAININGS`, which make sense; the first is the default.
-        why_these: alone, where not all do, as a clause about the method.
-        wants_target: whether a target density is needed (True), taken (None) or has no meaning (False).
-        takes_channels: whether a score can stand for a channel.
-        takes_rate: whether a prune rate can stand in for the target density.
-        searches: whether there are rounds; otherwise masks are found before any training.
-        learns_masks: whether a step trains scores; otherwise masks are fixed in it, and there is no penalty.
+        config: settings of the run.
+        retrainings: allowed members of `RETRAININGS`; the first is the default.
+        why_these_retrainings: reason, as a clause, why other retrainings are refused.
+        wants_target: whether a target density is required (True), optional (None) or refused (False).
+        takes_channels: whether one score per channel is supported.
+        takes_rate: whether a prune rate can replace the target density.
+        searches: whether the search has rounds; otherwise masks are selected before any training.
+        learns_masks: whether steps train scores; otherwise masks are fixed during a step, and there is no penalty.
         anneals: whether masks have a temperature.
-        says_of_rounds: what a reader has to know of the densities and accuracies at their ends.
-        says_of_scores: what they decide, where there are some.
-        cuts_at_zero: whether the weights with scores above 0 are those that are kept.
+        remark_on_rounds: sentence for reports about the densities and accuracies at the end of rounds.
+        remark_on_scores: sentence for reports about the meaning of scores.
+        cuts_at_zero: whether a weight is kept exactly if its score is above 0.
     """
 
+    config: MethodConfig
+
     retrainings: ClassVar[tuple[str, ...]] = RETRAININGS
-    why_these: ClassVar[str] = "which the others make no sense with"
+    why_these_retrainings: ClassVar[str] = "the others have no meaning for it"
     wants_target: ClassVar[bool | None] = None
     takes_channels: ClassVar[bool] = False
     takes_rate: ClassVar[bool] = False
     searches: ClassVar[bool] = True
     learns_masks: ClassVar[bool] = False
     anneals: ClassVar[bool] = False
-    says_of_rounds: ClassVar[str] = (
-        "A round's weights are pruned at the end of its last epoch, and their accuracy is that of the network as it "
-        "then stands: BatchNorm's averages are those of the network before, and nothing has been trained since."
+    remark_on_rounds: ClassVar[str] = (
+        "Weights are pruned at the end of a round's last epoch. The accuracy is measured right after pruning, with the "
+        "BatchNorm averages of the unpruned network."
     )
-    says_of_scores: ClassVar[str] = "A weight is kept where its score is above 0 (dotted line)."
+    remark_on_scores: ClassVar[str] = "A weight is kept if its score is above 0 (dotted line)."
     cuts_at_zero: ClassVar[bool] = True
 
-    def density(self, config: "Config", round: int) -> float | None:
-        """Density that a round ends with; None where that is left to the search.
+    def density(self, round: int) -> float | None:
+        """Density at the end of a round; None where the search decides.
 
-        With a target of multiply-adds, their share: what the config's target is a share of.
+        With a target of multiply-adds, this is their share.
         """
         del round
-        return config.target
+        return self.config.target
 
     def recipe(self, recipe: Recipe) -> Recipe:
-        """What a step of the search is built from: which masks it computes with, and whether it moves the weights."""
+        """Recipe of the search's training step: how masks are made, and whether weights are trained."""
         return recipe
 
-    def begin(self, config: "Config", problem: "Problem", variables: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
-        """Scores and masks before the first step; {} for those that there are none of.
+    def begin(self, problem: Problem, variables: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
+        """Scores and fixed masks before the first step; {} in place of either that the method does not use.
 
         Args:
-            config: what is asked.
-            problem: recipe, data and keys.
-            variables: the fresh network, with masks of one.
+            problem: recipe, data and PRNG keys.
+            variables: the initial network, with masks of one.
         """
-        del config, problem
+        del problem
         return {}, variables["masks"]
 
-    def end_epoch(self, config: "Config", state: TrainState, round: int, epoch: int) -> TrainState:
-        """State after an epoch's steps, before it is evaluated."""
-        del config, round, epoch
+    def end_epoch(self, state: TrainState, round: int, epoch: int) -> TrainState:
+        """State after the steps of an epoch, before its evaluation."""
+        del round, epoch
         return state
 
-    def begin_round(
-        self, config: "Config", problem: "Problem", state: TrainState, snapshot: Snapshot | None
-    ) -> TrainState:
-        """State before a round's first step, from that at the end of the one before; steps are counted anew."""
-        del config, problem, snapshot
+    def begin_round(self, problem: Problem, state: TrainState, snapshot: Snapshot | None) -> TrainState:
+        """State before the first step of a round, from the state at the end of the previous round."""
+        del problem, snapshot
         return state
 
-    def soft_masks(self, state: TrainState, hyper: Hyperparams) -> PyTree | None:
-        """Masks that a search's figures are taken with beside hard ones, traced; None where there are no others."""
+    @staticmethod
+    def soft_masks(state: TrainState, hyper: Hyperparams) -> PyTree | None:
+        """Soft masks for the evaluation of a search epoch, traced; None where masks are hard in training too."""
         del state, hyper
         return None
 
-    def hard_masks(self, state: TrainState, hyper: Hyperparams) -> PyTree:
-        """Masks of now, traced: 0, or `mask_scale`."""
+    @staticmethod
+    def hard_masks(state: TrainState, hyper: Hyperparams) -> PyTree:
+        """Current hard masks, traced; entries are 0 or `mask_scale`."""
         del hyper
         return state.masks
 
-    def ticket_masks(self, config: "Config", state: TrainState) -> PyTree:
-        """Masks of the ticket, at the search's end."""
-        del config
+    def ticket_masks(self, state: TrainState) -> PyTree:
+        """Masks of the ticket, at the end of the search."""
         return state.masks
 
-    def mask_scale(self, config: "Config") -> float:
-        """What a kept weight is multiplied by."""
-        del config
+    def mask_scale(self) -> float:
+        """Factor of a kept weight."""
         return 1.0
 
 
 class AtInitialization(Method):
-    """A method that finds its masks before any training: the ticket is the initial network, and trains from there."""
+    """A method that selects masks before any training; the ticket is trained from the initial weights."""
 
     retrainings = (REWIND,)
-    why_these = "which has no search to go on from"
+    why_these_retrainings = "there is no search to continue from"
     searches = False
 
 
-def round_density(config: "Config", round: int) -> float | None:
-    """`Method.density` where each round keeps the same share of what is left; None without a target."""
+def round_density(config: MethodConfig, round: int) -> float | None:
+    """Density of a round where each round keeps the same share of the remaining weights; None without a target."""
     target = config.target
     return None if target is None else target_density.round_density(target, round, config.rounds)
 
 
-def selection(config: "Config", masks: PyTree, density: float | None, channels: Channels | None = None) -> Selection:
-    """Every masked array, and how many weights may be kept at a density.
+def selection(
+    config: MethodConfig, masks: PyTree, density: float | None, channels: Channels | None = None
+) -> Selection:
+    """Selection of every masked array, with the number of weights to keep at a density.
 
     Args:
-        config: its scope, over all arrays or in each, and whether one may become empty.
-        masks: arrays of the masked weights' shapes.
-        density: in (0, 1]; None for no budget.
-        channels: what scores stand for; None is a weight each.
+        config: its scope, and whether a layer may become empty.
+        masks: arrays with the shapes of the masked weights.
+        density: share in (0, 1]; None for no budget.
+        channels: groups of weights that share one score; None for one score per weight.
 
     Raises:
-        ValueError: the density cannot be met by these arrays.
+        ValueError: these arrays cannot have that density.
     """
     return rules.with_budgets(
         rules.by_entry(masks) if channels is None else channels.selection,
@@ -154,14 +155,14 @@ def selection(config: "Config", masks: PyTree, density: float | None, channels: 
     )
 
 
-def first_scores(config: "Config", some_masks: PyTree, channels: Channels | None) -> PyTree:
+def first_scores(config: MethodConfig, some_masks: PyTree, channels: Channels | None) -> PyTree:
     """Scores before the first step, for masks of these shapes, in the config's dtype."""
-    like = some_masks if channels is None else channels.firsts(some_masks)
+    like = some_masks if channels is None else channels.first_entries(some_masks)
     return masks.init_scores(like, config.mask_initial_value, dtype=DTYPES[config.score_dtype])
 
 
-def track_target(config: "Config", state: TrainState, round: int) -> PyTree:
-    """Scores of a state, shifted to what the config's target wants in a round; as they are without one."""
+def track_target(config: MethodConfig, state: TrainState, round: int) -> PyTree:
+    """Scores of a state, shifted to the round's share of the config's target; unchanged without a target."""
     if config.target_multiply_adds is not None:
         assert state.channels is not None
         share = target_density.round_density(config.target_multiply_adds, round, config.rounds)
@@ -173,46 +174,42 @@ def track_target(config: "Config", state: TrainState, round: int) -> PyTree:
 
 
 def ticket_of(
-    config: "Config",
-    scores: PyTree,
-    target: float | None,
-    channels: Channels | None,
-    *,
-    init_value: float,
-    least: float = -math.inf,
+    config: MethodConfig, scores: PyTree, target: float | None, channels: Channels | None, init_value: float | None
 ) -> PyTree:
-    """Masks of the highest scores, just as many as a target has, or of those above 0; see `budget.ticket_masks`.
+    """Masks of the highest scores, in the exact number that the target requires, or of the scores above 0.
 
     Args:
-        config: scope and empty layers, and what the target is a share of.
+        config: its scope, whether layers may become empty, and whether the target is a share of multiply-adds.
         scores: of weights or channels, not traced.
-        target: in (0, 1]; None for those above 0.
-        channels: what scores stand for; None is a weight each. Each layer keeps one at least.
-        init_value: the scores' initial value, which fixes the masks' scale.
-        least: channels whose scores are below it are kept by reservation alone.
+        target: share in (0, 1]; None keeps the scores above 0.
+        channels: groups of weights that share one score, at least one kept per layer; None for one score per weight.
+        init_value: initial value of the scores, which fixes the scale of the masks. None for ranks in place of scores:
+            masks are then 0 or 1, and a channel with a rank below 0 is kept only if its layer would be empty.
 
     Warns:
-        CollapsedLayerWarning: an array keeps nothing, or its highest score alone, by reservation.
+        CollapsedLayerWarning: an array keeps nothing, or only the one weight that is reserved for it.
     """
     if channels is not None and (target is None or config.target_multiply_adds is not None):
-        multiple = config.channel_multiple
-        scores, target = target_multiply_adds.keep_highest(channels, scores, target, multiple, least=least), None
+        least = {} if init_value is not None else {"least": 0.0}
+        scores = target_multiply_adds.keep_highest(channels, scores, target, config.channel_multiple, **least)
+        target = None
+    init_value = _UNSCALED if init_value is None else init_value
     return target_density.ticket_masks(selection(config, scores, target, channels), scores, init_value=init_value)
 
 
-def keep_highest(config: "Config", ranks: PyTree, density: float, channels: Channels | None = None) -> PyTree:
-    """Masks of 1 for the highest ranks, just as many as a density has, and of 0 for the others.
+def keep_highest(config: MethodConfig, ranks: PyTree, density: float, channels: Channels | None = None) -> PyTree:
+    """Masks of 1 for the highest ranks, in the exact number that the density requires, and of 0 for the others.
 
-    Of equal ranks the first ones are kept, in the order of the arrays' names and of entries. Each array keeps one at
-    least, unless the config allows empty ones.
+    Among equal ranks the first are kept, in the order of array names and of entries. Each array keeps at least one,
+    unless the config allows empty layers.
 
     Args:
-        config: scope and empty layers, and whether the density is a share of multiply-adds.
-        ranks: finite numbers of the masked weights' shapes, or one for each channel; below 0 for those that are pruned.
-        density: in (0, 1].
-        channels: those that are ranked; None where weights are.
+        config: its scope, whether layers may become empty, and whether the density is a share of multiply-adds.
+        ranks: finite numbers with the shapes of the masked weights, or one per channel; below 0 for pruned entries.
+        density: share in (0, 1].
+        channels: groups of weights that are ranked together; None ranks single weights.
 
     Warns:
-        CollapsedLayerWarning: an array keeps nothing, or its one reserved weight alone.
+        CollapsedLayerWarning: an array keeps nothing, or only the one weight that is reserved for it.
     """
-    return ticket_of(config, ranks, density, channels, init_value=_UNSCALED, least=0.0)
+    return ticket_of(config, ranks, density, channels, init_value=None)

@@ -1,10 +1,10 @@
-"""Networks trained beside a ticket, each with one thing about it changed: what the ticket owes to that.
+"""Controls: networks trained like the ticket, with one property of the ticket changed.
 
-Beside a ticket that is fine-tuned, those of `FRESH` weights have the whole schedule all the same.
+Controls in `FRESH` start from new weights, so they use the whole learning rate schedule even if the ticket is
+fine-tuned.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -12,53 +12,46 @@ import numpy as np
 
 from cs_jax.core import trees
 from cs_jax.methods.random import random_ranks
-from cs_jax.training.problem import Ticket
+from cs_jax.training.problem import Problem, Ticket
 from cs_jax.training.step import expand
 
-if TYPE_CHECKING:
-    from cs_jax.experiment.config import Config
-    from cs_jax.training.problem import Problem
 
-
-def dense(config: "Config", problem: "Problem", ticket: Ticket) -> Ticket:
-    """The dense network as a ticket that keeps every weight, unscaled, from its initialisation."""
-    del config, ticket
+def dense(problem: Problem, ticket: Ticket) -> Ticket:
+    """The initial dense network, as a ticket that keeps every weight with mask 1."""
+    del ticket
     return problem.init_ticket()
 
 
-def reinit(config: "Config", problem: "Problem", ticket: Ticket) -> Ticket:
-    """The ticket's masks over other initial weights: whether the masks alone make it.
+def reinit(problem: Problem, ticket: Ticket) -> Ticket:
+    """The ticket's masks with new initial weights: tests whether the masks alone explain the accuracy.
 
     References:
         Frankle and Carbin, ICLR 2019, arXiv:1803.03635, section 2.
     """
-    del config
     return problem.init_ticket("reinit")._replace(masks=ticket.masks)
 
 
-def shuffled(config: "Config", problem: "Problem", ticket: Ticket) -> Ticket:
-    """The ticket's weights under its masks shuffled within each layer: whether the layers' densities alone make it.
+def shuffled(problem: Problem, ticket: Ticket) -> Ticket:
+    """The ticket's weights with masks shuffled within each layer: tests whether layer densities explain the accuracy.
 
-    These are random masks with the ticket's own density in each layer.
+    The masks are random, with the ticket's density in each layer.
 
     References:
         Frankle, Dziugaite, Roy and Carbin, "Pruning Neural Networks at Initialization: Why are We Missing the Mark?",
         ICLR 2021, arXiv:2009.08576, section 5.
     """
-    del config
     channels = problem.recipe.channels
 
     def shuffle(key: jax.Array, mask: jax.Array) -> jax.Array:
         return jax.random.permutation(key, mask.ravel()).reshape(mask.shape)
 
-    masks = ticket.masks if channels is None else channels.firsts(ticket.masks)
+    masks = ticket.masks if channels is None else channels.first_entries(ticket.masks)
     drawn = trees.map_with_keys(shuffle, problem.key_for("shuffled"), masks)
     return ticket._replace(masks=expand(channels, drawn))
 
 
-def random(config: "Config", problem: "Problem", ticket: Ticket) -> Ticket:
-    """The ticket's weights under random masks of its density over all layers: whether its density alone makes it."""
-    del config
+def random(problem: Problem, ticket: Ticket) -> Ticket:
+    """The ticket's weights with random masks of the same overall density: tests whether density explains accuracy."""
     leaves = trees.leaves_by_path(ticket.masks)
     values = jnp.concatenate([mask.ravel() for mask in leaves.values()])
     ranks = trees.leaves_by_path(random_ranks(problem.key_for("random"), ticket.masks))
@@ -72,12 +65,12 @@ def random(config: "Config", problem: "Problem", ticket: Ticket) -> Ticket:
 DENSE, REINIT = "dense", "reinit"
 
 FRESH = (DENSE, REINIT)
-"""Controls whose weights are new."""
+"""Controls with new initial weights."""
 
-CONTROLS: dict[str, Callable[["Config", "Problem", Ticket], Ticket]] = {
+CONTROLS: dict[str, Callable[[Problem, Ticket], Ticket]] = {
     DENSE: dense,
     REINIT: reinit,
     "shuffled": shuffled,
     "random": random,
 }
-"""What `--controls` can name: the network to train from config, problem and ticket."""
+"""Controls by their name after `--controls`: functions from problem and ticket to the network to train."""

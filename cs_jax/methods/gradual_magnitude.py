@@ -1,24 +1,20 @@
 """Gradual magnitude pruning."""
 
 import math
-from typing import TYPE_CHECKING
 
 from cs_jax.methods.base import Method, keep_highest
 from cs_jax.methods.magnitude import magnitudes
 from cs_jax.training.step import TrainState
 
-if TYPE_CHECKING:
-    from cs_jax.experiment.config import Config
-
 PRUNING_SHARE = 0.75
-"""Of the search's epochs, after which the target is reached; the rest lets the network recover."""
+"""Share of the search's epochs after which the target is reached; the network recovers in the remaining epochs."""
 
 
 class GradualMagnitudePruning(Method):
-    """Prunes the smallest weights at every epoch's end, many at first and few later, while training goes on.
+    """Gradual magnitude pruning: removes the smallest weights after every epoch, many at first and few later.
 
     The density is `target + (1 - target) * (1 - t)**3` with t from 0 to 1 over the first three quarters of all epochs
-    of the search. The learning rate starts again in each round; ask for one round to have a single schedule.
+    of the search. The learning rate schedule restarts in each round; `rounds=1` gives a single schedule.
 
     References:
         Zhu and Gupta, "To prune, or not to prune", 2017, arXiv:1710.01878, equation 1, pruning once an epoch.
@@ -26,22 +22,22 @@ class GradualMagnitudePruning(Method):
 
     wants_target = True
     takes_channels = True
-    says_of_rounds = (
-        "Weights are pruned at the end of every epoch, until the target is reached three quarters through the search. "
-        "An epoch's accuracy is that of the network just after."
+    remark_on_rounds = (
+        "Weights are pruned at the end of every epoch, until the target is reached after three quarters of the search. "
+        "The accuracy of an epoch is measured right after pruning."
     )
 
-    def density(self, config: "Config", round: int) -> float | None:
-        return self._density(config, (round + 1) * config.epochs)
+    def density(self, round: int) -> float | None:
+        return self._density((round + 1) * self.config.epochs)
 
-    def end_epoch(self, config: "Config", state: TrainState, round: int, epoch: int) -> TrainState:
-        density = self._density(config, round * config.epochs + epoch + 1)
-        return state.replace(masks=keep_highest(config, magnitudes(state), density, state.channels))
+    def end_epoch(self, state: TrainState, round: int, epoch: int) -> TrainState:
+        density = self._density(round * self.config.epochs + epoch + 1)
+        return state.replace(masks=keep_highest(self.config, magnitudes(state), density, state.channels))
 
-    def _density(self, config: "Config", epochs_done: int) -> float:
-        assert config.target is not None
-        pruning_epochs = math.ceil(PRUNING_SHARE * config.rounds * config.epochs)
-        return cubic_density(config.target, min(1.0, epochs_done / pruning_epochs))
+    def _density(self, epochs_done: int) -> float:
+        assert self.config.target is not None
+        pruning_epochs = math.ceil(PRUNING_SHARE * self.config.rounds * self.config.epochs)
+        return cubic_density(self.config.target, min(1.0, epochs_done / pruning_epochs))
 
 
 def cubic_density(target: float, share: float) -> float:

@@ -1,35 +1,30 @@
 """Random masks."""
 
-from typing import TYPE_CHECKING
-
 import jax
 from jaxtyping import PyTree
 
 from cs_jax.core import trees
 from cs_jax.methods.base import AtInitialization, keep_highest
-
-if TYPE_CHECKING:
-    from cs_jax.experiment.config import Config
-    from cs_jax.training.problem import Problem
+from cs_jax.training.problem import Problem
 
 
 class RandomPruning(AtInitialization):
-    """Keeps weights drawn at random before any training: what every other method has to beat.
+    """Random pruning at initialisation, the baseline for every other method.
 
-    The ticket's weights are the initial ones. Over all layers, each has the target density but for chance; with the
-    layer as scope, exactly.
+    The ticket has the initial weights. With the global scope, the density of a layer is the target density up to
+    chance; with the layer scope it is exact.
     """
 
     wants_target = True
     takes_channels = True
 
-    def begin(self, config: "Config", problem: "Problem", variables: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
-        assert config.target is not None
+    def begin(self, problem: Problem, variables: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
+        assert self.config.target is not None
         found, channels = variables["masks"], problem.recipe.channels
-        ranks = random_ranks(problem.key_for("masks"), found if channels is None else channels.firsts(found))
-        return {}, keep_highest(config, ranks, config.target, channels)
+        ranks = random_ranks(problem.key_for("masks"), found if channels is None else channels.first_entries(found))
+        return {}, keep_highest(self.config, ranks, self.config.target, channels)
 
 
 def random_ranks(key: jax.Array, masks: PyTree) -> PyTree:
-    """Independent uniform numbers in [0, 1) in place of every entry."""
+    """Independent uniform numbers in [0, 1), in arrays with the shapes of the masks."""
     return trees.map_with_keys(lambda key, mask: jax.random.uniform(key, mask.shape), key, masks)

@@ -1,7 +1,6 @@
 """SNIP: connection sensitivity at initialisation."""
 
 import functools
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -12,21 +11,18 @@ from cs_jax.data.images import ImageSet, normalize
 from cs_jax.methods.base import AtInitialization, keep_highest
 from cs_jax.training import step
 from cs_jax.training.accumulation import mean_over_parts
+from cs_jax.training.problem import Problem
 from cs_jax.training.step import Recipe
 
-if TYPE_CHECKING:
-    from cs_jax.experiment.config import Config
-    from cs_jax.training.problem import Problem
-
 MAX_BATCHES = 10
-"""Batches whose gradients are added up: one, as in the paper, ranks many weights by chance."""
+"""Maximum number of batches whose gradients are added; with one batch, as in the paper, many ranks are noise."""
 
 
 class Snip(AtInitialization):
-    """Keeps the weights whose removal would change the loss most at initialisation: `|weight * gradient|`.
+    """SNIP: keeps the weights with the largest `|weight * gradient|` at initialisation.
 
-    The gradient, with respect to masks of one, is that of the mean loss over the first batches of an epoch, at most
-    `MAX_BATCHES` of them, without augmentation. The ticket's weights are the initial ones.
+    This is the absolute gradient of the loss with respect to masks of one, summed over the first batches of an epoch,
+    at most `MAX_BATCHES`, without augmentation. The ticket has the initial weights.
 
     References:
         Lee, Ajanthan and Torr, "SNIP: Single-shot Network Pruning based on Connection Sensitivity", ICLR 2019,
@@ -35,22 +31,22 @@ class Snip(AtInitialization):
 
     wants_target = True
 
-    def begin(self, config: "Config", problem: "Problem", variables: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
-        assert config.target_density is not None
+    def begin(self, problem: Problem, variables: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
+        assert self.config.target_density is not None
         order = np.asarray(problem.epoch_order(0, 0))
-        full = max(1, min(MAX_BATCHES, len(order) // config.batch_size))
+        full = max(1, min(MAX_BATCHES, len(order) // self.config.batch_size))
         gradient = None
-        for indices in np.split(order[: full * config.batch_size], full):
+        for indices in np.split(order[: full * self.config.batch_size], full):
             batch, places = problem.train.take(indices), np.arange(len(indices))
             part = _mask_gradient(problem.recipe, variables, batch, places)
             gradient = part if gradient is None else jax.tree.map(jnp.add, gradient, part)
         ranks = jax.tree.map(jnp.abs, gradient)
-        return {}, keep_highest(config, ranks, config.target_density)
+        return {}, keep_highest(self.config, ranks, self.config.target_density)
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
 def _mask_gradient(recipe: Recipe, variables: dict[str, PyTree], data: ImageSet, indices: jax.Array) -> PyTree:
-    """Gradient of the mean loss with respect to the masks: `weight * gradient of the weight` where they are one."""
+    """Gradient of the mean loss with respect to the masks; at masks of one it is weight * gradient of the weight."""
 
     def loss(masks: PyTree, images: jax.Array, labels: jax.Array) -> jax.Array:
         inputs = normalize(images, data.mean, data.std)

@@ -1,7 +1,7 @@
-"""The share of multiply-adds that was asked for: scores of channels held at it, and a ticket that has no more.
+"""Target share of multiply-adds: shifts channel scores to track it; selects a ticket that does not exceed it.
 
-As `cs_jax.budget` does for the density, with what the smaller network computes in place of the weights that are kept.
-It is not a sum over channels: what one costs depends on how many there are before and behind it.
+The counterpart of `cs_jax.core.target_density`, with multiply-adds of the smaller network instead of kept weights.
+Multiply-adds are not a sum over channels: the cost of a channel depends on the number of channels in adjacent layers.
 """
 
 import math
@@ -18,40 +18,46 @@ from cs_jax.models.channels import Channels
 
 
 def check_share(channels: Channels, share: float, multiple: int = 1) -> None:
-    """Raises a ValueError unless the network can have this share of its multiply-adds; see `keep_highest`."""
+    """Raises a ValueError if the network cannot have so small a share of its multiply-adds.
+
+    Args:
+        channels: prunable channels of the network.
+        share: share of the whole network's multiply-adds, in (0, 1].
+        multiple: as for `keep_highest`.
+    """
     fewest = [int(counts[0]) for counts in _possible_counts(channels, multiple)]
-    least = channels.multiply_adds(fewest) / _dense(channels)
+    least = channels.multiply_adds(fewest) / _dense_multiply_adds(channels)
     if share < least:
         least = math.ceil(1000 * least) / 1000
         if multiple == 1:
-            raise ValueError(f"wanted at least {least}, what the network has with one channel left in each layer")
+            raise ValueError(f"must be at least {least}, the share of the network with one channel in each layer")
         raise ValueError(
-            f"wanted at least {least}, what the network has with the fewest channels left in each layer that are a "
-            f"multiple of {multiple}, or a smaller --channel-multiple"
+            f"must be at least {least}, the share of the network with the fewest channels that --channel-multiple "
+            f"{multiple} allows; or reduce --channel-multiple"
         )
 
 
 def track_target(channels: Channels, scores: PyTree, share: float) -> PyTree:
-    """Scores shifted, all by the same amount, so that the channels above 0 have no more than a share of multiply-adds.
+    """Shifts all scores by one amount, so that the channels with scores above 0 have at most a share of multiply-adds.
 
-    The order of the scores stays. Where the last ones are equal, none of them is above 0.
+    The order of the scores does not change. If several scores are equal to the threshold, none of them ends above 0.
 
     Args:
-        channels: of the network.
-        scores: as `channels.selection.init_scores` makes them, not traced.
-        share: of the whole network's multiply-adds, in (0, 1].
+        channels: prunable channels of the network.
+        scores: one score per channel, in the structure of `channels.selection.init_scores`; not traced.
+        share: share of the whole network's multiply-adds, in (0, 1].
 
     Returns:
         Tree like `scores` (structure, shapes, dtypes).
     """
     leaves = channels.selection.score_leaves(scores)
-    flat = _flat(leaves)
-    values, owners = np.concatenate(flat), np.repeat(np.arange(len(flat)), channels.sizes)
+    flat = _flat_scores(leaves)
+    values, layers = np.concatenate(flat), np.repeat(np.arange(len(flat)), channels.sizes)
     order = np.argsort(-values, kind="stable")
     low, high = 0, len(order)
     while low < high:
         middle = (low + high + 1) // 2
-        counts = np.bincount(owners[order[:middle]], minlength=len(leaves))
+        counts = np.bincount(layers[order[:middle]], minlength=len(leaves))
         low, high = (middle, high) if _fits(channels, counts.tolist(), share) else (low, middle - 1)
     if low < len(order):
         threshold = values[order[low]]
@@ -65,34 +71,37 @@ def track_target(channels: Channels, scores: PyTree, share: float) -> PyTree:
 def keep_highest(
     channels: Channels, scores: PyTree, share: float | None, multiple: int = 1, *, least: float = -math.inf
 ) -> PyTree:
-    """1 for the channels that a ticket keeps and -1 for the others, in place of their scores.
+    """Selects the channels of a ticket by score: 1 for kept channels, -1 for the others.
 
-    With a share, layers are filled with their highest channels, so many at once that what is computed stays a multiple:
-    first the fewest of each layer, then those with the highest mean, over all layers, which still fit. Without one,
-    what is above 0 is kept, and the highest of each layer. Of equal scores the first ones are kept, in the order of the
-    arrays and of their entries.
+    With a share, the smallest possible number of channels is reserved in each layer. Then groups of channels are added
+    in the order of their mean score, over all layers, where the network stays within the share. Groups have a size that
+    keeps the computed channels of a layer a multiple of `multiple`. Without a share, channels with scores above 0 are
+    kept, and the highest of each layer. Of equal scores the first are kept, in the order of arrays and entries.
 
     Args:
-        channels: of the network.
-        scores: as `channels.selection.init_scores` makes them, not traced.
-        share: of the whole network's multiply-adds, in (0, 1]; None leaves it to the scores.
-        multiple: what the channels are a multiple of that a layer computes with, where the whole layer's are.
-        least: with a share, channels whose scores are below it are kept by reservation alone.
+        channels: prunable channels of the network.
+        scores: one score per channel, in the structure of `channels.selection.init_scores`; not traced.
+        share: share of the whole network's multiply-adds, in (0, 1]; None keeps scores above 0.
+        multiple: computed channels of a layer are a multiple of this number, in layers whose full size is a multiple.
+        least: with a share, channels with scores below this value are kept only where they are reserved.
+
+    Returns:
+        Tree like `scores` (structure, shapes, dtypes), with entries 1 and -1.
 
     Warns:
-        CollapsedLayerWarning: a layer has only the fewest channels it can have, by reservation.
+        CollapsedLayerWarning: a layer keeps only its reserved channels.
     """
     leaves = channels.selection.score_leaves(scores)
-    flat = _flat(leaves)
+    flat = _flat_scores(leaves)
     if share is None:
         counts = [max(int((values > 0).sum()), 1) for values in flat]
-        reserved = [values.max() <= 0 for values in flat]
+        only_reserved = [values.max() <= 0 for values in flat]
     else:
-        counts, reserved = _fill(channels, flat, share, _possible_counts(channels, multiple), least)
-    for leaf, size, count, only in zip(channels.scored, channels.sizes, counts, reserved, strict=True):
+        counts, only_reserved = _kept_counts(channels, flat, share, _possible_counts(channels, multiple), least)
+    for leaf, size, count, only in zip(channels.scored, channels.sizes, counts, only_reserved, strict=True):
         if only and count < size:
-            some = "its highest score" if count == 1 else f"its {count} highest scores"
-            warn_collapsed(leaf.name, f"has only {some} kept, by reservation")
+            reserved = "highest score, which is" if count == 1 else f"{count} highest scores, which are"
+            warn_collapsed(leaf.name, f"keeps only its {reserved} reserved")
     signs = []
     for values, count, leaf in zip(flat, counts, leaves, strict=True):
         kept = np.full(len(values), -1.0)
@@ -101,51 +110,64 @@ def keep_highest(
     return channels.selection.nest(signs)
 
 
-def _fill(
+def _kept_counts(
     channels: Channels, scores: list[np.ndarray], share: float, possible: list[np.ndarray], least: float
 ) -> tuple[list[int], list[bool]]:
-    """How many of the highest scores each layer keeps, and whether these are all below what others could not keep."""
-    means, lowest, owners = [], [], []
-    for owner, (values, counts) in enumerate(zip(scores, possible, strict=True)):
-        parts = np.split(-np.sort(-values), counts[:-1])
-        means += [part.mean() for part in parts]
-        lowest += [part[-1] for part in parts]
-        owners += [owner] * len(parts)
-    first = [owners.index(owner) for owner in range(len(scores))]
+    """Selects groups of channels as in `keep_highest`.
+
+    Args:
+        channels: prunable channels of the network.
+        scores: scores of each layer.
+        share: share of the whole network's multiply-adds.
+        possible: numbers of channels that each layer may keep, increasing.
+        least: groups with a score below this value are not added.
+
+    Returns:
+        For each layer, the number of kept channels, and whether the layer keeps its channels only because they are
+        reserved: no group was added to it, and no added group has a lower mean score than its reserved channels.
+    """
+    means, lowest, layers = [], [], []
+    for layer, (values, counts) in enumerate(zip(scores, possible, strict=True)):
+        groups = np.split(-np.sort(-values), counts[:-1])
+        means += [group.mean() for group in groups]
+        lowest += [group[-1] for group in groups]
+        layers += [layer] * len(groups)
+    reserved = [layers.index(layer) for layer in range(len(scores))]
     kept = [int(counts[0]) for counts in possible]
-    places, last = [0] * len(scores), np.inf
-    for part in np.argsort(-np.asarray(means), kind="stable"):
-        owner = owners[part]
-        if part in first or lowest[part] < least:
+    num_added, last_mean = [0] * len(scores), np.inf
+    for group in np.argsort(-np.asarray(means), kind="stable"):
+        layer = layers[group]
+        if group in reserved or lowest[group] < least:
             continue
         more = [*kept]
-        more[owner] = int(possible[owner][places[owner] + 1])
+        more[layer] = int(possible[layer][num_added[layer] + 1])
         if _fits(channels, more, share):
-            kept, last = more, means[part]
-            places[owner] += 1
-    return kept, [place == 0 and means[part] <= last for place, part in zip(places, first, strict=True)]
+            kept, last_mean = more, means[group]
+            num_added[layer] += 1
+    return kept, [added == 0 and means[group] <= last_mean for added, group in zip(num_added, reserved, strict=True)]
 
 
 def _possible_counts(channels: Channels, multiple: int) -> list[np.ndarray]:
-    """The numbers of channels that each layer may keep, increasing."""
-    found = []
-    for size, width, stays in zip(channels.sizes, channels.widths, channels.stays, strict=True):
-        step = multiple // math.gcd(multiple, width)
+    """Numbers of channels that each layer may keep, increasing; the last is the full size of the layer."""
+    possible = []
+    layers = zip(channels.sizes, channels.features_per_channel, channels.needs_constant, strict=True)
+    for size, features, needs_constant in layers:
+        step = multiple // math.gcd(multiple, features)
         step = step if size % step == 0 else 1
-        counts = np.append(np.arange(step - stays, size, step), size)
-        found.append(counts[counts > 0])
-    return found
+        counts = np.append(np.arange(step - needs_constant, size, step), size)
+        possible.append(counts[counts > 0])
+    return possible
 
 
-def _flat(leaves: list[Any]) -> list[np.ndarray]:
-    """The scores of each array, on the host."""
+def _flat_scores(leaves: list[Any]) -> list[np.ndarray]:
+    """The scores of each array, flat, in float64 on the host."""
     return [on_host(leaf).astype(np.float64).ravel() for leaf in leaves]
 
 
 def _fits(channels: Channels, counts: Sequence[int], share: float) -> bool:
-    limit = share * _dense(channels) * (1 + 1e-12)  # a share that was computed from a count is rounded
+    limit = share * _dense_multiply_adds(channels) * (1 + 1e-12)  # a share computed from a count has a rounding error
     return channels.multiply_adds(counts) <= limit
 
 
-def _dense(channels: Channels) -> int:
+def _dense_multiply_adds(channels: Channels) -> int:
     return channels.multiply_adds(channels.sizes)

@@ -1,7 +1,11 @@
-"""Networks built from masked layers, one file per family. All take `train: bool` and know nothing of temperature."""
+"""Networks built from masked layers, one file per family; their wiring, prunable channels and multiply-adds.
+
+A call of any network has the argument `train: bool`. Networks do not depend on the temperature.
+"""
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 from flax import linen as nn
 from flax.core import FrozenDict
@@ -9,7 +13,7 @@ from flax.core import FrozenDict
 from cs_jax.core.arrays import DTYPES
 from cs_jax.layers.batch_norm import BatchNorm
 from cs_jax.models.conv import Conv2, Conv4, Conv6, ConvNet
-from cs_jax.models.features import NONE, Features
+from cs_jax.models.features import DEFAULT_FEATURES, Features
 from cs_jax.models.lenet import LeNet300100
 from cs_jax.models.resnet import (
     BottleneckBlock,
@@ -40,28 +44,31 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit_tiny": ViTTiny,
     "lenet300100": LeNet300100,
 }
-"""What `--model` can name. Each takes `num_classes`, `dtype` and `param_dtype`, those with blocks `remat` too."""
+"""Networks by their name in `--model`.
+
+All have the fields `num_classes`, `dtype` and `param_dtype`; networks of several blocks or stages also have `remat`.
+"""
 
 
-def takes(name: str, field: str) -> bool:
-    """Whether a network has a field, `remat` for one."""
+def has_field(name: str, field: str) -> bool:
+    """Whether the network `name` in `MODELS` has a field, such as "remat"."""
     return field in inspect.signature(MODELS[name]).parameters
 
 
 def build(
-    name: str, *, num_classes: int, dtype: str = "float32", remat: bool = False, features: Features = NONE
+    name: str, *, num_classes: int, dtype: str = "float32", remat: bool = False, features: Features = DEFAULT_FEATURES
 ) -> nn.Module:
-    """A network by its name; fields are given to it where they are not the default, as it need not have them.
+    """Makes a network by its name. Passes only fields that differ from the default: a network may lack the others.
 
     Args:
-        name: in `MODELS`.
+        name: key of `MODELS`.
         num_classes: width of the classifier.
-        dtype: of the computation, in `precision.DTYPES`.
-        remat: compute activations inside of blocks again in the backward pass.
-        features: of layers that have others than the family's, by name, as `shrink` leaves them.
+        dtype: dtype of the computation, a key of `cs_jax.core.arrays.DTYPES`.
+        remat: recompute activations inside blocks in the backward pass.
+        features: output features by layer name, for layers that differ from the defaults; set by `shrink`.
     """
-    wide = DTYPES[dtype] is None
-    fields = {**({} if wide else {"dtype": DTYPES[dtype]}), **({"remat": True} if remat else {})}
+    fields: dict[str, Any] = {} if DTYPES[dtype] is None else {"dtype": DTYPES[dtype]}
+    fields |= {"remat": True} if remat else {}
     fields |= {"features": FrozenDict(features)} if features else {}
     return MODELS[name](num_classes=num_classes, **fields)
 
@@ -90,5 +97,5 @@ __all__ = [
     "ViTTiny",
     "VisionTransformer",
     "build",
-    "takes",
+    "has_field",
 ]

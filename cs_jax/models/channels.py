@@ -1,10 +1,11 @@
-"""Channels that can be taken out of a network: what scores stand for them, and what is computed with fewer of them.
+"""Prunable channels of a network: one score per channel, and the multiply-adds of a network with fewer channels.
 
-Which there are is read off the network's wiring: channels that one layer makes, if no other layer's are added to them
-and nothing wants them all, and the heads of attention. `cs_jax.shrink` takes them out once a mask removes them.
+Prunable channels are found from the network's wiring: the output channels of one layer, if they are not added to
+another layer's and if no layer needs all of them; and the heads of attention. Once a mask removes channels,
+`cs_jax.tickets.shrink` makes the network smaller.
 
-A channel is masked in the layer that makes it, or, where BatchNorm follows on that one, in the layer that reads it:
-BatchNorm undoes the scale of what it is given, so a mask before it would change nothing while it is soft.
+A channel is masked in the layer that makes it. If BatchNorm follows this layer and one layer reads the channel, the
+channel is masked in the layer that reads it: BatchNorm undoes a soft mask, which only changes the scale of its input.
 """
 
 import collections
@@ -24,17 +25,17 @@ from cs_jax.core.groups import Axes, Grouping, grouping
 from cs_jax.core.selection import Selection
 from cs_jax.core.trees import Path
 from cs_jax.models import wiring
-from cs_jax.models.multiply_adds import REST, evaluation_mode, weight_multiply_adds
+from cs_jax.models.multiply_adds import REST, abstract_variables, weight_multiply_adds
 from cs_jax.models.wiring import Attention, BatchNorm, Linear, Signal, Wiring
 
 
 @dataclass(frozen=True)
 class Product:
-    """A product of the network.
+    """Multiply-adds of one matrix product or convolution, and the channels that they depend on.
 
     Attributes:
-        multiply_adds: with all channels.
-        members: indices into `Channels.scored`, of those whose channels go into it or come out of it.
+        multiply_adds: multiply-adds with all channels, for one image.
+        members: indices into `Channels.scored`, of the arrays whose channels are inputs or outputs of the product.
     """
 
     multiply_adds: int
@@ -43,47 +44,47 @@ class Product:
 
 @dataclass(frozen=True)
 class Channels:
-    """The channels of a network that scores stand for; made by `of_model`. Hashable.
+    """The prunable channels of a network; made by `of_model`. Hashable.
 
     Attributes:
-        scored: the masked arrays, each with a score for every channel.
-        whole: paths of arrays that the network masks, but that have no such channels: their masks are ones, and are
-            left out of all trees of masks but those that the network is applied with.
-        stays: of each scored array, whether one channel more than those that are kept is computed as long as any is
-            missing: channels that are masked where they are made are constants, which a convolution that pads with
-            zeros needs.
-        widths: of each scored array, features that go with one of its channels: those of a head, or 1.
-        products: all products of the network.
+        scored: masked arrays with prunable channels; each has one score per channel.
+        unscored: paths of the other masked arrays. Their masks are all ones, and only the trees of masks that the
+            network is applied with contain them.
+        needs_constant: for each scored array, whether the smaller network computes one channel in addition to the kept
+            ones while any is missing. True where a removed channel becomes a constant and a convolution that pads with
+            zeros reads this constant.
+        features_per_channel: for each scored array, features in one channel: the size of a head, otherwise 1.
+        products: all matrix products and convolutions of the network.
     """
 
     scored: tuple[Grouping, ...]
-    whole: tuple[Path, ...]
-    stays: tuple[bool, ...]
-    widths: tuple[int, ...]
+    unscored: tuple[Path, ...]
+    needs_constant: tuple[bool, ...]
+    features_per_channel: tuple[int, ...]
     products: tuple[Product, ...]
 
     @functools.cached_property
     def selection(self) -> Selection:
-        """The scored arrays, without budgets."""
+        """The scored arrays as a selection, without budgets."""
         return Selection(self.scored)
 
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Channels of each scored array."""
+        """Number of channels of each scored array."""
         return tuple(math.prod(leaf.score_shape) for leaf in self.scored)
 
     def only_scored(self, masks: PyTree) -> PyTree:
-        """The masks of the scored arrays alone."""
+        """The masks of the scored arrays, without the masks of `unscored`."""
         leaves = trees.leaves_by_path(masks)
         return self.selection.nest(leaves[leaf.path] for leaf in self.scored)
 
     def complete(self, masks: PyTree, params: PyTree) -> PyTree:
-        """The masks, and ones for every other array that the network masks."""
-        found, weights = trees.leaves_by_path(masks), trees.leaves_by_path(params)
-        return trees.nest({path: jnp.ones_like(weights[path]) for path in self.whole} | found)
+        """The masks of the scored arrays, and masks of ones for `unscored`."""
+        known, weights = trees.leaves_by_path(masks), trees.leaves_by_path(params)
+        return trees.nest({path: jnp.ones_like(weights[path]) for path in self.unscored} | known)
 
-    def firsts(self, arrays: PyTree) -> PyTree:
-        """The first entry of every channel, in the scores' shapes, of arrays of the scored ones' shapes."""
+    def first_entries(self, arrays: PyTree) -> PyTree:
+        """First entry of every channel: maps arrays in the shapes of the scored arrays to the shapes of the scores."""
 
         def first(leaf: Grouping, array: jax.Array) -> jax.Array:
             return array[tuple(slice(None, None, step) for step in leaf.block)]
@@ -91,7 +92,7 @@ class Channels:
         return self._map(first, arrays)
 
     def means(self, arrays: PyTree) -> PyTree:
-        """The mean over every channel, in the scores' shapes, of arrays of the scored ones' shapes."""
+        """Mean over every channel: maps arrays in the shapes of the scored arrays to the shapes of the scores."""
 
         def mean(leaf: Grouping, array: jax.Array) -> jax.Array:
             axes = tuple(axis for axis, step in enumerate(leaf.block) if step > 1)
@@ -104,13 +105,16 @@ class Channels:
         return self.selection.nest(function(leaf, leaves[leaf.path]) for leaf in self.scored)
 
     def multiply_adds(self, kept: Sequence[int]) -> int:
-        """Multiply-adds of an image's forward pass through the smaller network, at most: a layer has one channel.
+        """Upper bound of the multiply-adds for one image in the smaller network.
+
+        Every layer has at least one channel.
 
         Args:
-            kept: channels that are kept of each scored array.
+            kept: number of kept channels for each scored array.
         """
         left = [
-            min(size, max(count, 1) + stays) for count, size, stays in zip(kept, self.sizes, self.stays, strict=True)
+            min(size, max(count, 1) + constant)
+            for count, size, constant in zip(kept, self.sizes, self.needs_constant, strict=True)
         ]
         return sum(
             product.multiply_adds
@@ -121,47 +125,44 @@ class Channels:
 
 
 def of_model(model: nn.Module, image_shape: Sequence[int]) -> Channels:
-    """The channels that can be taken out of a network.
+    """The prunable channels of a network.
 
     Args:
-        model: a Linen module that says how it is wired.
-        image_shape: of one image, as in (32, 32, 3).
+        model: Linen module that declares its wiring: see `cs_jax.models.wiring`.
+        image_shape: shape of one image, as in (32, 32, 3).
 
     Raises:
-        TypeError: the module does not say how it is wired.
-        ValueError: none of its masked layers has channels that can be taken out, or its wiring names a layer that it
-            does not have.
+        TypeError: the module does not declare its wiring.
+        ValueError: no masked layer has prunable channels, or the wiring does not name exactly the layers of the module.
     """
     net, output = wiring.wiring_of(model)
-    modes = evaluation_mode(model)
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    variables = jax.eval_shape(lambda x: nn.unbox(model.init(jax.random.key(0), x, **modes)), image)
+    variables = abstract_variables(model, image_shape)
     masked = trees.leaves_by_path(variables.get("masks", {}))
     shapes = {path: array.shape for path, array in trees.leaves_by_path(variables["params"]).items()}
     wiring.check_names(net, map(trees.name, trees.leaves_by_path(variables)))
-    owners = _owners(net, output, shapes, masked.keys())
-    if not owners:
-        raise ValueError(f"{type(model).__name__} has no masked layer with channels that can be taken out")
-    in_order = sorted(owners, key=lambda owner: [*masked].index(owner.path))
-    groups = tuple(grouping(owner.path, masked[owner.path], Axes((owner.axis,)), "auto") for owner in in_order)
+    sites = _mask_sites(net, output, shapes, masked.keys())
+    if not sites:
+        raise ValueError(f"model {type(model).__name__}: no masked layer has prunable channels")
+    in_order = sorted(sites, key=lambda site: [*masked].index(site.path))
+    scored = tuple(grouping(site.path, masked[site.path], Axes((site.axis,))) for site in in_order)
     return Channels(
-        scored=groups,
-        whole=tuple(path for path in masked if path not in {leaf.path for leaf in groups}),
-        stays=tuple(owner.makes and _needs_constants(net, owner.space, shapes) for owner in in_order),
-        widths=tuple(shapes[owner.path][1] if owner.space < 0 else 1 for owner in in_order),
-        products=tuple(_products(net, [owner.space for owner in in_order], weight_multiply_adds(model, image_shape))),
+        scored=scored,
+        unscored=tuple(path for path in masked if path not in {leaf.path for leaf in scored}),
+        needs_constant=tuple(site.makes and _needs_constant(net, site.space, shapes) for site in in_order),
+        features_per_channel=tuple(shapes[site.path][1] if site.space < 0 else 1 for site in in_order),
+        products=tuple(_products(net, [site.space for site in in_order], weight_multiply_adds(model, image_shape))),
     )
 
 
 @dataclass(frozen=True)
-class _Owner:
-    """Where the channels of a space are masked.
+class _MaskSite:
+    """The array in which the channels of a channel space are masked.
 
     Attributes:
-        space: of the wiring; heads have one below 0.
-        path: of the array.
-        axis: of the array.
-        makes: whether the array makes the channels; otherwise it reads them.
+        space: channel space of the wiring, or `_head_space`, which is negative.
+        path: path of the array.
+        axis: axis of the array that has the channels.
+        makes: the array makes the channels; otherwise it reads them.
     """
 
     space: int
@@ -174,38 +175,45 @@ def _kernel(name: str) -> Path:
     return (*name.split("/"), "kernel")
 
 
-def _owners(net: Wiring, output: Signal, shapes: Mapping[Path, tuple[int, ...]], masked: Set[Path]) -> list[_Owner]:
-    """Where the channels of each space are masked that one layer makes, if anywhere; every array once."""
+def _mask_sites(
+    net: Wiring, output: Signal, shapes: Mapping[Path, tuple[int, ...]], masked: Set[Path]
+) -> list[_MaskSite]:
+    """Where the channels of each prunable channel space are masked; each array at most once.
+
+    A channel space is prunable if exactly one layer makes its channels and no layer needs all of them.
+    """
     spaces, fixed = wiring.spaces(net), wiring.fixed_spaces(net, output)
     makers, readers = collections.defaultdict(list), collections.defaultdict(list)
     normalized = {spaces[signal] for signal, node in enumerate(net.nodes) if isinstance(node, BatchNorm)}
-    found = []
+    sites = []
     for signal, node in enumerate(net.nodes):
         if isinstance(node, Linear):
             makers[spaces[signal]].append(_kernel(node.name))
             readers[spaces[node.source]].append(_kernel(node.name))
         if isinstance(node, Attention) and (out := _kernel(f"{node.name}/out")) in masked:
-            found.append(_Owner(_heads(signal), out, 0, makes=False))
-    taken = set()
+            sites.append(_MaskSite(_head_space(signal), out, 0, makes=False))
+    used = set()
     for space, (maker, *others) in makers.items():
         if others or space in fixed:
             continue
-        made, read = _Owner(space, maker, -1, makes=True), readers[space]
-        # What is flattened in between is read in other numbers.
-        alone = len(read) == 1 and shapes[read[0]][-2] == shapes[maker][-1]
-        wanted = [_Owner(space, read[0], -2, makes=False), made] if alone and space in normalized else [made]
-        possible = [owner for owner in wanted if owner.path in masked and owner.path not in taken]
-        found += possible[:1]
-        taken |= {owner.path for owner in possible[:1]}
-    return found
+        made, reading = _MaskSite(space, maker, -1, makes=True), readers[space]
+        # After flattening, the reading layer has several inputs per channel, so its input axis has no channels.
+        same_axis = len(reading) == 1 and shapes[reading[0]][-2] == shapes[maker][-1]
+        read_first = same_axis and space in normalized
+        candidates = [_MaskSite(space, reading[0], -2, makes=False), made] if read_first else [made]
+        possible = [site for site in candidates if site.path in masked and site.path not in used]
+        sites += possible[:1]
+        used |= {site.path for site in possible[:1]}
+    return sites
 
 
-def _heads(signal: int) -> int:
+def _head_space(signal: int) -> int:
+    """Identifies the heads of the attention that makes `signal`; negative, unlike the channel spaces of the wiring."""
     return -1 - signal
 
 
-def _needs_constants(net: Wiring, space: int, shapes: Mapping[Path, Any]) -> bool:
-    """Whether a layer that reads a space cannot take its constants in: into a bias, or a BatchNorm that follows."""
+def _needs_constant(net: Wiring, space: int, shapes: Mapping[Path, Any]) -> bool:
+    """Whether a layer that reads `space` cannot absorb constants, into its bias or into a BatchNorm after it."""
     spaces = wiring.spaces(net)
     for signal, node in enumerate(net.nodes):
         if isinstance(node, Linear) and spaces[node.source] == space:
@@ -216,7 +224,13 @@ def _needs_constants(net: Wiring, space: int, shapes: Mapping[Path, Any]) -> boo
 
 
 def _products(net: Wiring, scored: Sequence[int], costs: dict[str, int]) -> list[Product]:
-    """The products of the network, and which of the scored spaces they are with."""
+    """The products of the network.
+
+    Args:
+        net: wiring of the network.
+        scored: channel space of each scored array.
+        costs: multiply-adds by name of the array, from `weight_multiply_adds`.
+    """
     spaces, rest = wiring.spaces(net), costs.pop(REST)
     attentions = {signal: node for signal, node in enumerate(net.nodes) if isinstance(node, Attention)}
     members: dict[str, list[int]] = {}
@@ -225,18 +239,18 @@ def _products(net: Wiring, scored: Sequence[int], costs: dict[str, int]) -> list
             members[trees.name(_kernel(node.name))] = [spaces[node.source], spaces[signal]]
         if isinstance(node, Attention):
             names = (trees.name(_kernel(f"{node.name}/{layer}")) for layer in wiring.PROJECTIONS)
-            members |= {name: [_heads(signal)] for name in names}
+            members |= {name: [_head_space(signal)] for name in names}
     unknown = sorted(members.keys() - costs.keys())
     if unknown:
-        raise ValueError(f"wiring: names {unknown[0]!r}, but there is no such array among the params")
+        raise ValueError(f"wiring of array {unknown[0]!r}: no such array in the params")
     products = [(cost, members.get(name, [])) for name, cost in costs.items() if cost]
-    # What heads do with each other has no array: it is shared out as the products with what they give are.
+    # Products of query, key and value have no array of weights: distributed over the attentions in proportion to "out".
     outs = {signal: costs[trees.name(_kernel(f"{node.name}/out"))] for signal, node in attentions.items()}
     for signal, cost in outs.items():
         share = rest * cost // sum(outs.values())
-        products.append((share, [_heads(signal)]))
+        products.append((share, [_head_space(signal)]))
         rest -= share
         outs = outs | {signal: 0}
     products.append((rest, []))
-    places = {space: index for index, space in enumerate(scored)}
-    return [Product(cost, tuple(places[space] for space in joined if space in places)) for cost, joined in products]
+    index_of = {space: index for index, space in enumerate(scored)}
+    return [Product(cost, tuple(index_of[space] for space in joined if space in index_of)) for cost, joined in products]

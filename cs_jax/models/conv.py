@@ -1,4 +1,4 @@
-"""The small convolutional networks of the first lottery-ticket experiments."""
+"""Small convolutional networks of the first lottery-ticket experiments: Conv-2, Conv-4, Conv-6."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -10,33 +10,33 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
-from cs_jax.core.arrays import of_logits
+from cs_jax.core.arrays import logits_dtype
 from cs_jax.layers.masked import MaskedConv, MaskedDense
-from cs_jax.models.features import NONE, Features
+from cs_jax.models.features import DEFAULT_FEATURES, Features
 from cs_jax.models.lenet import xavier_normal
 from cs_jax.models.wiring import Signal, Wiring
 
 
 class ConvNet(nn.Module):
-    """Pairs of 3x3 convolutions, each pair before a 2x2 max pool, two hidden layers of 256 units, a classifier.
+    """Pairs of 3x3 convolutions, each pair followed by a 2x2 max pool; two hidden layers of 256 units; a classifier.
 
-    ReLU and biases throughout, no BatchNorm. Masked are convolutions and hidden layers; biases and the classifier are
-    not. Kernels start Glorot normal, biases at 0.
+    All layers have biases; all except the classifier have ReLU. There is no BatchNorm. Masked: kernels of convolutions
+    and hidden layers. Not masked: biases, classifier. Kernels start Glorot normal, biases at 0.
 
     Call: `model.apply(variables, images, train=...)` with float images (batch, height, width, channels) returns logits
-    (batch, num_classes). `train` changes nothing.
+    (batch, num_classes). `train` has no effect.
 
     Attributes:
         num_classes: width of the classifier.
-        widths: channels of each pair of convolutions.
-        dtype: of the computation; by default that of images and weights.
-        param_dtype: of the weights.
-        remat: keep the inputs of stages alone for the backward pass, and compute all else again there.
-        features: output features of layers that have others than their family's, by name; a shrunk network has some.
+        widths: channels of the two convolutions in each pair.
+        dtype: dtype of the computation; by default the promoted dtype of images and weights.
+        param_dtype: dtype of the weights.
+        remat: store only the inputs of stages for the backward pass, and recompute the other activations there.
+        features: output features by layer name, for layers that differ from the defaults; set by `shrink`.
         conv, dense: classes of the masked layers; `flax.linen.Conv` and `flax.linen.Dense` make the plain network.
 
     Raises:
-        ValueError: the images are too small to be halved by every pool.
+        ValueError: the images are too small for the pools, which halve height and width.
 
     References:
         Frankle and Carbin, 2019, arXiv:1803.03635, figure 2.
@@ -47,7 +47,7 @@ class ConvNet(nn.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     remat: bool = False
-    features: Features = NONE
+    features: Features = DEFAULT_FEATURES
     conv: type[nn.Conv] = MaskedConv
     dense: type[nn.Dense] = MaskedDense
 
@@ -61,7 +61,7 @@ class ConvNet(nn.Module):
         x = x.reshape(x.shape[0], -1)
         for name in ("hidden0", "hidden1"):
             x = nn.relu(self.dense(self.features.get(name, 256), name=name, **fields)(x))
-        fields["dtype"] = of_logits(self.dtype)
+        fields["dtype"] = logits_dtype(self.dtype)
         return nn.Dense(self.num_classes, name="classifier", **fields)(x)
 
     def _stage(self, x: jax.Array, stage: int) -> jax.Array:
@@ -99,8 +99,8 @@ Conv6 = partial(ConvNet, widths=(64, 128, 256))
 
 
 def check_pools(images: jax.Array, pools: int) -> None:
-    """Raises a ValueError where `pools` max pools of 2x2 would leave no pixel of (batch, height, width, channels)."""
+    """Raises a ValueError if `pools` 2x2 max pools leave no pixel of images (batch, height, width, channels)."""
     height, width = images.shape[1:3]
     least = 2**pools
     if min(height, width) < least:
-        raise ValueError(f"images: got {height} by {width} pixels, wanted at least {least} by {least}")
+        raise ValueError(f"images {height}x{width}: require at least {least}x{least} pixels")

@@ -1,16 +1,23 @@
-"""Numbers of features that a network has in some of its layers, in place of those of its family."""
+"""Numbers of output features for single layers of a network, where they differ from the network's defaults."""
 
 from collections.abc import Mapping
 
 from flax.core import FrozenDict
 
 Features = Mapping[str, int]
-"""Output features by the name of the layer, heads by that of their block. Modules want it hashable."""
+"""Output features by layer name; number of attention heads by block name. Hashable where it is a module's field."""
 
-NONE: Features = FrozenDict()
+DEFAULT_FEATURES: Features = FrozenDict()
+"""Every layer has its default number of features."""
 
 
-def within(features: Features, name: str) -> Features:
-    """Those of the layers inside of a module, by their names there."""
+def submodule_features(features: Features, name: str) -> Features:
+    """The entries for layers inside the submodule `name`, keyed by their names there.
+
+    >>> submodule_features({"conv0": 8, "stage1_block1/conv_a": 3}, "stage1_block1")
+    FrozenDict({
+        conv_a: 3,
+    })
+    """
     inside = {layer.removeprefix(f"{name}/"): size for layer, size in features.items() if layer.startswith(f"{name}/")}
     return FrozenDict(inside)

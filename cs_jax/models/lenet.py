@@ -1,4 +1,4 @@
-"""Fully connected network of the first lottery-ticket experiments."""
+"""LeNet-300-100, the fully connected network of the first lottery-ticket experiments."""
 
 import jax
 import jax.numpy as jnp
@@ -6,39 +6,39 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
-from cs_jax.core.arrays import of_logits
+from cs_jax.core.arrays import logits_dtype
 from cs_jax.layers.masked import MaskedDense
-from cs_jax.models.features import NONE, Features
+from cs_jax.models.features import DEFAULT_FEATURES, Features
 from cs_jax.models.wiring import Signal, Wiring
 
 xavier_normal = nn.initializers.xavier_normal()
 
 HIDDEN = {"hidden0": 300, "hidden1": 100}
-"""Units of the hidden layers."""
+"""Units of each hidden layer."""
 
 
 class LeNet300100(nn.Module):
     """Two masked hidden layers of 300 and 100 units with ReLU, and an unmasked classifier.
 
     Call: `model.apply(variables, images, train=...)` with float images (batch, ...) returns logits
-    (batch, num_classes). `train` changes nothing: there is no BatchNorm.
+    (batch, num_classes). `train` has no effect: there is no BatchNorm.
 
     Attributes:
         num_classes: width of the classifier.
-        dtype: of the computation; by default that of images and weights.
-        param_dtype: of the weights.
-        features: output features of layers that have others than their family's, by name; a shrunk network has some.
+        dtype: dtype of the computation; by default the promoted dtype of images and weights.
+        param_dtype: dtype of the weights.
+        features: output features by layer name, for layers that differ from the defaults; set by `shrink`.
         dense: class of the hidden layers; `flax.linen.Dense` makes the plain network.
 
     References:
         LeCun et al., "Gradient-based learning applied to document recognition", 1998; Frankle and Carbin,
-        arXiv:1803.03635, for its use with tickets.
+        arXiv:1803.03635, for lottery tickets.
     """
 
     num_classes: int = 10
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
-    features: Features = NONE
+    features: Features = DEFAULT_FEATURES
     dense: type[nn.Dense] = MaskedDense
 
     @nn.compact
@@ -56,7 +56,7 @@ class LeNet300100(nn.Module):
         return nn.Dense(
             self.num_classes,
             kernel_init=xavier_normal,
-            dtype=of_logits(self.dtype),
+            dtype=logits_dtype(self.dtype),
             param_dtype=self.param_dtype,
             name="classifier",
         )(x)

@@ -1,7 +1,7 @@
-"""What a network's forward pass costs: multiply-adds, in all and by masked array. Nothing is computed to count them.
+"""Multiply-adds of a network's forward pass, in total and by masked array.
 
-The count is read off the jaxpr, so it holds for any Linen module, whatever its layers are made of. Products of
-matrices and convolutions count; sums, norms, activations and pools do not, as published figures have it.
+They are counted in the jaxpr, without computing anything, so any Linen module works. Matrix products and convolutions
+count. Sums, norms, activations and pools do not count, as in published figures.
 """
 
 import inspect
@@ -14,35 +14,36 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jaxtyping import PyTree
 
 from cs_jax.core import trees
 
 Origin: TypeAlias = frozenset[str] | None
-"""Names of the masks, or weights, that a value is made of, if it is made of variables alone; None if the image is in
-it."""
+"""Names of the masks or weights that a value is computed from; None if it depends on the image."""
 
 VARIABLES: Origin = frozenset()
+"""Origin of a value that depends neither on the image nor on an array of the counted collection."""
 
 REST = ""
-"""What multiply-adds without a masked array count under; no array has an empty name."""
+"""Key of the multiply-adds that belong to no array; no array has an empty name."""
 
 
 def multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> int:
-    """Multiply-adds of one image's forward pass in evaluation mode, with every weight counted, masked to 0 or not.
+    """Multiply-adds of one image's forward pass in evaluation mode.
 
-    A convolution's window counts in full at the image's edge, and of an input dilated with zeros (a transposed
-    convolution) only the input's own entries count.
+    Weights count also where their mask is 0. The window of a convolution counts in full at the edge of the image. In a
+    transposed convolution, the zeros between the input's entries do not count.
 
     Args:
-        model: any Linen module that is called with images, and with `train` if its `__call__` has that.
-        image_shape: of one image, as in (32, 32, 3).
+        model: any Linen module whose call accepts images, with or without an argument `train`.
+        image_shape: shape of one image, as in (32, 32, 3).
 
     Returns:
-        The sum over all matrix products and convolutions, also inside `jit`, `scan` (times its length), `cond` (the
-        dearest branch) and so on.
+        The sum over all matrix products and convolutions. Inner programs are included: `jit`, `scan` (multiplied by its
+        length), `cond` (the most expensive branch) and others.
 
     Raises:
-        ValueError: there are products in a while loop, which says nothing of how often it runs.
+        ValueError: a while loop contains products; its number of iterations is unknown.
 
     >>> multiply_adds(nn.Sequential([nn.Dense(5), nn.relu, nn.Dense(2)]), (3,))
     25
@@ -51,20 +52,20 @@ def multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> int:
 
 
 def layer_multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> dict[str, int]:
-    """Multiply-adds of each masked array: those of the products that it is one side of, as in `multiply_adds`.
+    """Multiply-adds of each masked array: the products and convolutions with this array as one factor.
 
-    An array that is used more than once has them all; one that is only looked up, added or multiplied entry by entry
-    has 0. A product with an array that was put together from several masked ones is none of theirs.
+    An array that is used several times has the sum. An array that is only used in look-ups, sums or entrywise products
+    has 0. A product with a value computed from several masked arrays counts for none of them.
 
     Args:
         model: as for `multiply_adds`.
-        image_shape: of one image.
+        image_shape: shape of one image.
 
     Returns:
-        A number for every array of the collection "masks", by its name, as in "stage1_block1/conv_a/kernel".
+        Multiply-adds for one image, by array name in the collection "masks", as in "stage1_block1/conv_a/kernel".
 
     Raises:
-        ValueError: as `multiply_adds`.
+        ValueError: a while loop contains products.
 
     >>> from cs_jax.models import LeNet300100
     >>> layer_multiply_adds(LeNet300100(), (28, 28, 1))
@@ -75,31 +76,36 @@ def layer_multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> dict[st
 
 
 def weight_multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> dict[str, int]:
-    """Multiply-adds of each array of weights, masked or not, and of products without one under `REST`.
+    """Multiply-adds of each array of weights, masked or not; under `REST`, of products without an array of weights.
 
     Args:
         model: as for `multiply_adds`.
-        image_shape: of one image.
+        image_shape: shape of one image.
 
     Returns:
-        A number for every array of the collection "params", by its name; in all those of `multiply_adds`.
+        Multiply-adds for one image, by array name in the collection "params"; they add up to `multiply_adds`.
 
     Raises:
-        ValueError: as `multiply_adds`.
+        ValueError: a while loop contains products.
     """
     return {REST: 0, **_count(model, image_shape, "params")}
 
 
 def evaluation_mode(model: nn.Module) -> dict[str, Any]:
-    """Keywords that a module is called with to evaluate it: `train=False` if its `__call__` has that."""
+    """Keyword arguments for a call in evaluation mode: `train=False` if the module's `__call__` has `train`."""
     return {"train": False} if "train" in inspect.signature(type(model).__call__).parameters else {}
 
 
-def _count(model: nn.Module, image_shape: Sequence[int], collection: str = "masks") -> Counter[str]:
-    """Multiply-adds by the name of the collection's array, 0 included, or `REST`."""
-    modes = evaluation_mode(model)
+def abstract_variables(model: nn.Module, image_shape: Sequence[int]) -> PyTree:
+    """Shapes and dtypes of a module's variables, for one image of this shape."""
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    variables = jax.eval_shape(lambda x: nn.unbox(model.init(jax.random.key(0), x, **modes)), image)
+    return jax.eval_shape(lambda x: nn.unbox(model.init(jax.random.key(0), x, **evaluation_mode(model))), image)
+
+
+def _count(model: nn.Module, image_shape: Sequence[int], collection: str = "masks") -> Counter[str]:
+    """Multiply-adds by array name in the collection, also where they are 0, and under `REST`."""
+    modes, variables = evaluation_mode(model), abstract_variables(model, image_shape)
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     closed = jax.make_jaxpr(lambda variables, x: model.apply(variables, x, **modes))(variables, image)
     origins = [
         frozenset([trees.name(path[1:])]) if path[0] == collection else VARIABLES
@@ -111,7 +117,7 @@ def _count(model: nn.Module, image_shape: Sequence[int], collection: str = "mask
 
 
 def _walk(jaxpr: Jaxpr, origins: Sequence[Origin], counts: Counter[str], times: int = 1) -> list[Origin]:
-    """Adds `times` a jaxpr's multiply-adds to `counts`; returns the origins of its outputs, given its inputs'."""
+    """Adds `times` the multiply-adds of a jaxpr to `counts`; maps origins of its inputs to origins of its outputs."""
     known: dict[Any, Origin] = dict(zip(jaxpr.invars, origins, strict=True))
 
     def origin(atom: Any) -> Origin:
@@ -120,8 +126,8 @@ def _walk(jaxpr: Jaxpr, origins: Sequence[Origin], counts: Counter[str], times: 
     for eqn in jaxpr.eqns:
         inputs = [origin(atom) for atom in eqn.invars]
         if eqn.primitive.name in PRODUCTS:
-            counts[_owner(inputs)] += times * PRODUCTS[eqn.primitive.name](eqn)
-            # A product is no weight: what it is multiplied by next is not a cost of the mask.
+            counts[_counted_array(inputs)] += times * PRODUCTS[eqn.primitive.name](eqn)
+            # A product of variables is not a masked array: later products with it do not count for the array.
             outputs = [None if None in inputs else VARIABLES]
         else:
             outputs = _walk_inner(eqn, inputs, counts, times)
@@ -129,21 +135,23 @@ def _walk(jaxpr: Jaxpr, origins: Sequence[Origin], counts: Counter[str], times: 
     return [origin(atom) for atom in jaxpr.outvars]
 
 
-def _owner(sides: Sequence[Origin]) -> str:
-    names = _together([side for side in sides if side is not None])
+def _counted_array(factors: Sequence[Origin]) -> str:
+    """Name of the only array among the factors of a product, or `REST`."""
+    names = _merge([factor for factor in factors if factor is not None])
     return next(iter(names)) if names is not None and len(names) == 1 else REST
 
 
-def _together(origins: Sequence[Origin]) -> Origin:
+def _merge(origins: Sequence[Origin]) -> Origin:
+    """Origin of a value computed from values with these origins."""
     return None if None in origins else frozenset().union(*(origin or () for origin in origins))
 
 
 def _walk_inner(eqn: JaxprEqn, inputs: list[Origin], counts: Counter[str], times: int) -> list[Origin]:
-    """Counts what is inside an equation that is no product itself; returns the origins of its outputs."""
+    """Counts the products inside an equation that is not a product itself; returns the origins of its outputs."""
     match eqn.primitive.name:
         case "scan":
             consts, carried = eqn.params["num_consts"], eqn.params["num_carry"]
-            # What is carried may have the image in it from the second iteration on.
+            # The carry may depend on the image from the second iteration on.
             inputs = [*inputs[:consts], *[None] * carried, *inputs[consts + carried :]]
             return _walk(eqn.params["jaxpr"].jaxpr, inputs, counts, times * eqn.params["length"])
         case "while":
@@ -151,18 +159,20 @@ def _walk_inner(eqn: JaxprEqn, inputs: list[Origin], counts: Counter[str], times
             for inner in _jaxprs(eqn):
                 _walk(inner, [None] * len(inner.invars), found)
             if found.total():
-                raise ValueError("model: got products in a while loop, wanted a loop of known length, as of lax.scan")
+                raise ValueError(
+                    "model: cannot count products in a while loop; use lax.scan or another loop of known length"
+                )
             return [None] * len(eqn.outvars)
         case "cond":
             branches = [(Counter(), branch.jaxpr) for branch in eqn.params["branches"]]
             outputs = [_walk(inner, inputs[1:], found, times) for found, inner in branches]
             counts.update(max((found for found, _ in branches), key=Counter.total))
-            return [_together([inputs[0], *each]) for each in zip(*outputs, strict=True)]
+            return [_merge([inputs[0], *each]) for each in zip(*outputs, strict=True)]
     for inner in _jaxprs(eqn):
         if len(inner.invars) == len(inputs) and len(inner.outvars) == len(eqn.outvars):
             return _walk(inner, inputs, counts, times)
         _walk(inner, [None] * len(inner.invars), counts, times)
-    return [_together(inputs)] * len(eqn.outvars)
+    return [_merge(inputs)] * len(eqn.outvars)
 
 
 def _jaxprs(eqn: JaxprEqn) -> list[Jaxpr]:
@@ -191,4 +201,4 @@ def _shape(atom: Any) -> tuple[int, ...]:
 
 
 PRODUCTS = {"dot_general": _dot_general, "conv_general_dilated": _convolution}
-"""How the multiply-adds of an equation are counted, by its primitive."""
+"""Functions that count the multiply-adds of an equation, by name of its primitive."""

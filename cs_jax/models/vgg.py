@@ -1,4 +1,4 @@
-"""VGG networks as CIFAR has them: with BatchNorm, and one linear layer in place of three."""
+"""VGG networks for CIFAR: with BatchNorm, and with one linear layer instead of three."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -10,20 +10,21 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
-from cs_jax.core.arrays import of_logits
+from cs_jax.core.arrays import logits_dtype
 from cs_jax.layers.batch_norm import BatchNorm
 from cs_jax.layers.masked import MaskedConv
 from cs_jax.models.conv import check_pools
-from cs_jax.models.features import NONE, Features
+from cs_jax.models.features import DEFAULT_FEATURES, Features
 from cs_jax.models.resnet import he_normal_fan_out
 from cs_jax.models.wiring import Signal, Wiring
 
 
 class VGG(nn.Module):
-    """Stages of 3x3 convolutions with BN and ReLU, each before a 2x2 max pool; global average pooling, a classifier.
+    """Stages of 3x3 convolutions with BatchNorm and ReLU; global average pooling; a classifier.
 
-    The convolutions, which have no bias, are masked. Not masked: BatchNorm, classifier. Kernels of convolutions start
-    He normal by their fan-out, the classifier's normal with deviation 0.01, as torchvision draws them.
+    Each stage ends with a 2x2 max pool. Masked: the convolutions, which have no bias. Not masked: BatchNorm,
+    classifier. Kernels of convolutions start He normal by fan-out, the classifier's kernel starts normal with standard
+    deviation 0.01, both as in torchvision.
 
     Call: `model.apply(variables, images, train=...)` with float images (batch, height, width, channels) returns
     logits (batch, num_classes). With `train=True`, BatchNorm normalises by the batch and "batch_stats" must be mutable.
@@ -32,15 +33,15 @@ class VGG(nn.Module):
         num_classes: width of the classifier.
         stage_sizes: convolutions in each stage.
         widths: channels in each stage.
-        dtype: of the computation; by default that of images and weights.
-        param_dtype: of the weights.
-        remat: keep the inputs of stages alone for the backward pass, and compute all else again there.
-        features: output features of layers that have others than their family's, by name; a shrunk network has some.
+        dtype: dtype of the computation; by default the promoted dtype of images and weights.
+        param_dtype: dtype of the weights.
+        remat: store only the inputs of stages for the backward pass, and recompute the other activations there.
+        features: output features by layer name, for layers that differ from the defaults; set by `shrink`.
         conv: class of the convolutions; `flax.linen.Conv` makes the plain dense network.
-        folded: no BatchNorm, and biases in the convolutions: see `cs_jax.fold`. Not for training.
+        folded: no BatchNorm; the convolutions have biases instead. For inference: see `cs_jax.tickets.fold`.
 
     Raises:
-        ValueError: the images are too small to be halved by every pool.
+        ValueError: the images are too small for the pools, which halve height and width.
 
     References:
         Simonyan and Zisserman, 2014, arXiv:1409.1556, configuration D; Li et al., 2016, arXiv:1608.08710, for CIFAR.
@@ -52,7 +53,7 @@ class VGG(nn.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     remat: bool = False
-    features: Features = NONE
+    features: Features = DEFAULT_FEATURES
     conv: type[nn.Conv] = MaskedConv
     folded: bool = False
 
@@ -62,11 +63,11 @@ class VGG(nn.Module):
         make_stage = nn.remat(VGG._stage, static_argnums=(2, 3)) if self.remat else VGG._stage
         for stage in range(1, len(self.widths) + 1):
             x = make_stage(self, x, stage, train)
-        x = jnp.mean(x, axis=(1, 2))  # of one pixel, for 32x32 images
+        x = jnp.mean(x, axis=(1, 2))  # 32x32 images have one pixel left here
         return nn.Dense(
             self.num_classes,
             kernel_init=nn.initializers.normal(0.01),
-            dtype=of_logits(self.dtype),
+            dtype=logits_dtype(self.dtype),
             param_dtype=self.param_dtype,
             name="classifier",
         )(x)

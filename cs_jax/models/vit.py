@@ -1,4 +1,4 @@
-"""Vision transformers."""
+"""Vision transformers: ViT-Ti."""
 
 from functools import partial
 from typing import Any
@@ -9,40 +9,41 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
-from cs_jax.core.arrays import of_logits
+from cs_jax.core.arrays import logits_dtype
 from cs_jax.layers.masked import MaskedDenseGeneral
-from cs_jax.models.features import NONE, Features, within
+from cs_jax.models.features import DEFAULT_FEATURES, Features, submodule_features
 from cs_jax.models.wiring import Signal, Wiring
 
-# DeiT truncates at 100 deviations, which is not at all.
+# DeiT truncates at 100 standard deviations, so in effect not at all.
 narrow_normal = nn.initializers.normal(0.02)
 
 
 class VisionTransformer(nn.Module):
-    """Patches and a class token with learned positions through pre-LayerNorm blocks; a classifier of the class token.
+    """Vision transformer: patch embedding, class token, learned positions, pre-LayerNorm blocks, a classifier.
 
-    Masked are the kernels of query, key, value, out and of the MLPs. Not masked: patch embedding, positions, class
-    token, LayerNorms, biases, classifier. As in DeiT, weights start normal with deviation 0.02 and biases at 0; the
-    patch embedding starts LeCun normal. There is no dropout.
+    The classifier reads the class token. Masked: the kernels of query, key, value, out and of the MLPs. Not masked:
+    patch embedding, positions, class token, LayerNorms, biases, classifier. As in DeiT, weights start normal with
+    standard deviation 0.02 and biases at 0. The patch embedding starts LeCun normal. There is no dropout.
 
     Call: `model.apply(variables, images, train=...)` with float images (batch, height, width, channels) returns
-    logits (batch, num_classes). `train` changes nothing. Positions are learned for one size of images.
+    logits (batch, num_classes). `train` has no effect. Positions are learned for one image size.
 
     Attributes:
         num_classes: width of the classifier.
         depth: number of blocks.
-        width: features of a token; an MLP has four times as many.
+        width: features of a token; the hidden layer of an MLP has 4 * `width`.
         num_heads: attention heads; divides `width`.
-        patch_size: side of a patch in pixels; None is 16 for images of at least 64 by 64 pixels, else 4.
-        dtype: of the computation; by default that of images and weights.
-        param_dtype: of the weights.
-        remat: keep the inputs of blocks alone for the backward pass, and compute all else again there.
-        features: output features of layers that have others than their family's, by name, and heads by that
-            of the block; a shrunk network has some.
+        patch_size: side of a patch in pixels; None means 16 for images of at least 64x64 pixels, else 4.
+        dtype: dtype of the computation; by default the promoted dtype of images and weights.
+        param_dtype: dtype of the weights.
+        remat: store only the inputs of blocks for the backward pass, and recompute the other activations there.
+        features: output features by layer name and heads by block name, where they differ from the defaults; set by
+            `shrink`.
         dense: class of the masked layers; `flax.linen.DenseGeneral` makes the plain dense network.
 
     Raises:
-        ValueError: the patch size does not divide both sides of the images, or `num_heads` the width.
+        ValueError: the patch size does not divide height and width of the images, or `num_heads` does not divide the
+            width.
 
     References:
         Dosovitskiy et al., 2020, arXiv:2010.11929; Touvron et al., 2020, arXiv:2012.12877, for ViT-Ti.
@@ -56,7 +57,7 @@ class VisionTransformer(nn.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     remat: bool = False
-    features: Features = NONE
+    features: Features = DEFAULT_FEATURES
     dense: type[nn.DenseGeneral] = MaskedDenseGeneral
 
     @nn.compact
@@ -65,10 +66,11 @@ class VisionTransformer(nn.Module):
         x = self._tokens(x)
         make_block = nn.remat(TransformerBlock) if self.remat else TransformerBlock
         for name in self._blocks():
-            features = FrozenDict({**within(self.features, name), "heads": self.features.get(name, self.num_heads)})
+            heads = self.features.get(name, self.num_heads)
+            features = FrozenDict({**submodule_features(self.features, name), "heads": heads})
             x = make_block(self.num_heads, features, dense=self.dense, name=name, **dtypes)(x)
         x = nn.LayerNorm(epsilon=1e-6, name="norm", **dtypes)(x[:, 0])
-        dtypes["dtype"] = of_logits(self.dtype)
+        dtypes["dtype"] = logits_dtype(self.dtype)
         return nn.Dense(self.num_classes, kernel_init=narrow_normal, name="classifier", **dtypes)(x)
 
     def _blocks(self) -> list[str]:
@@ -88,7 +90,7 @@ class VisionTransformer(nn.Module):
         return self.clone(features=FrozenDict({**self.features, **features}))
 
     def _tokens(self, images: jax.Array) -> jax.Array:
-        """The class token and the patches, (batch, 1 + patches, width), with their positions added."""
+        """Class token and embedded patches plus positions: (batch, 1 + patches, width)."""
         size = _patch_size(images, self.patch_size)
         embed = nn.Conv(
             self.width,
@@ -110,13 +112,14 @@ class VisionTransformer(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """LayerNorm and self-attention, LayerNorm and MLP with GELU, each added to its input; (batch, tokens, width).
+    """LayerNorm and self-attention, then LayerNorm and MLP with GELU; each pair is added to its input.
 
-    A head has `width / num_heads` features, also where `features` say that there are fewer "heads".
+    Maps (batch, tokens, width) to the same shape. A head has `width / num_heads` features, also where `features` has an
+    entry "heads" with fewer heads.
     """
 
     num_heads: int
-    features: Features = NONE
+    features: Features = DEFAULT_FEATURES
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     dense: type[nn.DenseGeneral] = MaskedDenseGeneral
@@ -125,14 +128,14 @@ class TransformerBlock(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
         if width % self.num_heads:
-            raise ValueError(f"num_heads: got {self.num_heads}, wanted a divisor of the width {width}")
+            raise ValueError(f"num_heads {self.num_heads}: must divide the width {width}")
         dtypes: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = partial(nn.LayerNorm, epsilon=1e-6, **dtypes)
         dense = partial(self.dense, kernel_init=narrow_normal, **dtypes)
         y = norm(name="norm_attention")(x)
         heads = (self.features.get("heads", self.num_heads), width // self.num_heads)
         query, key, value = (dense(heads, name=name)(y) for name in ("query", "key", "value"))
-        # JAX's own is faster on accelerators, and computes in single precision whatever it is given.
+        # jax.nn's attention is faster on accelerators, but computes in float32 even for float64 inputs.
         attend = nn.dot_product_attention if query.dtype == jnp.float64 else jax.nn.dot_product_attention
         y = attend(query, key, value)
         x = x + dense(width, axis=(-2, -1), name="out")(y)
@@ -144,10 +147,11 @@ ViTTiny = partial(VisionTransformer, depth=12, width=192, num_heads=3)
 """ViT-Ti/16: 5,717,416 weights for 224x224 images and 1000 classes, 5,308,416 of them masked."""
 
 
-def _patch_size(images: jax.Array, wanted: int | None) -> int:
-    """Side of a patch for images (batch, height, width, channels): `wanted`, or by their size where that is None."""
+def _patch_size(images: jax.Array, size: int | None) -> int:
+    """Side of a patch for images (batch, height, width, channels); None selects it by the size of the images."""
     height, width = images.shape[1:3]
-    size = (16 if min(height, width) >= 64 else 4) if wanted is None else wanted
+    if size is None:
+        size = 16 if min(height, width) >= 64 else 4
     if size < 1 or height % size or width % size:
-        raise ValueError(f"images: got {height} by {width} pixels, wanted sides that the patch size {size} divides")
+        raise ValueError(f"images {height}x{width}: patch size {size} must divide height and width")
     return size

@@ -1,8 +1,8 @@
-"""How a network is wired: what a module says of its layers, so that channels can be taken out of it.
+"""Wiring of a network: which layer reads which, declared by the module, so that channels can be removed from it.
 
-A module tells it in a method `wire(self, net, x)`, which reads like its `__call__`: `net` is a `Wiring`, whose methods
-are the kinds of layers there are, `x` stands for the images, and what is returned for the output. In a second method,
-`resize(self, features)`, it returns the same module with other numbers of features in some of its layers.
+A module declares its wiring in a method `wire(self, net, x)`, which follows its `__call__` line by line. `net` is a
+`Wiring`, with one method for each kind of layer. `x` represents the images; the return value represents the output. A
+second method, `resize(self, features)`, returns the same module with other numbers of features in the named layers.
 
     class Small(nn.Module):
         hidden: int = 100
@@ -19,7 +19,7 @@ are the kinds of layers there are, `x` stands for the images, and what is return
         def resize(self, features):
             return self.clone(hidden=features["conv"])
 
-Nothing is guessed: a module without these methods is refused, and so is a wiring that leaves out a layer.
+Nothing is guessed: a module without these methods raises an error, and so does a wiring that omits a layer.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -33,11 +33,11 @@ from cs_jax.core.errors import CsJaxWarning
 
 
 class WiringWarning(CsJaxWarning):
-    """A trained ticket cannot be made smaller, because its network is not wired as it says."""
+    """A trained ticket cannot be shrunk, because its network's `wire` method is wrong."""
 
 
 Signal = NewType("Signal", int)
-"""What flows between two layers: the number of the node that makes it."""
+"""The output of a node, by the index of the node in `Wiring.nodes`."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,13 @@ class Input:
 
 @dataclass(frozen=True)
 class Linear:
-    """A convolution or dense layer: the last two axes of its kernel are input and output features."""
+    """A convolution or dense layer.
+
+    Attributes:
+        source: input of the layer.
+        name: path of the layer; the last two axes of its kernel are input and output features.
+        zero_padded: a convolution that pads its input with zeros.
+    """
 
     source: Signal
     name: str
@@ -56,6 +62,8 @@ class Linear:
 
 @dataclass(frozen=True)
 class BatchNorm:
+    """A BatchNorm with running averages; `epsilon` is added to the variance."""
+
     source: Signal
     name: str
     epsilon: float
@@ -63,28 +71,34 @@ class BatchNorm:
 
 @dataclass(frozen=True)
 class Activation:
+    """A function applied to every entry separately."""
+
     source: Signal
     function: Callable[[jax.Array], jax.Array]
 
 
 @dataclass(frozen=True)
 class Pool:
+    """A pool of each channel separately, over image positions."""
+
     source: Signal
 
 
 @dataclass(frozen=True)
 class Add:
+    """A sum of two signals."""
+
     left: Signal
     right: Signal
 
 
 PROJECTIONS = ("query", "key", "value", "out")
-"""Layers of an attention module."""
+"""Names of the layers in an attention module."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Heads of self-attention, whose `PROJECTIONS` are layers of the module."""
+    """A self-attention module, with layers named as in `PROJECTIONS`."""
 
     source: Signal
     name: str
@@ -92,7 +106,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Fixed:
-    """Layers that want every feature as it is, and give back as many."""
+    """Layers or parameters that need all features; input and output have the same number of features."""
 
     source: Signal
     names: tuple[str, ...]
@@ -113,10 +127,10 @@ def sources(node: Node) -> tuple[Signal, ...]:
 
 
 def names(node: Node) -> tuple[str, ...]:
-    """Layers that a node consists of."""
+    """Paths of the layers in a node."""
     match node:
-        case Fixed(names=found):
-            return found
+        case Fixed(names=layers):
+            return layers
         case Linear(name=name) | BatchNorm(name=name):
             return (name,)
         case Attention(name=name):
@@ -126,33 +140,34 @@ def names(node: Node) -> tuple[str, ...]:
 
 
 class Wiring:
-    """The layers of a network in the order in which they are applied.
+    """The layers of a network in the order of their application.
 
-    Names are paths of layers among the variables, as in "stage1_block1/conv_a", each of which is told once. Each method
-    takes what flows into a layer, and returns what flows out of it.
+    Each method adds one layer: its first argument is the layer's input, its return value the layer's output. The name
+    of a layer is its path in the variables, as in "stage1_block1/conv_a". Each layer is named exactly once.
 
     Attributes:
-        nodes: what the module has told, each by the number of the signal that it makes.
+        nodes: the images and the layers added so far; the node at index `i` makes the signal `i`.
     """
 
     def __init__(self) -> None:
         self.nodes: list[Node] = [Input()]
-        self._told: set[str] = set()
+        self._names: set[str] = set()
 
     def conv(self, x: Signal, name: str, *, zero_padded: bool) -> Signal:
         """A convolution with one group, whose kernel is `(*window, in, out)`, with or without a bias.
 
         Args:
-            x: what it is applied to.
-            name: of the layer.
-            zero_padded: whether zeros are put around the image: a constant in a channel is then none at the border.
+            x: input of the layer.
+            name: path of the layer.
+            zero_padded: the convolution pads its input with zeros. A channel with a constant value is then not constant
+                at the border.
         """
         return self._add(Linear(x, name, zero_padded))
 
     def dense(self, x: Signal, name: str) -> Signal:
         """A dense layer along the last axis, whose kernel is (in, out), with or without a bias.
 
-        It may follow on (batch, height, width, channels) reshaped to (batch, features).
+        Its input may be (batch, height, width, channels) reshaped to (batch, features).
         """
         return self._add(Linear(x, name, zero_padded=False))
 
@@ -161,118 +176,120 @@ class Wiring:
         return self._add(BatchNorm(x, name, epsilon))
 
     def activation(self, x: Signal, function: Callable[[jax.Array], jax.Array]) -> Signal:
-        """A function of every entry by itself."""
+        """A function applied to every entry separately, such as ReLU."""
         return self._add(Activation(x, function))
 
     def pool(self, x: Signal) -> Signal:
-        """A maximum or mean of every channel by itself that leaves a constant as it is: not over zeros of a padding."""
+        """A maximum or mean of each channel over image positions; must not include zeros of a padding.
+
+        A channel with a constant value keeps this value.
+        """
         return self._add(Pool(x))
 
     def add(self, x: Signal, y: Signal) -> Signal:
-        """A sum, as in residual networks: channels of both belong together from there on."""
+        """A sum, as in residual networks. The same channels are then kept or removed in both inputs."""
         return self._add(Add(x, y))
 
     def attention(self, x: Signal, name: str) -> Signal:
-        """Self-attention of the module called `name`, before anything is added to it.
+        """Self-attention by the module `name`, without the sum with its input that often follows.
 
-        Its layers query, key and value have kernels (in, heads, size), out has (heads, size, out), all with biases.
+        The layers query, key and value have kernels (in, heads, size); out has (heads, size, out). All have biases.
         """
         return self._add(Attention(x, name))
 
     def fixed(self, x: Signal, *names: str) -> Signal:
-        """Anything else that wants every feature, as a LayerNorm does: neither its input nor its output gets smaller.
+        """Any other operation that needs all features, such as a LayerNorm. Its input and output keep all channels.
 
         Args:
-            x: what it is applied to.
-            names: of its layers or parameters, if it has any.
+            x: input of the operation.
+            names: paths of its layers or parameters, if it has any.
         """
         return self._add(Fixed(x, names))
 
     def _add(self, node: Node) -> Signal:
         for name in names(node):
-            if name in self._told:
-                raise ValueError(f"wiring: names {name!r} twice, wanted every layer once: it would be changed twice")
-            self._told.add(name)
+            if name in self._names:
+                raise ValueError(f"wiring of layer {name!r}: named twice; name each layer once in `wire`")
+            self._names.add(name)
         self.nodes.append(node)
         return Signal(len(self.nodes) - 1)
 
 
 @runtime_checkable
 class Wired(Protocol):
-    """A Linen module that says how it is wired."""
+    """Protocol of a Linen module that declares its wiring."""
 
     def wire(self, net: Wiring, x: Signal) -> Signal:
-        """Tells `net` every layer that `x` goes through, and returns the output."""
+        """Adds every layer between the images `x` and the output to `net`; returns the output."""
         ...
 
     def resize(self, features: dict[str, int]) -> Any:
-        """The same module with these numbers of output features, or heads, in place of those that it has.
+        """Returns the same module with other numbers of output features or heads.
 
         Args:
-            features: by the name of the layer, all that can change; heads by that of their module.
+            features: output features by path of the layer; heads by path of the attention module.
         """
         ...
 
 
 def wiring_of(model: nn.Module) -> tuple[Wiring, Signal]:
-    """What a module says of its layers, and its output.
+    """The wiring that a module declares, and the output of the network.
 
     Raises:
-        TypeError: it does not say.
+        TypeError: the module has no methods `wire` and `resize`.
     """
     if not isinstance(model, Wired):
-        raise TypeError(
-            f"model: got {type(model).__name__}, which does not say how it is wired; wanted methods `wire` and `resize`"
-        )
+        raise TypeError(f"model {type(model).__name__}: does not declare its wiring; add methods `wire` and `resize`")
     net = Wiring()
     return net, model.wire(net, Signal(0))
 
 
 def check_names(net: Wiring, arrays: Iterable[str]) -> None:
-    """Raises a ValueError unless a wiring names every layer, and no others.
+    """Raises a ValueError unless a wiring names every layer of the network, and no others.
 
     Args:
-        net: what a module has told.
-        arrays: their names by collection and path, "params/conv0/kernel".
+        net: wiring that the module declares.
+        arrays: names of all variables, with their collection, as in "params/conv0/kernel".
     """
-    known, told = list(arrays), [name for node in net.nodes for name in names(node)]
-    for name in told:
+    known, wired = list(arrays), [name for node in net.nodes for name in names(node)]
+    for name in wired:
         if not any(key.startswith(f"params/{name}/") or key == f"params/{name}" for key in known):
-            raise ValueError(f"wiring: names {name!r}, but there is no such layer among the params")
+            raise ValueError(f"wiring of layer {name!r}: no such layer in the params")
     for key in known:
         path = key.partition("/")[2]
-        if not any(path == name or path.startswith(f"{name}/") for name in told):
-            raise ValueError(f"wiring: says nothing of {path!r}, wanted every layer")
+        if not any(path == name or path.startswith(f"{name}/") for name in wired):
+            raise ValueError(f"wiring: misses {path!r}; name every layer in `wire`")
 
 
 def norm_after(nodes: Sequence[Node], signal: Signal) -> BatchNorm | None:
-    """The BatchNorm that reads a signal, if nothing else does."""
+    """The BatchNorm that reads a signal, if it is the only node that does; otherwise None."""
     followers = [node for node in nodes if signal in sources(node)]
     return followers[0] if len(followers) == 1 and isinstance(followers[0], BatchNorm) else None
 
 
 def spaces(net: Wiring) -> list[int]:
-    """The space of every signal, called by the first signal in it.
+    """The channel space of every signal, identified by the first signal in it.
 
-    Signals whose channels go together, because nothing but entry by entry functions and sums are between them, are one
-    space.
+    Signals are in one channel space if they share their channels, so that a channel is removed from all of them or from
+    none. BatchNorms, activations, pools, sums and fixed layers keep the channel space of their inputs. Convolutions,
+    dense layers and attention start a new channel space.
     """
-    found = list(range(len(net.nodes)))
+    space_of = list(range(len(net.nodes)))
     for signal, node in enumerate(net.nodes):
         if isinstance(node, Linear | Attention | Input):
             continue
-        joined = {found[source] for source in sources(node)} | {found[signal]}
-        found = [min(joined) if space in joined else space for space in found]
-    return found
+        joined = {space_of[source] for source in sources(node)} | {space_of[signal]}
+        space_of = [min(joined) if space in joined else space for space in space_of]
+    return space_of
 
 
 def fixed_spaces(net: Wiring, output: Signal) -> set[int]:
-    """Spaces whose channels all have to stay: of the images, of the output, and around what wants every feature."""
-    space = spaces(net)
-    fixed = {space[output]}
+    """Channel spaces that must keep all channels: images, output, and inputs and outputs of `Attention` and `Fixed`."""
+    space_of = spaces(net)
+    fixed = {space_of[output]}
     for signal, node in enumerate(net.nodes):
         if isinstance(node, Input | Attention | Fixed):
-            fixed.add(space[signal])
+            fixed.add(space_of[signal])
         if isinstance(node, Attention | Fixed):
-            fixed.add(space[node.source])
+            fixed.add(space_of[node.source])
     return fixed

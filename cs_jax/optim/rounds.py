@@ -1,4 +1,4 @@
-"""Rounds of a search by the optax transformation: their end, the ticket, its freezing and its rewind."""
+"""Ends of rounds with the optax transformation: next round, ticket, frozen ticket, rewound ticket."""
 
 import warnings
 
@@ -9,53 +9,75 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from cs_jax.core import masks, target_density, trees
-from cs_jax.optim.state import SparsificationState, change_state, copied, find_state, is_ticket, unwrapped, wrapped_like
+from cs_jax.optim.state import (
+    SparsificationState,
+    change_state,
+    copies,
+    find_state,
+    is_ticket,
+    with_variables_of,
+    without_variables,
+)
 
 
 def ticket_masks(opt_state: PyTree) -> PyTree:
-    """Hard masks: the ticket's, or those that the search would end with now.
+    """Hard masks of the ticket: the fixed masks, or during a search the masks of a search that ends now.
 
-    Of the density that was asked for, exactly; without a target, scores above 0 are kept. Right after `next_round` no
-    score is, so ask before.
+    With a target density, the ticket keeps exactly this density. Without a target, it keeps scores above 0. Call this
+    before `next_round`: right after it, no score is above 0.
+
+    Args:
+        opt_state: state of `continuous_sparsification`, or of a chain or another wrapper around it; not traced.
 
     Returns:
-        Nested dictionaries along the paths of the masked weights, of their shapes; 0 or `1 / sigmoid(init_value)`.
+        Nested dictionaries along the paths of the masked weights, with arrays of the weights' shapes; entries are 0 or
+        `1 / sigmoid(init_value)`.
 
     Raises:
         TypeError: the state is traced.
-        ValueError: as `masked_params`, or nothing at all is kept.
+        ValueError: `opt_state` does not contain exactly one state of `continuous_sparsification`, or no weight is kept.
 
     Warns:
-        CollapsedLayerWarning: an array has lost all its weights, or would have if its best were not reserved.
-        DensityWarning: groups are too coarse for the target.
-        UnfinishedSearchWarning: the temperature has not reached its end.
+        CollapsedLayerWarning: an array keeps no weight, or only its reserved highest score.
+        DensityWarning: groups are too large for the target density.
+        UnfinishedSearchWarning: the temperature is below its final value, or most masks are still soft.
     """
     state = find_state(opt_state)
     if is_ticket(state):
-        return copied(state.masks)
+        return copies(state.masks)
     _warn_unfinished(state)
     ticket = target_density.ticket_masks(state.selection, state.scores, init_value=state.init_value)
     if masks.density(ticket) == 0:
-        raise ValueError("the ticket keeps no weight: no score is above 0, as at the start and right after next_round")
+        raise ValueError(
+            "opt_state: needs a score above 0, to keep a weight; scores are 0 or below at the start of a search and "
+            "right after next_round"
+        )
     return ticket
 
 
 def next_round(opt_state: PyTree, *, reset: str = "paper") -> PyTree:
-    """State for the next round of the search: scores reset, temperature and step at their start, all else as it is.
+    """State for the next round of the search: reset scores, first temperature, step 0; the rest is unchanged.
 
     Args:
-        opt_state: the optimizer's state at the end of a round.
-        reset: "paper" keeps pruned weights pruned; "released" lets them come back, as the authors' script does.
+        opt_state: optimizer state at the end of a round.
+        reset: "paper" keeps pruned weights pruned; "released" lets them return, as the authors' script does.
+
+    Returns:
+        Tree like `opt_state`.
 
     Raises:
-        ValueError: as `masked_params`, `reset` is none of these, or the state is a ticket's.
+        ValueError: `reset` is another text, `opt_state` does not contain exactly one state of
+            `continuous_sparsification`, or its masks are the fixed masks of a ticket.
+
+    Warns:
+        UnfinishedSearchWarning: the temperature is below its final value, or most masks are still soft.
     """
     if reset not in ("paper", "released"):
-        raise ValueError(f"reset: got {reset!r}, wanted 'paper' or 'released'")
+        raise ValueError(f"reset {reset!r}: must be 'paper' or 'released'")
 
     def start(state: SparsificationState) -> SparsificationState:
         if is_ticket(state):
-            raise ValueError("the masks are a ticket's and fixed: there is no next round")
+            raise ValueError("opt_state: contains a ticket with fixed masks; a next round needs the state of a search")
         _warn_unfinished(state)
         temperature = state.temperature if reset == "paper" else jnp.ones_like(state.temperature)
         return state._replace(
@@ -69,40 +91,47 @@ def next_round(opt_state: PyTree, *, reset: str = "paper") -> PyTree:
 
 
 def freeze_ticket(opt_state: PyTree, masks: PyTree | None = None) -> PyTree:
-    """State with a ticket's masks fixed and the scores gone; weights and their optimizer go on as they are.
+    """State with fixed masks and without scores; weights and the state of their optimizer are unchanged.
 
-    The next `update` compiles anew. To go back to early weights, see `rewind`. With masks, it needs no search: this
-    makes the state that a ticket's checkpoint is restored into,
+    The next `update` compiles again. For early weights, see `rewind`. With `masks`, no search is needed. This makes the
+    abstract state for restoring a ticket's checkpoint:
     `jax.eval_shape(lambda: freeze_ticket(tx.init(params), masks=current_masks(tx.init(params))))`.
 
     Args:
-        opt_state: the optimizer's state.
-        masks: nested dictionaries along the paths of the masked weights, of their shapes; None is `ticket_masks`.
+        opt_state: optimizer state.
+        masks: nested dictionaries along the paths of the masked weights, with arrays of the weights' shapes; None
+            means `ticket_masks(opt_state)`.
+
+    Returns:
+        Tree like `opt_state`, with `masks` in place of scores.
 
     Raises:
-        TypeError, ValueError: as `ticket_masks`, or masks do not fit the weights.
+        TypeError: `masks` is None and the state is traced.
+        ValueError: `masks` do not fit the weights, or `masks` is None and as `ticket_masks`.
     """
     return _freeze(opt_state, ticket_masks(opt_state) if masks is None else masks)
 
 
 def rewind(tx: optax.GradientTransformation, opt_state: PyTree, snapshot: PyTree) -> tuple[PyTree, PyTree]:
-    """Early weights under the ticket's masks, and a new optimizer state to retrain them with.
+    """Early weights, and a new optimizer state with the ticket's masks for retraining them.
 
     Args:
-        tx: the whole optimizer; its state is made anew.
-        opt_state: its state at the end of the search.
-        snapshot: weights kept early in round 0, as `jax.tree.map(jnp.copy, params)` keeps them.
+        tx: the whole optimizer, including wrappers; initializes the new state.
+        opt_state: state of `tx` at the end of the search.
+        snapshot: weights of an early step in round 0, as `jax.tree.map(jnp.copy, params)` copies them.
 
     Returns:
-        A copy of the weights, and the state with fixed masks.
+        A copy of `snapshot`, and the state with fixed masks.
 
     Raises:
-        TypeError, ValueError: as `ticket_masks`.
+        TypeError: the state is traced.
+        ValueError: as `ticket_masks`, or the snapshot does not fit the masks.
     """
     ticket = ticket_masks(opt_state)
-    params = jax.tree.map(lambda leaf: jnp.copy(leaf) if hasattr(leaf, "dtype") else leaf, unwrapped(snapshot))
-    trees.apply_masks(params, ticket)  # raises where the snapshot is of other weights
-    return params, wrapped_like(opt_state, _freeze(tx.init(params), ticket))
+    weights = without_variables(snapshot)
+    params = jax.tree.map(lambda leaf: jnp.copy(leaf) if hasattr(leaf, "dtype") else leaf, weights)
+    trees.apply_masks(params, ticket)  # raises if the snapshot has other weights
+    return params, with_variables_of(opt_state, _freeze(tx.init(params), ticket))
 
 
 def _freeze(opt_state: PyTree, ticket: PyTree) -> PyTree:
@@ -114,15 +143,15 @@ def _freeze(opt_state: PyTree, ticket: PyTree) -> PyTree:
 
 
 def _warn_unfinished(state: SparsificationState) -> None:
-    """Warns if the masks of a search that is ended are not hard yet."""
+    """Warns if the masks at the end of a round or search are still soft."""
     if isinstance(state.temperature, Tracer):
         return
     temperature, final = float(jnp.min(state.temperature)), float(jnp.max(state.final_temperature))
     if temperature < 0.999 * final:
         warnings.warn(
-            f"the search is at temperature {temperature:.3g} of {final:.3g}, after {int(jnp.min(state.step))} updates: "
-            "its masks are still soft, and the ticket is another network; epochs * steps_per_epoch counts updates of "
-            "this transformation",
+            f"temperature {temperature:.3g} after {int(jnp.min(state.step))} updates: below the final {final:.3g}, so "
+            "masks are still soft and the ticket computes another function; call update epochs * steps_per_epoch times "
+            "in a round",
             target_density.UnfinishedSearchWarning,
             stacklevel=3,
         )

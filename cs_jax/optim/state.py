@@ -1,4 +1,4 @@
-"""State of the optax transformation, found and changed inside the state of whatever wraps it."""
+"""State of the optax transformation, and its replacement inside the states of chains and other wrappers."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,70 +14,77 @@ from cs_jax.core.selection import Selection
 
 
 class SparsificationState(NamedTuple):
-    """State of `continuous_sparsification`, an ordinary pytree of arrays."""
+    """State of `continuous_sparsification`, a pytree of arrays."""
 
-    step: jax.Array  # updates done in this round
-    round: jax.Array  # of the search, from 0
-    temperature: jax.Array  # of the masks now; that of the round's last epoch when its steps are done
-    first_temperature: jax.Array  # that every round starts with
-    final_temperature: jax.Array  # that every round ends with
-    init_value: jax.Array  # the scores' initial value, which fixes the masks' scale
+    step: jax.Array  # int32 scalar: updates done in this round
+    round: jax.Array  # int32 scalar: round of the search, from 0
+    temperature: jax.Array  # scalar: temperature of the current masks; after a round's last step, of its last epoch
+    first_temperature: jax.Array  # scalar: temperature at the start of every round
+    final_temperature: jax.Array  # scalar: temperature at the end of every round
+    init_value: jax.Array  # scalar: initial score, fixes the scale of the masks
     scores: PyTree  # nested dictionaries along the masked weights' paths; {} for a ticket
-    masks: PyTree  # a ticket's fixed masks; {} while scores are trained
+    masks: PyTree  # fixed masks of a ticket; {} while scores are trained
     weight_state: optax.OptState
     score_state: optax.OptState  # () for a ticket
-    selection: Selection  # which weights are masked, and how: static, without arrays
+    selection: Selection  # masked weights and their groups: static, without arrays
 
 
 def find_state(opt_state: PyTree) -> SparsificationState:
-    """The state of `continuous_sparsification` inside the state of whatever wraps it.
+    """State of `continuous_sparsification` inside an optimizer state.
+
+    Args:
+        opt_state: state of the transformation, or of a chain or another wrapper around it.
 
     Raises:
-        ValueError: there is none, or more than one.
+        ValueError: `opt_state` contains no state of the transformation, or several.
     """
     found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(leaf)]
     if len(found) != 1:
         raise ValueError(
-            f"opt_state holds {len(found)} states of continuous_sparsification, wanted one: "
-            f"got {type(opt_state).__name__}, wanted what its init or update returned"
+            f"opt_state of type {type(opt_state).__name__}: must contain one state of continuous_sparsification, not "
+            f"{len(found)}; pass the state that init or update returned"
         )
-    return unwrapped(found[0])
+    return without_variables(found[0])
 
 
 def change_state(opt_state: PyTree, change: Callable[[SparsificationState], SparsificationState]) -> PyTree:
-    """`opt_state` with its state of `continuous_sparsification` changed, and all else as it is."""
+    """`opt_state` with its state of `continuous_sparsification` replaced by `change` of it; the rest is unchanged."""
     find_state(opt_state)
     changed = jax.tree.map(
-        lambda node: change(node) if _is_state(node) else node, unwrapped(opt_state), is_leaf=_is_state
+        lambda node: change(node) if _is_state(node) else node, without_variables(opt_state), is_leaf=_is_state
     )
-    return wrapped_like(opt_state, changed)
+    return with_variables_of(opt_state, changed)
 
 
 def current_masks(opt_state: PyTree) -> PyTree:
-    """Masks of now: soft ones while scores are trained, a ticket's fixed ones afterwards.
+    """Current masks: soft masks while scores are trained, the ticket's fixed masks afterwards.
+
+    Args:
+        opt_state: state of `continuous_sparsification`, or of a chain or another wrapper around it.
 
     Returns:
-        Nested dictionaries along the paths of the masked weights, of their shapes; for a Flax model its "masks".
+        Nested dictionaries along the paths of the masked weights, with arrays of the weights' shapes; for a Flax model,
+        its "masks" collection.
 
     Raises:
-        ValueError: as `masked_params`.
+        ValueError: `opt_state` does not contain exactly one state of `continuous_sparsification`.
     """
     state = find_state(opt_state)
-    return copied(state.masks) if is_ticket(state) else soft_masks(state, state.scores)
+    return copies(state.masks) if is_ticket(state) else soft_masks(state, state.scores)
 
 
 def soft_masks(state: SparsificationState, scores: PyTree) -> PyTree:
-    """Masks of `scores` at the state's temperature."""
+    """Soft masks of `scores` at the state's temperature."""
     return state.selection.soft_mask(scores, state.temperature, init_value=state.init_value)
 
 
-def copied(tree: PyTree) -> PyTree:
-    """Copies of arrays that a later step may be given for good; of traced ones there is no need."""
+def copies(tree: PyTree) -> PyTree:
+    """Copies of the arrays, so that a later step may donate the originals; traced arrays are returned unchanged."""
     return jax.tree.map(lambda leaf: leaf if isinstance(leaf, Tracer) else jnp.copy(leaf), tree)
 
 
 def is_ticket(state: SparsificationState) -> bool:
-    """Whether masks are fixed and scores gone."""
+    """Whether the masks are fixed and there are no scores."""
     return not jax.tree.leaves(state.scores)
 
 
@@ -85,8 +92,8 @@ def _is_state(node: Any) -> bool:
     return isinstance(node, SparsificationState)
 
 
-def unwrapped(tree: PyTree) -> PyTree:
-    """Arrays in place of the variables in which `nnx.Optimizer` keeps its state."""
+def without_variables(tree: PyTree) -> PyTree:
+    """The tree with arrays in place of `nnx.Variable`s, in which `nnx.Optimizer` keeps its state."""
 
     def unwrap(node: Any) -> Any:
         return node.get_value() if trees.is_variable(node) else node
@@ -94,8 +101,12 @@ def unwrapped(tree: PyTree) -> PyTree:
     return jax.tree.map(unwrap, tree, is_leaf=trees.is_variable)
 
 
-def wrapped_like(opt_state: PyTree, tree: PyTree) -> PyTree:
-    """Arrays in variables, if `opt_state` has them: in copies of its own where there are as many."""
+def with_variables_of(opt_state: PyTree, tree: PyTree) -> PyTree:
+    """The tree with its arrays in `nnx.Variable`s if `opt_state` has them; inverse of `without_variables`.
+
+    With equally many leaves, variables are copies of the ones in `opt_state`, with their metadata. Otherwise they are
+    new variables of the same class.
+    """
     olds = jax.tree.leaves(opt_state, is_leaf=trees.is_variable)
     if not any(map(trees.is_variable, olds)):
         return tree

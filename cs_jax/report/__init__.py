@@ -1,99 +1,60 @@
-"""`report.html` and its plots, of one run or of several compared, from the files that runs leave behind."""
+"""HTML reports of a run or a sweep, made from the files of the runs."""
 
 import json
-import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from cs_jax.core import files
-from cs_jax.core.errors import ConfigError
-from cs_jax.experiment.storage.run_directory import CONFIG_FILE
-from cs_jax.report import comparison_page, plots, run_page, sweep_page
+from cs_jax.report import plots, run_page, sweep_page
 from cs_jax.report.pages import write
 from cs_jax.report.read_run import read
+from cs_jax.report.sweep_cells import SweepResults
 from cs_jax.sweep import statistics
-from cs_jax.sweep.results import SweptTicket
-from cs_jax.sweep.statistics import Cell, Result
 
 TABLE_FILE = "pareto.md"
 FIGURES_FILE = "pareto.json"
 
-__all__ = ["write_comparison", "write_pareto", "write_report"]
+__all__ = ["SweepResults", "write_pareto", "write_report"]
 
 
 def write_report(run: Path) -> list[Path]:
-    """Paths of report.html and of its plots as PNG files, written into the run directory.
+    """Writes report.html and its plots as PNG files into a run directory.
 
-    A run that has not ended, or lacks files, gets a report of what there is, which says what is missing.
+    The report of an unfinished run, or of a run without some files, shows the available results and names the missing
+    ones.
 
     Args:
         run: the run directory.
 
     Returns:
-        report.html first.
+        Paths of the files, report.html first.
 
     Raises:
-        ConfigError: no run, a damaged file, or a folder that cannot be written; nothing is written then.
+        ConfigError: not a run, a damaged file, or a folder that cannot be written; then nothing is written.
     """
     with plots.style():
         page = run_page.page(read(run))
     return write(run, page)
 
 
-def write_comparison(runs: Sequence[Path], out: Path) -> list[Path]:
-    """Paths of report.html and of its plots as PNG files, of several runs side by side, written into `out`.
+def write_pareto(sweep: SweepResults, out: Path) -> list[Path]:
+    """Writes the report of a sweep, its plots, and its table as Markdown and as JSON.
 
     Args:
-        runs: run directories, all different.
-        out: folder, made where it does not exist; no run itself.
+        sweep: results and tickets of the sweep.
+        out: folder for the files; created if it does not exist.
 
     Returns:
-        report.html first.
-
-    Raises:
-        ConfigError: no runs, one of them twice, damaged, or a folder that cannot be written; nothing is written then.
-    """
-    if not runs:
-        raise ConfigError("runs: got none, wanted run directories")
-    for run in runs:
-        if [os.path.realpath(other) for other in runs].count(os.path.realpath(run)) > 1:
-            raise ConfigError(f"runs: got {run} twice, wanted different runs")
-    if os.path.exists(out / CONFIG_FILE):
-        raise ConfigError(f"--out: got {out}, which is a run, wanted another folder")
-    with plots.style():
-        page = comparison_page.compare([read(run) for run in runs])
-    return write(out, page)
-
-
-def write_pareto(
-    name: str,
-    results: Sequence[Result],
-    missing: Sequence[str],
-    out: Path,
-    *,
-    reference: str,
-    tickets: Sequence[SweptTicket] = (),
-) -> tuple[list[Path], list[Cell]]:
-    """Paths of the report, plots, table and figures of a sweep, written into `out`; and the table's rows.
-
-    Args:
-        name: of the sweep.
-        results: of its networks.
-        missing: a line for each run that has not ended.
-        out: folder.
-        reference: method that the others are compared with.
-        tickets: of its runs, whose masks are compared.
+        Paths of the files, report.html first.
 
     Raises:
         ConfigError: the folder cannot be written.
     """
-    cells = statistics.summarize(results, reference=reference)
     with plots.style():
-        page = sweep_page.page(f"Sweep {name}", cells, results, missing, f"{len(results)} networks", tickets, reference)
+        page = sweep_page.page(sweep)
     written = write(out, page)
     contents = {
-        out / TABLE_FILE: statistics.to_markdown(cells).encode(),
-        out / FIGURES_FILE: (json.dumps(statistics.to_json(cells), indent=2) + "\n").encode(),
+        out / TABLE_FILE: statistics.to_markdown(sweep.cells).encode(),
+        out / FIGURES_FILE: (json.dumps(statistics.to_json(sweep.cells), indent=2) + "\n").encode(),
     }
     files.write_all(contents)
-    return [*written, *contents], cells
+    return [*written, *contents]

@@ -2,68 +2,76 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from cs_jax.report.plots import CYCLE, GREY, MARKERS, Band, Point, Series, new_axes, percent_tick
+from cs_jax.report.plots import GREY, new_axes, percent_tick
 
 
-def trade_off(points: Sequence[Point]) -> Figure:
-    """Accuracy against density, with dense networks as squares at 100 %."""
-    figure, axes = new_axes(3.3 + 0.2 * len(points))
-    for index, (label, density, accuracy, dense) in enumerate(points):
-        color, _ = CYCLE[index % len(CYCLE)]
-        marker = MARKERS[index // len({color for color, _ in CYCLE}) % len(MARKERS)]
-        axes.plot(density, accuracy, marker, color=color, markersize=8, label=label, clip_on=False)
-        if dense is not None:
-            axes.plot(1.0, dense, "s", color=color, markersize=7, fillstyle="none", clip_on=False)
-            axes.axhline(dense, color=color, linestyle=":", linewidth=1)
-    if all(point.density > 0 for point in points):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_minor_locator(NullLocator())
-    axes.margins(x=0.08, y=0.12)
-    axes.xaxis.set_major_formatter(FuncFormatter(percent_tick))
-    axes.yaxis.set_major_formatter(FuncFormatter(percent_tick))
-    axes.set_xlabel("density: weights kept (square: dense network)")
-    axes.set_ylabel("test accuracy")
-    figure.legend(loc="outside lower center", ncols=1)
-    return figure
+class Series(NamedTuple):
+    """Accuracies of a method or control at its densities, means over seeds."""
+
+    label: str
+    densities: Sequence[float]  # in [0, 1], increasing
+    accuracies: Sequence[float]  # in [0, 1]
+    deviations: Sequence[float]  # standard deviations of the accuracies; NaN for one seed
+    seeds: Sequence[tuple[float, float]]  # density and accuracy of each network
+    color: str
+    marker: str
+    dashes: str = "-"
+    thin: bool = False  # for controls: drawn under the methods, without error bars
 
 
-def fronts(series: Sequence[Series], bands: Sequence[Band], *, floor: float | None = None) -> Figure:
-    """Accuracy against density of several methods, with a deviation up and down, and single seeds as dots.
+class Band(NamedTuple):
+    """Accuracy of a network outside the density axis, such as the dense network."""
 
-    Points at one density are drawn side by side, or error bars of several methods would hide each other.
+    label: str
+    accuracy: float
+    deviation: float  # 0 for one seed
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Contents of a plot."""
+
+    series: Sequence[Series]
+    bands: Sequence[Band] = ()  # drawn across the full width
+
+
+def accuracy_by_density(curves: Curves, *, floor: float | None = None) -> Figure:
+    """Accuracy against density, with error bars of one standard deviation, and dots for single seeds.
+
+    Points of equal density are shifted apart, so that their error bars do not overlap. The density axis is logarithmic
+    if all densities are above 0.
 
     Args:
-        series: what is drawn, and listed in the legend.
-        bands: drawn from side to side.
-        floor: the accuracy at which the y axis begins; None shows all.
+        curves: series and bands; the legend lists all of them.
+        floor: lower end of the y axis, an accuracy in [0, 1]; None shows all points.
     """
-    rows = -(-(len(series) + len(bands)) // 2)
+    rows = -(-(len(curves.series) + len(curves.bands)) // 2)
     figure, axes = new_axes(3.9 + 0.22 * rows)
-    everything = np.array([density for one in series for density in one.densities])
-    log = bool((everything > 0).all()) and everything.size > 0
-    for one, shift in zip(series, _shifts(series, log), strict=True):
-        _draw(axes, one, lambda density, shift=shift: np.asarray(density, float) * shift)
-    for band, dashes in zip(bands, itertools.cycle(["--", ":", "-."]), strict=False):
+    densities = np.array([density for series in curves.series for density in series.densities])
+    log = bool((densities > 0).all()) and densities.size > 0
+    for series, shift in zip(curves.series, _shifts(curves.series, log), strict=True):
+        _draw(axes, series, lambda density, shift=shift: np.asarray(density, float) * shift)
+    for band, dashes in zip(curves.bands, itertools.cycle(["--", ":", "-."]), strict=False):
         axes.axhline(band.accuracy, color=GREY, linestyle=dashes, linewidth=1.4, label=band.label, zorder=1)
         low, high = max(0.0, band.accuracy - band.deviation), min(1.0, band.accuracy + band.deviation)
         axes.axhspan(low, high, color=GREY, alpha=0.13, linewidth=0, zorder=0)
     if log:
-        _log_densities(axes, everything)
+        _log_densities(axes, densities)
     bottom, top = axes.get_ylim()
     if floor is not None:
         bottom, top = floor, axes.dataLim.y1 + 0.06 * (axes.dataLim.y1 - floor)
     axes.set_ylim(bottom, min(top, 1 + 0.03 * (1 - bottom)))
     axes.xaxis.set_major_formatter(FuncFormatter(percent_tick))
     axes.yaxis.set_major_formatter(FuncFormatter(percent_tick))
-    axes.set_xlabel("density: weights kept")
+    axes.set_xlabel("density (share of weights kept)")
     axes.set_ylabel("test accuracy")
     handles = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
     figure.legend(
@@ -84,7 +92,7 @@ def _draw(axes: Axes, series: Series, place: Callable[[Any], np.ndarray]) -> Non
         densities, accuracies = zip(*series.seeds, strict=True)
         axes.plot(place(densities), accuracies, "o", color=series.color, markersize=2.4, alpha=0.45, zorder=3)
     accuracies, deviations = np.asarray(series.accuracies), np.asarray(series.deviations)
-    inside = [np.minimum(deviations, accuracies), np.minimum(deviations, 1 - accuracies)]  # no accuracy is above 100%
+    inside = [np.minimum(deviations, accuracies), np.minimum(deviations, 1 - accuracies)]  # accuracies stay in [0, 1]
     axes.errorbar(
         place(series.densities), accuracies, inside, fmt="none", ecolor=series.color,
         elinewidth=1.1, capsize=2.2, zorder=4,
@@ -96,7 +104,7 @@ def _draw(axes: Axes, series: Series, place: Callable[[Any], np.ndarray]) -> Non
 
 
 def _shifts(series: Sequence[Series], log: bool) -> list[float]:
-    """By what each series' densities are multiplied, so that the marks of one density stand side by side."""
+    """Factor for the densities of each series, so that markers of equal density are next to each other."""
     side_by_side = [index for index, one in enumerate(series) if not one.thin]
     shifts = [1.0] * len(series)
     if not log or len(side_by_side) < 2:

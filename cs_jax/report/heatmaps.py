@@ -1,6 +1,7 @@
 """Bar charts, heat maps and matrices."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,18 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from cs_jax.report.plots import BLUE, INK, MANY_LAYERS, Span, mark_spans, new_axes, percent_tick, short
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """Table of shares."""
+
+    rows: Sequence[str]  # names, from the top
+    columns: Sequence[str]  # names
+    shares: np.ndarray  # (rows, columns), in [0, 1]; NaN is an empty cell
+    texts: np.ndarray  # (rows, columns), text of each cell
+
+
 def bars(names: Sequence[str], shares: Sequence[float]) -> Figure:
-    """A share in [0, 1] for each layer, first layer on top."""
+    """Bar chart of a share in [0, 1] for each layer, first layer at the top."""
     many = len(names) > MANY_LAYERS
     figure, axes = new_axes(1.0 + len(names) * (0.07 if many else 0.24))
     places = np.arange(len(names))
@@ -27,18 +38,24 @@ def bars(names: Sequence[str], shares: Sequence[float]) -> Figure:
     axes.grid(visible=False, axis="y")
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(percent_tick))
-    axes.set_xlabel("weights kept")
+    axes.set_xlabel("density (share of weights kept)")
     return figure
 
 
 def layer_labels(names: Sequence[str]) -> list[str]:
-    """Layers' names, without the end that all have: where each is the kernel of something, of what."""
+    """Names of layers as labels, without the suffix "/kernel" if all of several names have it."""
     alike = len(names) > 1 and all(name.endswith("/kernel") for name in names)
     return short([name.removesuffix("/kernel") if alike else name for name in names], kind="layer")
 
 
 def heat(names: Sequence[str], shares: np.ndarray, spans: Sequence[Span]) -> Figure:
-    """Shares in [0, 1], (layers, epochs), as colours; epochs are counted from 1."""
+    """Heat map of shares in [0, 1], shape (layers, epochs); epochs are counted from 1.
+
+    Args:
+        names: of the layers, from the top.
+        shares: NaN where unknown.
+        spans: rounds on the x axis.
+    """
     many = len(names) > MANY_LAYERS
     figure, axes = new_axes(1.4 + len(names) * (0.07 if many else 0.24))
     top = max(float(np.nanmax(shares, initial=0)), 1e-9)
@@ -56,10 +73,10 @@ def heat(names: Sequence[str], shares: np.ndarray, spans: Sequence[Span]) -> Fig
 
 
 def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
-    """Examples of each true class (rows) by predicted class (columns); colour is the share of the row."""
+    """Confusion matrix: counts by true class (rows) and predicted class (columns); colour is the share of the row."""
     figure, axes = new_axes(5.2)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    # A root, or the few mistakes of a good network would not be seen beside what is right.
+    # Square root scale: on a linear scale the few mistakes of a good network would be invisible.
     axes.imshow(shares, cmap="Blues", norm=colors.PowerNorm(0.5, 0, 1), interpolation="nearest")
     labels = short(names, length=14)
     places = np.arange(len(names))
@@ -71,30 +88,20 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
             color = "white" if shares[row, column] > 0.4 else INK
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=8.5)
     axes.grid(visible=False)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
     return figure
 
 
-def matrix(
-    rows: Sequence[str],
-    columns: Sequence[str],
-    shares: np.ndarray,
-    texts: np.ndarray,
-    *,
-    log: bool = False,
-    title: str = "",
-) -> Figure:
-    """A table of shares in [0, 1] as colours, with a text in each cell where there is room.
+def matrix(cells: Matrix, *, log: bool = False, title: str = "") -> Figure:
+    """Table of shares as colours, with a text in each cell if the table is small enough.
 
     Args:
-        rows: their names, the first on top.
-        columns: their names.
-        shares: (rows, columns); NaN leaves a cell empty.
-        texts: of the cells, (rows, columns).
-        log: colours go by the logarithm, from the least share above 0.
-        title: stands above, for a figure that is looked at without its page.
+        cells: rows, columns, shares and texts.
+        log: logarithmic colour scale, from the smallest share above 0.
+        title: shown above, so that the PNG file can be read without the page.
     """
+    rows, columns, shares, texts = cells.rows, cells.columns, cells.shares, cells.texts
     crowded = len(rows) > MANY_LAYERS or len(columns) > 10
     lines = max(text.count("\n") + 1 for text in texts.flat)
     figure, axes = new_axes(1.2 + len(rows) * (0.09 if len(rows) > MANY_LAYERS else 0.12 + 0.16 * lines))

@@ -1,1 +1,1 @@
-"""Grids of runs: what is in one (`spec`), how it is run (`scheduler`, `worker`), and what came of it (`results`)."""
+"""Grids of runs: their spec, the scheduler and its workers, results, statistics, and several runs in one program."""

@@ -1,4 +1,4 @@
-"""How many runs a device is to take at once: as many as somebody says, or as it is measured to be faster with."""
+"""Number of runs that a device trains in one program: given by the user, or measured."""
 
 import json
 import statistics
@@ -10,130 +10,137 @@ import jax
 import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 
-from cs_jax import methods
 from cs_jax.core.errors import ConfigError, out_of_memory
 from cs_jax.experiment import search
 from cs_jax.experiment.config import SEARCH, Config
 from cs_jax.experiment.prepare import prepare
 from cs_jax.experiment.storage import config_file
-from cs_jax.sweep.scheduler import MOST
+from cs_jax.sweep.scheduler import MAX_RUNS_PER_PROGRAM
+from cs_jax.training.epoch import Epoch
 from cs_jax.training.executor import STEPS_PER_CALL, Executor
 from cs_jax.training.problem import Problem
 from cs_jax.training.shared_device import Together
 
 REPEATS = 3
 STEPS = 4 * STEPS_PER_CALL
-"""Of a trial's epoch at most."""
+"""Largest number of steps in one timing."""
 
-_found: dict[Hashable, "Trial"] = {}
+_trials: dict[Hashable, "Trial"] = {}  # measured in this process
 
 
 class Trial(NamedTuple):
-    """What runs of one kind have been measured to take."""
+    """Measured times of several runs of one kind, in one program and one after another."""
 
     runs: int
-    at_once: float  # seconds of a step of all of them in one program; infinite where that needs too much memory
-    in_turn: float  # of a step of each, one after another
+    batched: float  # seconds for one step of all runs in one program; infinite if memory is too small
+    sequential: float  # seconds for one step of each run, one after another
 
     @property
-    def is_faster_at_once(self) -> bool:
-        return self.at_once < self.in_turn
+    def is_batched_faster(self) -> bool:
+        return self.batched < self.sequential
 
     def __str__(self) -> str:
-        how = "in one program" if self.is_faster_at_once else "one after another"
-        at_once = f"{1e3 * self.at_once:.3g} ms" if jnp.isfinite(self.at_once) else "more memory than there is"
-        return f"{how}: a step of {self.runs} runs takes {at_once} at once, {1e3 * self.in_turn:.3g} ms in turn"
+        batched, sequential = (f"{1e3 * seconds:.3g} ms" for seconds in (self.batched, self.sequential))
+        if not jnp.isfinite(self.batched):
+            return f"one after another: too little memory for {self.runs} runs in one program"
+        choice = "in one program" if self.is_batched_faster else "one after another"
+        return f"{choice}: a step of {self.runs} runs takes {batched} in one program, {sequential} one after another"
 
 
-def how_many(configs: Sequence[Config], tickets: int | None) -> tuple[int, str]:
-    """How many of some runs are to be taken at once, the first ones, and why, in words; "" where there is one alone.
+def choose_run_count(configs: Sequence[Config], tickets: int | None) -> tuple[int, str]:
+    """Number of runs to train in one program, and the reason for the log.
 
     Args:
-        configs: of runs that can share a program, one at least.
-        tickets: how many at most; None is what a short trial on the device finds to be faster, once for each kind. On
-            a CPU that is one without a trial: convolutions are slower together there, and what comes out of a run is
-            not to depend, to the last bit, on what a clock has said.
+        configs: settings of at least one run; the runs can share a program.
+        tickets: largest number of runs in one program, at least 1. None measures on an accelerator whether one program
+            is faster, once for each kind of run. On a CPU, None means 1 without a measurement: convolutions are slower
+            in a shared program, and the last bits of a result must not depend on a timing.
+
+    Returns:
+        The number, which counts from the first config; and the reason, "" for a single config.
     """
-    count = min(len(configs), tickets or MOST)
+    count = min(len(configs), tickets or MAX_RUNS_PER_PROGRAM)
     if len(configs) == 1:
         return 1, ""
-    if not _can_share(configs[0]):
-        return 1, "one after another, as runs of several devices or of streamed images always are"
+    if not _can_share_device(configs[0]):
+        return 1, "one after another: runs on several devices or with streamed images cannot share a program"
     if tickets is not None:
-        return count, f"{count} runs in one program, as asked" if count > 1 else "one after another, as asked"
+        return count, f"{count} runs in one program, as --tickets says" if count > 1 else "one after another"
     if jax.default_backend() == "cpu":
-        return 1, "one after another, as always on a CPU"
+        return 1, "one after another, the default on a CPU"
     first = configs[0]
     kind = (count, json.dumps(config_file.of_program(first), sort_keys=True, default=str))
     try:
-        if kind not in _found:
-            _found[kind] = measure(first, count)
-    except (ConfigError, OSError) as error:  # which the run itself will meet
-        return 1, f"one after another: not measured, as {' '.join(str(error).split())}"
-    return count if _found[kind].is_faster_at_once else 1, str(_found[kind])
+        if kind not in _trials:
+            _trials[kind] = measure(first, count)
+    except (ConfigError, OSError) as error:  # the run itself will fail with this error
+        return 1, f"one after another: the measurement failed with {' '.join(str(error).split())}"
+    return count if _trials[kind].is_batched_faster else 1, str(_trials[kind])
 
 
-def _can_share(config: Config) -> bool:
-    """Whether a run has one device and its images on it."""
+def _can_share_device(config: Config) -> bool:
+    """True if a run uses one device and keeps its images there."""
     devices = (config.data_parallel or 1) * config.model_parallel
     return devices == 1 and not config.stream and config.image_size is None
 
 
 def measure(config: Config, runs: int) -> Trial:
-    """Times some steps of so many runs both ways, in turns, after each way was compiled; medians.
+    """Times steps of `runs` runs in one program and one after another: medians of `REPEATS` alternating timings.
+
+    Args:
+        config: settings of one run; all runs use these settings.
+        runs: number of runs, at least 2.
 
     Raises:
         ConfigError: the runs cannot be prepared.
     """
     problem, _ = prepare(config)
-    seconds_in_turn(config, problem, runs)
+    seconds_sequential(config, problem, runs)  # compiles
     try:
-        seconds_at_once(config, problem, runs)
+        seconds_batched(config, problem, runs)  # compiles
         pairs = [
-            (seconds_at_once(config, problem, runs), seconds_in_turn(config, problem, runs)) for _ in range(REPEATS)
+            (seconds_batched(config, problem, runs), seconds_sequential(config, problem, runs)) for _ in range(REPEATS)
         ]
     except JaxRuntimeError as error:
         if not out_of_memory(error):
             raise
-        return Trial(runs, float("inf"), seconds_in_turn(config, problem, runs))
+        return Trial(runs, float("inf"), seconds_sequential(config, problem, runs))
     return Trial(runs, *map(statistics.median, zip(*pairs, strict=True)))
 
 
-def seconds_in_turn(config: Config, problem: Problem, runs: int) -> float:
-    """Seconds of a search step of each of so many runs, one after another."""
-    (state,) = _states(config, problem, 1)
-    return runs * _seconds(config, problem, state, Executor())
+def seconds_sequential(config: Config, problem: Problem, runs: int) -> float:
+    """Seconds for one search step of each of `runs` runs, one after another."""
+    (state,) = _initial_states(config, problem, 1)
+    return runs * _seconds_per_step(config, problem, state, Executor())
 
 
-def seconds_at_once(config: Config, problem: Problem, runs: int) -> float:
-    """Seconds of a search step of so many runs, taken together as `Together` takes them."""
-    states = _states(config, problem, runs)
+def seconds_batched(config: Config, problem: Problem, runs: int) -> float:
+    """Seconds for one search step of `runs` runs in one program, as `Together` runs them."""
 
-    def life(state: Any) -> Any:
-        return lambda executor: _seconds(config, problem, state, executor)
+    def timing(state: Any) -> Any:
+        return lambda executor: _seconds_per_step(config, problem, state, executor)
 
-    ends = Together().run([life(state) for state in states])
-    for end in ends:
-        if isinstance(end, BaseException):
-            raise end
-    return max(end for end in ends if not isinstance(end, BaseException))
+    results = Together().run([timing(state) for state in _initial_states(config, problem, runs)])
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return max(result for result in results if not isinstance(result, BaseException))
 
 
-def _states(config: Config, problem: Problem, runs: int) -> list[Any]:
-    """States before the first step, with arrays of their own."""
+def _initial_states(config: Config, problem: Problem, count: int) -> list[Any]:
+    """Training states before the first step; each has its own arrays, because steps donate them."""
     state = search.init_state(config, problem)
-    return jax.block_until_ready([jax.tree.map(jnp.copy, state) for _ in range(runs)])
+    return jax.block_until_ready([jax.tree.map(jnp.copy, state) for _ in range(count)])
 
 
-def _seconds(config: Config, problem: Problem, state: Any, executor: Executor) -> float:
-    """Seconds of a step of an epoch, or of its beginning where it is long."""
-    method, size = methods.of(config), config.batch_size
+def _seconds_per_step(config: Config, problem: Problem, state: Any, executor: Executor) -> float:
+    """Seconds per step of an epoch, measured over at most `STEPS` steps."""
+    method, size = config.pruning_method, config.batch_size
     recipe = method.recipe(problem.recipe) if method.searches else problem.recipe
     order = problem.epoch_order(0, 0)[: STEPS * size]
-    hyper = search.hyperparams(config, SEARCH, 0)
+    epoch = Epoch(problem.train, order, problem.key, search.hyperparams(config, SEARCH, 0), batch_size=size)
     started, done, metrics = time.perf_counter(), 0, None
-    calls = executor.train_epoch(recipe, state, problem.train, order, problem.key, hyper, batch_size=size)
-    for done, _, metrics in calls:  # noqa: B007
+    for done, _, metrics in executor.train_epoch(recipe, state, epoch):  # noqa: B007
         pass
     jax.block_until_ready(metrics)
     return (time.perf_counter() - started) / done

@@ -1,58 +1,64 @@
-"""Where the workers of a sweep compute: one accelerator each, or a share of the processor's cores."""
+"""Devices of a sweep's workers: one accelerator each, or a share of the processor cores."""
 
 import json
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 from cs_jax.core.errors import ConfigError
-from cs_jax.sweep.scheduler import Place
 
-_ASK = "import jax, json; print(json.dumps([jax.default_backend(), jax.local_device_count()]))"
+_PROBE = "import jax, json; print(json.dumps([jax.default_backend(), jax.local_device_count()]))"
 
 MEMORY_SHARE = 0.9
-"""Of a GPU's memory that the workers on it may take together."""
+"""Share of a GPU's memory that all workers on the GPU allocate together."""
 
 
-def find_places(jobs: int | None, runs: int) -> list[Place]:
-    """A place for each of so many workers, not more than there are runs.
+class Device(NamedTuple):
+    """Where a worker computes."""
+
+    cores: tuple[int, ...]  # processor cores that the worker is pinned to; empty means all
+    environment: dict[str, str]  # variables that make the worker see its own device only
+    accelerator: bool = False  # if true, several runs in one program may be faster
+
+
+def find_devices(jobs: int | None, runs: int) -> list[Device]:
+    """A device for each worker, at most one worker per run.
 
     Args:
-        jobs: workers; None is one for each GPU, or for each core where there is none. A TPU, which one process holds
-            as a whole, has one.
-        runs: that are to be done.
+        jobs: number of workers, at least 1. None means one for each GPU, or one for each core if there is no GPU.
+            A TPU allows one worker, because one process holds all of it.
+        runs: number of unfinished runs, at least 1.
 
     Raises:
-        ConfigError: JAX finds no device here, or cannot be shared so.
+        ConfigError: JAX finds no device, or `jobs` is above 1 on a TPU.
     """
-    backend, devices = _ask_jax()
+    backend, count = _probe_jax()
     if backend == "gpu":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
-        count = min(jobs or devices, runs)
-        return [_on_gpu(visible[number % devices], -(-count // devices)) for number in range(count)]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+        workers = min(jobs or count, runs)
+        return [_on_gpu(visible[number % count], -(-workers // count)) for number in range(workers)]
     if backend != "cpu":
         if jobs not in (None, 1):
-            raise ConfigError(
-                f"--jobs: got {jobs}, wanted 1 on a {backend.upper()}, which one process holds as a whole"
-            )
-        return [Place((), {}, accelerator=True)]
+            raise ConfigError(f"--jobs {jobs}: must be 1 on a {backend.upper()}, which one process holds as a whole")
+        return [Device((), {}, accelerator=True)]
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    count = min(jobs or len(cores) or os.cpu_count() or 1, runs)
-    if count > len(cores):
-        return [Place((), {})] * count
-    return [Place(tuple(cores[number::count]), {}) for number in range(count)]
+    workers = min(jobs or len(cores) or os.cpu_count() or 1, runs)
+    if workers > len(cores):
+        return [Device((), {})] * workers
+    return [Device(tuple(cores[number::workers]), {}) for number in range(workers)]
 
 
-def _on_gpu(device: str, workers: int) -> Place:
-    shared = {} if workers == 1 else {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{MEMORY_SHARE / workers:.2f}"}
-    return Place((), {"CUDA_VISIBLE_DEVICES": device, **shared}, accelerator=True)
+def _on_gpu(device: str, workers: int) -> Device:
+    memory = {} if workers == 1 else {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{MEMORY_SHARE / workers:.2f}"}
+    return Device((), {"CUDA_VISIBLE_DEVICES": device, **memory}, accelerator=True)
 
 
-def _ask_jax() -> tuple[str, int]:
-    """Backend and number of devices, found by another process: this one is not to hold any."""
-    result = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True)
+def _probe_jax() -> tuple[str, int]:
+    """JAX's backend and number of devices. Another process looks, so that this process does not hold the devices."""
+    result = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise ConfigError(f"JAX finds no device here: {reason}")
-    backend, devices = json.loads(result.stdout.splitlines()[-1])
-    return backend, devices
+        raise ConfigError(f"JAX finds no device: {reason}")
+    backend, count = json.loads(result.stdout.splitlines()[-1])
+    return backend, count

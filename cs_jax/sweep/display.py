@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: a bar for all of it and one for each run under way, or a line for each that ends."""
+"""Progress of a sweep on the terminal: bars for the sweep and its active runs, and a line for each ended run."""
 
 from collections.abc import Mapping
 from types import TracebackType
@@ -8,24 +8,22 @@ from rich import progress as bars
 from rich.console import Console
 
 from cs_jax.experiment.observers.terminal import percent, progress_bars
-from cs_jax.sweep.scheduler import Watcher
-from cs_jax.sweep.spec import Planned
+from cs_jax.sweep.scheduler import SweepObserver
+from cs_jax.sweep.spec import PlannedRun
 
-LABEL = 32  # letters of a run beside its bar
-NARROWEST = 6  # letters of a method's name in a line of the table
-UNBOUNDED = 10_000  # columns, more than any table has
+LABEL_WIDTH = 32  # characters of a run's name next to its bar
 
 
-class SweepDisplay(Watcher):
-    """Shows how far a sweep is. A context manager, so that the bars are gone at the end.
+class SweepDisplay(SweepObserver):
+    """Shows the progress of a sweep. A context manager, which removes the bars at the end.
 
     Args:
-        console: where it is shown; without a terminal, lines alone.
-        total: runs of the whole grid.
-        waiting: those that are to be done.
+        console: output; prints lines only if it is not a terminal.
+        total: number of runs in the grid.
+        waiting: unfinished runs.
     """
 
-    def __init__(self, console: Console, total: int, waiting: list[Planned]) -> None:
+    def __init__(self, console: Console, total: int, waiting: list[PlannedRun]) -> None:
         self._console, self._total, self._ended = console, total, total - len(waiting)
         self._bars = progress_bars(console, width=24)
         self._epochs = sum(run.epochs for run in waiting)
@@ -43,22 +41,22 @@ class SweepDisplay(Watcher):
     ) -> None:
         self._bars.stop()
 
-    def on_start(self, worker: int, run: Planned) -> None:
-        self._tasks[run.name] = self._bars.add_task(f"{_label(run)} compiles", total=run.epochs)
+    def on_start(self, worker: int, run: PlannedRun) -> None:
+        self._tasks[run.name] = self._bars.add_task(f"{_label(run)} compiling", total=run.epochs)
 
-    def on_back(self, worker: int, run: Planned) -> None:
+    def on_requeue(self, worker: int, run: PlannedRun) -> None:
         self._bars.remove_task(self._tasks.pop(run.name))
 
-    def on_epoch(self, worker: int, run: Planned, epoch: int) -> None:
-        if run.name not in self._done:  # what an earlier sweep did says nothing of the time left
+    def on_epoch(self, worker: int, run: PlannedRun, epoch: int) -> None:
+        if run.name not in self._done:  # epochs of an earlier sweep must not count for the remaining time
             self._bars.reset(self._tasks[run.name], completed=epoch - 1, description=_label(run))
-            self._leave_out(epoch - 1)
+            self._subtract(epoch - 1)
         self._bars.advance(self._whole, epoch - self._done.get(run.name, epoch - 1))
         self._bars.update(self._tasks[run.name], completed=epoch)
         self._done[run.name] = epoch
 
-    def on_end(self, worker: int, run: Planned, ticket: Mapping[str, Any] | None, failure: str) -> None:
-        self._leave_out(run.epochs - self._done.get(run.name, 0))
+    def on_end(self, worker: int, run: PlannedRun, ticket: Mapping[str, Any] | None, failure: str) -> None:
+        self._subtract(run.epochs - self._done.get(run.name, 0))
         self._bars.remove_task(self._tasks.pop(run.name))
         self._ended += 1
         self._describe()
@@ -72,10 +70,10 @@ class SweepDisplay(Watcher):
     def on_stop(self, running: int) -> None:
         self._bars.stop()
         runs = "1 run" if running == 1 else f"{running} runs"
-        self._console.print(f"stops as soon as {runs} under way can be saved", highlight=False)
+        self._console.print(f"saving {runs}, then stopping", highlight=False)
 
-    def _leave_out(self, epochs: int) -> None:
-        """Epochs that this sweep will not train."""
+    def _subtract(self, epochs: int) -> None:
+        """Removes epochs that this sweep will not train from the total."""
         self._epochs -= epochs
         self._bars.update(self._whole, total=self._epochs)
 
@@ -83,6 +81,6 @@ class SweepDisplay(Watcher):
         self._bars.update(self._whole, description=f"{self._ended} of {self._total} runs")
 
 
-def _label(run: Planned) -> str:
-    """A run's name beside its bar, cut in front where it is long."""
-    return run.name if len(run.name) <= LABEL else "…" + run.name[1 - LABEL :]
+def _label(run: PlannedRun) -> str:
+    """The run's name; a long name loses its start."""
+    return run.name if len(run.name) <= LABEL_WIDTH else "…" + run.name[1 - LABEL_WIDTH :]

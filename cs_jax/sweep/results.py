@@ -1,4 +1,4 @@
-"""What came of a sweep: a result for each network that its runs have trained."""
+"""Results of a sweep: one for each network that its runs have trained."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -11,38 +11,38 @@ from cs_jax.core import trees
 from cs_jax.core.errors import ConfigError
 from cs_jax.experiment.storage.paths import SUMMARY_FILE, TICKET_FILE
 from cs_jax.methods.controls import DENSE
-from cs_jax.sweep import scheduler
-from cs_jax.sweep.spec import Planned, Spec
+from cs_jax.sweep import storage
+from cs_jax.sweep.spec import PlannedRun, Spec
 from cs_jax.sweep.statistics import Result
 from cs_jax.tickets.ticket import load_ticket
 
 
 class SweptTicket(NamedTuple):
-    """Masks of a ticket that a run of the sweep has found."""
+    """Masks of the ticket that one run of a sweep has found."""
 
     method: str
-    target: float | None  # density that was asked for; None where it was left to the dial
-    dial: float | None  # initial score, where it was the axis of the sweep
+    target: float | None  # target density, or target share of multiply-adds; None without a target
+    initial_score: float | None  # None unless the sweep varies initial scores
     seed: int
-    masks: dict[str, np.ndarray]  # whether each weight is kept, by name of the masked array
+    masks: dict[str, np.ndarray]  # boolean, true for kept weights; by name of the masked array
 
 
 def read_results(spec: Spec, directory: Path) -> tuple[list[Result], list[str]]:
-    """Results of the runs that have ended, and a line for each that has not: its name, and why if it has failed.
+    """Results of finished runs, and a line for each other run: its name, and the reason if the run has failed.
 
     Args:
-        spec: the grid.
+        spec: the grid of runs.
         directory: of the sweep.
 
     Raises:
         ConfigError: the directory holds another sweep, or a run's result is damaged.
     """
-    scheduler.check_same_spec(directory, spec)
-    failures = scheduler.read_failures(directory)
+    storage.check_same_spec(directory, spec)
+    failures = storage.read_failures(directory)
     results: list[Result] = []
     missing: list[str] = []
     for run in spec.runs:
-        path = scheduler.folder_of(directory, run) / SUMMARY_FILE
+        path = storage.folder_of(directory, run) / SUMMARY_FILE
         try:
             summary = json.loads(path.read_text())
             results.extend(_results(run, summary))
@@ -50,31 +50,31 @@ def read_results(spec: Spec, directory: Path) -> tuple[list[Result], list[str]]:
             reason = failures.get(run.name)
             missing.append(f"{run.name} failed: {reason}" if reason else run.name)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ConfigError(f"{path}: is damaged: {type(error).__name__} {error}") from error
+            raise ConfigError(f"{path}: damaged: {type(error).__name__} {error}") from error
     return results, missing
 
 
 def read_tickets(spec: Spec, directory: Path) -> Iterator[SweptTicket]:
-    """Tickets of the runs that have ended; the dense network, as a method of its own, is nobody's ticket.
+    """Tickets of finished runs. Runs of the method `dense` have no ticket.
 
     Args:
-        spec: the grid.
+        spec: the grid of runs.
         directory: of the sweep.
 
     Raises:
-        ConfigError: a ticket is missing or damaged; says which file.
+        ConfigError: a ticket is missing or damaged; names the file.
     """
     for run in spec.runs:
-        folder = scheduler.folder_of(directory, run)
+        folder = storage.folder_of(directory, run)
         if run.config.method == DENSE or not (folder / SUMMARY_FILE).exists():
             continue
         leaves = trees.leaves_by_path(load_ticket(folder / TICKET_FILE).found_masks)
         masks = {trees.name(path): np.asarray(mask) != 0 for path, mask in leaves.items()}
-        yield SweptTicket(run.variant, run.config.target, run.dial, run.config.seed, masks)
+        yield SweptTicket(run.variant, run.config.target, run.initial_score, run.config.seed, masks)
 
 
-def _results(run: Planned, summary: Mapping[str, Any]) -> Iterator[Result]:
-    """The ticket and its controls. The dense network, as a method of its own, is nobody's ticket."""
+def _results(run: PlannedRun, summary: Mapping[str, Any]) -> Iterator[Result]:
+    """Results of the ticket and its controls. The network of the method `dense` counts as a control."""
     yield _result(run, DENSE if run.config.method == DENSE else None, summary["ticket"])
     if summary["dense"] is not None:
         yield _result(run, DENSE, summary["dense"])
@@ -82,12 +82,12 @@ def _results(run: Planned, summary: Mapping[str, Any]) -> Iterator[Result]:
         yield _result(run, name, network)
 
 
-def _result(run: Planned, control: str | None, network: Mapping[str, Any]) -> Result:
+def _result(run: PlannedRun, control: str | None, network: Mapping[str, Any]) -> Result:
     return Result(
         method=run.variant,
         control=control,
         target=run.config.target,
-        dial=run.dial,
+        initial_score=run.initial_score,
         seed=run.config.seed,
         density=_share(network["density"]),
         test_accuracy=_share(network["test_accuracy"]),
@@ -100,5 +100,5 @@ def _result(run: Planned, control: str | None, network: Mapping[str, Any]) -> Re
 
 def _share(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"got {value!r}, wanted a share in [0, 1]")
+        raise ValueError(f"{value!r}: must be in [0, 1]")
     return value

@@ -1,214 +1,212 @@
-"""What a sweep is asked to do: a TOML file that names a grid of runs."""
+"""Sweep specs: TOML files that name a grid of runs."""
 
 import itertools
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from cs_jax.core.errors import ConfigError, one_of
+import msgspec
+
+from cs_jax.core.errors import ConfigError, closest, one_of
+from cs_jax.core.schema import convert
 from cs_jax.experiment.config import Config
 from cs_jax.experiment.presets import DEFAULT_PRESET, PRESETS
 from cs_jax.experiment.storage import config_file
 from cs_jax.methods import METHODS
 
-LISTS: dict[str, tuple[type, ...]] = {
-    "methods": (str,),
-    "densities": (int, float),
-    "initial_scores": (int, float),
-    "seeds": (int,),
+_FLOAT_LIMIT = 2.0**64
+_NOT_EMPTY = msgspec.Meta(min_length=1)
+
+RESERVED = {
+    "preset": "set preset above the tables",
+    "seed": "list seeds above the tables",
+    "method": "list methods above the tables",
+    "out": "give --out to the command",
+    "resume": "run the same command to resume",
 }
-"""Axes of the grid, and the types of what they list."""
+"""Settings that no table may set, because the grid or the command sets them, and what to do instead."""
 
-KEYS = ("preset", *LISTS, "reference", "settings", "method")
-"""What a spec can hold, at its top."""
+AXES = {"densities": ("target_density", "density"), "initial_scores": ("mask_initial_value", "score")}
+"""Optional axes of the grid: the setting that each one varies, and its label in the names of runs."""
 
-OF_THE_GRID = {
-    "preset": "preset above the tables",
-    "seed": "seeds above the tables, a list",
-    "method": "methods above the tables, a list",
-    "out": "--out of the command, for all runs",
-    "resume": "the same command again, which goes on",
-}
-"""Settings that the grid sets, or the sweep, and what to give in their place."""
 
-DIALS = {"densities": "target_density", "initial_scores": "mask_initial_value"}
-"""Axes that may be there, and the settings that are theirs then."""
+class SpecFile(msgspec.Struct, kw_only=True):
+    """Content of a TOML file, with the types and ranges that hold for every sweep."""
+
+    preset: str = DEFAULT_PRESET
+    methods: Annotated[list[str], _NOT_EMPTY]
+    densities: Annotated[list[Annotated[float, msgspec.Meta(gt=0, le=1)]], _NOT_EMPTY] = []
+    initial_scores: Annotated[list[Annotated[float, msgspec.Meta(gt=-_FLOAT_LIMIT, lt=_FLOAT_LIMIT)]], _NOT_EMPTY] = []
+    seeds: Annotated[list[Annotated[int, msgspec.Meta(ge=0, lt=2**32)]], _NOT_EMPTY]
+    reference: str = "imp"
+    settings: dict[str, Any] = {}
+    method: dict[str, dict[str, Any]] = {}
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A run of the grid."""
+class PlannedRun:
+    """One run of the grid."""
 
-    name: str  # of its folder
+    name: str  # also the name of its directory
     variant: str  # the method's name in the spec
-    dial: float | None  # initial score, where that is the axis
-    config: Config  # without a folder
+    initial_score: float | None  # None unless the sweep varies initial scores
+    config: Config  # without an output directory
 
     @property
     def epochs(self) -> int:
-        """Of all its phases."""
+        """Epochs of the search and all retrainings together."""
         return self.config.epochs * (self.config.search_rounds + len(self.config.retrainings))
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A sweep."""
+    """A sweep: its runs, and the spec that they come from."""
 
     name: str
-    content: Mapping[str, Any]  # of the file
-    runs: tuple[Planned, ...]  # method by method, then by density, then by seed
+    content: Mapping[str, Any]  # of the TOML file, unchanged
+    runs: tuple[PlannedRun, ...]  # ordered by method, then density or initial score, then seed
     reference: str  # variant that the others are compared with
 
-    def without_effect(self) -> list[str]:
-        """A line for each table of a method with keys that the method makes no use of.
+    def ignored_settings(self) -> list[str]:
+        """A warning for each [method.NAME] table with settings that its method ignores.
 
-        Under [settings] there may be any: they are for the methods that use them.
+        The table [settings] may hold any setting: each method uses those that apply to it.
         """
         lines = []
         for variant, config in {run.variant: run.config for run in self.runs}.items():
-            unused = [key for key in self.content.get("method", {}).get(variant, {}) if key in config.unused]
-            if unused:
-                told = f"which --method {config.method} makes no use of"
-                lines.append(f"without effect: {', '.join(unused)} of [method.{variant}], {told}")
+            ignored = [key for key in self.content.get("method", {}).get(variant, {}) if key in config.unused]
+            if ignored:
+                lines.append(f"--method {config.method} ignores {', '.join(ignored)} in [method.{variant}]")
         return lines
 
 
 def read_spec(path: Path) -> Spec:
-    """The sweep that a TOML file asks for.
+    """The sweep described by a TOML file.
 
     Args:
-        path: the file; its name without the ending is the sweep's.
+        path: TOML file; its name without the suffix becomes the sweep's name.
 
     Raises:
-        ConfigError: it cannot be read, or a key or value in it cannot be used; says which, and what was wanted.
+        ConfigError: the file cannot be read, or a key or value is invalid; names the file, table and key.
     """
     try:
         content = tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is no TOML: {' '.join(str(error).split())}") from error
-    try:
-        return make_spec(path.stem, content)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{path}: not valid TOML: {' '.join(str(error).split())}") from error
+    return make_spec(path.stem, content, str(path))
 
 
-def make_spec(name: str, content: Mapping[str, Any]) -> Spec:
-    """The sweep of a spec's content, checked in every run of its grid.
+def make_spec(name: str, content: Any, source: str | None = None) -> Spec:
+    """The sweep described by the content of a spec; checks the settings of every run.
+
+    Args:
+        name: of the sweep.
+        content: dictionary with the keys of `SpecFile`.
+        source: start of error messages; by default the sweep's name.
 
     Raises:
-        ConfigError: which key, what came, what was wanted.
+        ConfigError: "SOURCE: KEY VALUE: RULE", for the first key or value that is invalid.
     """
-    _check_keys("spec", content, KEYS)
-    for key, kinds in LISTS.items():
-        _check_list(content, key, kinds)
-    for key in ("methods", "seeds"):
-        if key not in content:
-            raise ConfigError(f"{key}: got nothing, wanted a list")
-    if "densities" in content and "initial_scores" in content:
-        raise ConfigError("initial_scores: got them beside densities, wanted one of the two")
-    preset = content.get("preset", DEFAULT_PRESET)
-    if preset not in list(PRESETS):  # of any type, hashable or not
-        raise ConfigError(f"preset: got {preset!r}, wanted {one_of(str(preset), PRESETS)}")
-    for table in ("settings", "method"):
-        if not isinstance(content.get(table, {}), dict):
-            raise ConfigError(f"{table}: got {content[table]!r}, wanted a table")
-    _check_tables(content.get("method", {}), content["methods"])
-    reference = content.get("reference", "imp")
-    if "reference" in content and reference not in content["methods"]:
-        raise ConfigError(f"reference: got {reference!r}, wanted {one_of(str(reference), content['methods'])}")
-    runs = tuple(run for variant in content["methods"] for run in _runs(content, preset, variant))
-    ((name_of_most, most),) = Counter(run.name for run in runs).most_common(1)
-    if most > 1:
-        raise ConfigError(
-            f"spec: got {most} runs that are called {name_of_most}, wanted values that differ in their first six digits"
-        )
-    if "initial_scores" in content and all(run.dial is None for run in runs):
-        given, able = ", ".join(content["methods"]), [name for name, method in METHODS.items() if method.learns_masks]
-        raise ConfigError(
-            f"initial_scores: got them for {given}, without use for them, wanted a method of {', '.join(able)}"
-        )
-    return Spec(name, content, runs, reference)
+    source = source or f"sweep {name}"
+    spec = convert(content, SpecFile, source)
+    try:
+        _check_keys("", content, SpecFile.__struct_fields__)
+        _check_values(spec, content)
+        runs = tuple(run for variant in spec.methods for run in _runs(spec, variant))
+        _check_runs(spec, runs)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    return Spec(name, content, runs, spec.reference)
 
 
-def _runs(content: Mapping[str, Any], preset: str, variant: str) -> Iterator[Planned]:
-    """The runs of a variant, densest first as they are listed."""
-    if not re.fullmatch(r"[\w.+-]+", variant):
-        raise ConfigError(f"methods: got {variant!r}, wanted names of letters, digits, '-', '_', '+' and '.'")
-    own = content.get("method", {}).get(variant, {})
-    if not isinstance(own, dict):
-        raise ConfigError(f"method.{variant}: got {own!r}, wanted a table")
-    own = dict(own)
-    method = own.pop("method", variant)
-    if method not in list(METHODS):
-        wanted = f"wanted {one_of(str(method), METHODS)}, or a [method.{variant}] that says its method"
-        raise ConfigError(f"methods: got {method!r}, {wanted}")
-    settings = {**content.get("settings", {}), **own}
-    taken = OF_THE_GRID | {DIALS[axis]: f"{axis} alone, which are there" for axis in DIALS if axis in content}
-    known = [name for name in config_file.to_json(Config()) if name not in taken]
-    for table, given in (("settings", content.get("settings", {})), (f"method.{variant}", own)):
-        for key in filter(taken.__contains__, given):
-            raise ConfigError(f"{table}: got {key}, which is not for a table, wanted {taken[key]}")
-        _check_keys(table, given, known)
+def _check_values(spec: SpecFile, content: Mapping[str, Any]) -> None:
+    """Rules that types do not express."""
+    if spec.preset not in PRESETS:
+        raise ConfigError(f"preset {spec.preset!r}: must be {one_of(spec.preset, PRESETS)}")
+    for key in ("methods", "densities", "initial_scores", "seeds"):
+        repeated = [value for value, count in Counter(getattr(spec, key)).items() if count > 1]
+        if repeated:
+            raise ConfigError(f"{key} {repeated[0]!r}: listed more than once; list each value once")
+    if spec.densities and spec.initial_scores:
+        raise ConfigError("initial_scores: cannot be combined with densities; remove one of them")
+    if "reference" in content and spec.reference not in spec.methods:
+        raise ConfigError(f"reference {spec.reference!r}: must be {one_of(spec.reference, spec.methods)}")
+    for name in spec.method:
+        if name not in spec.methods:
+            guess = "" if name in METHODS else closest(name, spec.methods)
+            raise ConfigError(f"[method.{name}]: not in methods{guess}; add {name} to methods or remove the table")
+
+
+def _check_runs(spec: SpecFile, runs: tuple[PlannedRun, ...]) -> None:
+    name, count = Counter(run.name for run in runs).most_common(1)[0]
+    if count > 1:
+        axis = "densities" if spec.densities else "initial_scores"
+        raise ConfigError(f"{axis}: {count} runs have the name {name}; use values that differ in the first six digits")
+    if spec.initial_scores and all(run.initial_score is None for run in runs):
+        able = ", ".join(name for name, method in METHODS.items() if method.learns_masks)
+        rule = f"not used by {', '.join(spec.methods)}"
+        raise ConfigError(f"initial_scores: {rule}; add a method that learns masks, one of {able}")
+
+
+def _runs(spec: SpecFile, variant: str) -> Iterator[PlannedRun]:
+    """Runs of a variant, with the axis values in the order of the spec."""
+    method, own = _method_and_settings(spec, variant)
     base = {
-        **config_file.to_json(PRESETS[preset]),
+        **config_file.to_json(PRESETS[spec.preset]),
         "controls": [],
         "report": False,
         "keep": 1,
-        **settings,
+        **spec.settings,
+        **own,
         "method": method,
     }
-    for value, seed in itertools.product(_axis(content, method), content["seeds"]):
-        axis, shown = ("densities", "density") if "densities" in content else ("initial_scores", "score")
-        given = {} if value is None else {DIALS[axis]: float(value)}
-        middle = "" if value is None else f"-{shown}{value:g}"
-        name = f"{variant}{middle}-seed{seed}"
+    axis, values = _axis(spec, method)
+    setting, label = AXES[axis]
+    for value, seed in itertools.product(values, spec.seeds):
+        varied = {} if value is None else {setting: value}
+        name = f"{variant}-seed{seed}" if value is None else f"{variant}-{label}{value:g}-seed{seed}"
         try:
-            config = config_file.from_json({**base, **given, "seed": seed}, "settings")
+            config = config_file.from_json({**base, **varied, "seed": seed}, "settings")
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
-        yield Planned(name, variant, given.get("mask_initial_value"), config)
+        yield PlannedRun(name, variant, value if axis == "initial_scores" else None, config)
 
 
-def _axis(content: Mapping[str, Any], method: str) -> list[float | None]:
-    """The densities or initial scores that a method takes; None alone where it takes none."""
-    if "densities" in content:
-        return content["densities"] if METHODS[method].wants_target is not False else [None]
-    if "initial_scores" in content:
-        return content["initial_scores"] if METHODS[method].learns_masks else [None]
-    return [None]
+def _method_and_settings(spec: SpecFile, variant: str) -> tuple[str, dict[str, Any]]:
+    """The method of a variant, and the settings in its table; checks the keys of all tables that apply."""
+    if not re.fullmatch(r"[\w.+-]+", variant):
+        raise ConfigError(f"methods {variant!r}: only letters, digits, '-', '_', '+' and '.' are allowed")
+    own = dict(spec.method.get(variant, {}))
+    method = own.pop("method", variant)
+    if method not in list(METHODS):  # a value from a table may have any type
+        key = f"[method.{variant}] method" if variant in spec.method and method != variant else "methods"
+        advice = "" if key != "methods" else f"; or set method in a table [method.{variant}]"
+        raise ConfigError(f"{key} {method!r}: must be {one_of(str(method), METHODS)}{advice}")
+    varied = {AXES[axis][0]: f"{axis} lists its values" for axis in AXES if getattr(spec, axis)}
+    reserved = RESERVED | varied
+    known = [name for name in config_file.to_json(Config()) if name not in reserved]
+    for table, settings in (("[settings] ", spec.settings), (f"[method.{variant}] ", own)):
+        for key in filter(reserved.__contains__, settings):
+            raise ConfigError(f"{table}{key}: not allowed in a table; {reserved[key]}")
+        _check_keys(table, settings, known)
+    return method, own
 
 
-def _check_tables(tables: Mapping[str, Any], methods: list[str]) -> None:
-    """Refuses tables of what is not among the methods."""
-    for name in tables:
-        if name in METHODS and name not in methods:
-            raise ConfigError(f"method: got the key {name!r}, wanted it in methods too, or one of {', '.join(methods)}")
-    _check_keys("method", tables, methods)
+def _axis(spec: SpecFile, method: str) -> tuple[str, list[float] | list[None]]:
+    """The axis of the grid, and its values for a method; [None] if the axis does not apply to the method."""
+    if spec.initial_scores:
+        return "initial_scores", spec.initial_scores if METHODS[method].learns_masks else [None]
+    has_density = METHODS[method].wants_target is not False
+    return "densities", spec.densities if spec.densities and has_density else [None]
 
 
-def _check_keys(table: str, given: Mapping[str, Any], known: Any) -> None:
+def _check_keys(table: str, given: Mapping[str, Any], known: Collection[str]) -> None:
     for key in given:
         if key not in known:
-            raise ConfigError(f"{table}: got the key {key!r}, wanted {one_of(key, known)}")
-
-
-def _check_list(content: Mapping[str, Any], key: str, kinds: tuple[type, ...]) -> None:
-    values = content.get(key, ["anything"])
-    if not isinstance(values, list) or not values:
-        raise ConfigError(f"{key}: got {values!r}, wanted a list{' of one at least' * (values == [])}")
-    for value in values if key in content else []:
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            wanted = {str: "names", int: "whole numbers"}.get(kinds[0], "numbers") if len(kinds) == 1 else "numbers"
-            raise ConfigError(f"{key}: got {value!r}, wanted {wanted}")
-        if key == "densities" and not 0 < value <= 1:
-            raise ConfigError(f"{key}: got {value!r:.40}, wanted shares above 0 and at most 1")
-        if key != "methods" and not abs(value) < 2**64:
-            raise ConfigError(f"{key}: got {value!r:.40}, wanted finite numbers of a usual size")
-        if values.count(value) > 1:
-            raise ConfigError(f"{key}: got {value!r} twice, wanted each once")
+            raise ConfigError(f"{table}{key}: unknown key; must be {one_of(key, known)}")

@@ -1,4 +1,4 @@
-"""Several runs in one process, each with its own directory and log: at once in one program, or one after another."""
+"""Several runs in one process, each with its own directory and log: in one program, or one after another."""
 
 import dataclasses
 import time
@@ -21,28 +21,28 @@ from cs_jax.experiment.search import NonFiniteLossError
 from cs_jax.experiment.storage import paths, run_directory
 from cs_jax.sweep import autotune
 from cs_jax.sweep.display import SweepDisplay
-from cs_jax.sweep.spec import Planned
+from cs_jax.sweep.spec import PlannedRun
 from cs_jax.training.executor import Executor
 from cs_jax.training.shared_device import Together
 
-PATIENCE = 60.0
-"""Seconds to wait for another process that was told to end, and may still be saving the same run."""
+LOCK_TIMEOUT = 60.0
+"""Seconds to wait for another process that still saves the same run after it was stopped."""
 
 OnEvent = Callable[..., None]
-"""Is told of a run, by its name, and what happened: `epoch=` so many done, `done=` its ticket or `failed=` why."""
+"""Callback with a run's name and one keyword: `epoch=` finished epochs, `done=` the ticket, or `failed=` the reason."""
 
 
 class Job(NamedTuple):
-    """A run among others."""
+    """A run, and where its output goes."""
 
     name: str
     config: Config
-    log: Path  # takes what it would have printed
-    write_report: Callable[[Path], object] | None = None  # called with the run directory at its end
+    log: Path  # file for the lines that the run would print
+    write_report: Callable[[Path], object] | None = None  # called with the run directory at the end
 
 
 class Reporter(Tracker):
-    """Tells of every epoch."""
+    """Reports every epoch of a run to a callback."""
 
     def __init__(self, name: str, on_event: OnEvent) -> None:
         self._name, self._on_event = name, on_event
@@ -51,61 +51,60 @@ class Reporter(Tracker):
         self._on_event(self._name, epoch=step + 1)
 
 
-def run_jobs(jobs: Sequence[Job], on_event: OnEvent, why: str = "") -> None:
-    """Takes runs to their end: one by itself, several in one program.
+def run_jobs(jobs: Sequence[Job], on_event: OnEvent, reason: str = "") -> None:
+    """Trains runs until all have ended: a single run alone, several runs in one program.
 
     Args:
-        jobs: one at least.
-        on_event: told of their epochs and ends; of one at a time.
-        why: for their logs: why so many are taken at once.
+        jobs: at least one run.
+        on_event: receives epochs and ends of the runs, one event at a time.
+        reason: first line of each log, such as the reason for the number of runs in one program.
 
     Raises:
-        Stopped: on SIGINT or SIGTERM, after all were saved.
+        Stopped: on SIGINT or SIGTERM, after all runs were saved.
     """
     if len(jobs) == 1:
-        _run_job(jobs[0], on_event, why)
+        _run_job(jobs[0], on_event, reason)
         return
 
-    def life(job: Job, watch: Interrupts) -> Callable[[Executor], None]:
-        return lambda executor: _run_job(job, on_event, why, executor, Interrupts(watch))
+    def in_thread(job: Job, watch: Interrupts) -> Callable[[Executor], None]:
+        return lambda executor: _run_job(job, on_event, reason, executor, Interrupts(watch))
 
     with Interrupts() as watch:
         with watch.held(), warnings_as_lines(Console(stderr=True)):
-            ends = Together().run([life(job, watch) for job in jobs])
-        errors = [end for end in ends if end is not None]
-        for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):  # what nobody expects comes first
+            results = Together().run([in_thread(job, watch) for job in jobs])
+        errors = [result for result in results if result is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):  # unexpected errors first
             raise error
-        watch.check()  # a signal may have come after the last step of all
+        watch.check()  # a signal may have arrived after the last step
 
 
 def _run_job(
-    job: Job, on_event: OnEvent, why: str, executor: Executor | None = None, watch: Interrupts | None = None
+    job: Job, on_event: OnEvent, reason: str, executor: Executor | None = None, watch: Interrupts | None = None
 ) -> None:
-    """Takes a run to its end, and tells of it."""
+    """Trains one run until it ends, and reports its epochs and its end."""
     started, path = time.monotonic(), job.config.run_directory
     with open(job.log, "a") as log:
         terminal = Console(file=log, width=120)
-        if why:
-            print_line(terminal, why)
+        if reason:
+            print_line(terminal, reason)
         while True:
-            had_begun = run_directory.holds_run(path)
+            existed = run_directory.holds_run(path)
             try:
-                trackers = [Reporter(job.name, on_event)]
                 summary = experiment_run.run(
                     job.config,
                     write_report=job.write_report,
-                    trackers=trackers,
+                    trackers=[Reporter(job.name, on_event)],
                     terminal=terminal,
                     executor=executor,
                     watch=watch,
                 )
             except LockedError as error:
-                if executor is not None or time.monotonic() > started + PATIENCE:  # others would have to wait, too
+                if executor is not None or time.monotonic() > started + LOCK_TIMEOUT:  # runs in a program cannot wait
                     return on_event(job.name, failed=str(error))
                 time.sleep(0.5)
             except (ConfigError, NonFiniteLossError, OSError) as error:
-                begun_meanwhile = run_directory.holds_run(path) and not had_begun and isinstance(error, ConfigError)
-                if not begun_meanwhile:  # by a process that was told to end
+                created_meanwhile = run_directory.holds_run(path) and not existed and isinstance(error, ConfigError)
+                if not created_meanwhile:  # else by a process that was stopped just then: try again
                     failure = " ".join(str(error).split())
                     print_line(terminal, f"failed: {failure}")
                     return on_event(job.name, failed=failure)
@@ -114,33 +113,34 @@ def _run_job(
 
 
 def train(config: Config, tickets: int, write_report: Callable[[Path], object] | None = None) -> None:
-    """Searches tickets that differ in their seeds, those not done yet, and prints what they are worth.
+    """Searches tickets that differ in their seeds, skips finished ones, and prints a table of all of them.
 
     Args:
-        config: of the first; the next ones have the next seeds. Its folder, where it has one, is that of all.
-        tickets: how many.
-        write_report: writes the report of a run directory; None for no reports.
+        config: settings of the first run; the others have the next seeds. `config.out`, if set, becomes the parent
+            directory of all runs.
+        tickets: number of runs, at least 1.
+        write_report: writes the report of a run directory; None writes no reports.
 
     Raises:
-        ConfigError: they cannot be searched as asked; nothing was written.
-        OSError: some have failed; says which.
-        Stopped: on SIGINT or SIGTERM, after what was under way was saved.
+        ConfigError: a setting or directory cannot be used; nothing was written.
+        OSError: some runs failed; names the first.
+        Stopped: on SIGINT or SIGTERM, after unfinished runs were saved.
     """
-    terminal, runs = Console(), _plan(config, tickets)
+    terminal, runs = Console(), _plan_runs(config, tickets)
     with Interrupts() as watch:
         waiting = [run for run in runs if not _is_done(run.config)]
         check_all(run.config for run in waiting)
         failures: dict[str, str] = {}
-        count, why = autotune.how_many([run.config for run in waiting], None) if waiting else (0, "")
-        if why:
-            print_line(terminal, why)
+        count, reason = autotune.choose_run_count([run.config for run in waiting], None) if waiting else (0, "")
+        if reason:
+            print_line(terminal, reason)
         try:
             with SweepDisplay(terminal, len(runs), waiting) as display:
                 for first in range(0, len(waiting), count or 1):
-                    failures |= _run_displayed(waiting[first : first + count], display, why, write_report)
+                    failures |= _run_with_display(waiting[first : first + count], display, reason, write_report)
             watch.check()
         except Stopped as stop:
-            stop.hint = "; tickets under way are saved: the same command goes on"
+            stop.hint = "; unfinished tickets are saved; run the same command to resume"
             raise
     summaries = [run_directory.read_summary(run.config.run_directory) for run in runs]
     done = [summary for summary in summaries if summary is not None]
@@ -148,36 +148,32 @@ def train(config: Config, tickets: int, write_report: Callable[[Path], object] |
         print_tickets(terminal, done)
     if failures:
         first = next(run for run in runs if run.name in failures)
-        reason = f"{failures[first.name]}; see {_log_of(first.config)}"
-        raise OSError(f"{len(failures)} of {tickets} tickets failed, first {first.name}: {reason}")
+        cause = f"{failures[first.name]}; see {_log_of(first.config)}"
+        raise OSError(f"{len(failures)} of {tickets} tickets failed, first {first.name}: {cause}")
     print_line(terminal, f"{runs[0].config.run_directory.parent}: {', '.join(run.name for run in runs)}")
 
 
-def _plan(config: Config, tickets: int) -> list[Planned]:
-    """The runs of consecutive seeds, in folders that are named as ever.
+def _plan_runs(config: Config, tickets: int) -> list[PlannedRun]:
+    """Runs with consecutive seeds, in directories with the default names.
 
     Raises:
-        ConfigError: there are not as many seeds, or the folder is that of a run.
+        ConfigError: too few seeds are left, or `config.out` is a run directory.
     """
     if config.seed + tickets > 2**32:
-        raise ConfigError(
-            f"--tickets: got {tickets}, wanted at most {2**32 - config.seed} from --seed {config.seed} on"
-        )
+        raise ConfigError(f"--tickets {tickets}: must be at most {2**32 - config.seed} with --seed {config.seed}")
     if config.out is not None and run_directory.holds_run(config.out):
-        raise ConfigError(
-            f"--out: got {config.out}, which holds one run, wanted a folder for all of --tickets {tickets}"
-        )
+        raise ConfigError(f"--out {config.out}: is a run directory; choose a parent directory for --tickets {tickets}")
     runs = []
     for seed in range(config.seed, config.seed + tickets):
         own = dataclasses.replace(config, seed=seed, out=None)
         name = own.run_directory.name
         out = None if config.out is None else config.out / name
-        runs.append(Planned(name, own.method, None, dataclasses.replace(own, out=out)))
+        runs.append(PlannedRun(name, own.method, None, dataclasses.replace(own, out=out)))
     return runs
 
 
 def _is_done(config: Config) -> bool:
-    """Whether a run is done; refuses its folder if another is there."""
+    """True if the run is finished. Rejects a directory with another run."""
     path = config.run_directory
     if not run_directory.holds_run(path):
         run_directory.check_free(config)
@@ -190,14 +186,14 @@ def _log_of(config: Config) -> Path:
     return config.run_directory / paths.LOG_FILE
 
 
-def _run_displayed(
-    runs: Sequence[Planned], display: SweepDisplay, why: str, write_report: Callable[[Path], object] | None
+def _run_with_display(
+    runs: Sequence[PlannedRun], display: SweepDisplay, reason: str, write_report: Callable[[Path], object] | None
 ) -> dict[str, str]:
-    """Takes runs together, on a display; why some have failed, by their names."""
-    planned, failures = {run.name: run for run in runs}, {}
+    """Trains runs together and shows their progress. Returns the reason of each failure, by run name."""
+    by_name, failures = {run.name: run for run in runs}, {}
 
     def on_event(name: str, **event: Any) -> None:
-        run = planned[name]
+        run = by_name[name]
         if "epoch" in event:
             display.on_epoch(0, run, event["epoch"])
             return
@@ -208,5 +204,5 @@ def _run_displayed(
     for run in runs:
         display.on_start(0, run)
         run.config.run_directory.mkdir(parents=True, exist_ok=True)
-    run_jobs([Job(run.name, run.config, _log_of(run.config), write_report) for run in runs], on_event, why)
+    run_jobs([Job(run.name, run.config, _log_of(run.config), write_report) for run in runs], on_event, reason)
     return failures

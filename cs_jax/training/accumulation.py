@@ -1,4 +1,4 @@
-"""A batch computed in parts, one after another, for the memory of one: gradients of all its examples, added up."""
+"""Gradient accumulation: a batch is computed in parts, one after another, in the memory of one part."""
 
 from collections.abc import Callable
 
@@ -13,28 +13,28 @@ Compute = Callable[..., tuple[PyTree, PyTree]]
 
 
 def num_parts(count: int, part_size: int | None) -> int:
-    """Least number of parts of `count` examples that have no more than `part_size` each; None is all of them."""
+    """Smallest number of parts of at most `part_size` examples for a batch of `count`; one part if it is None."""
     return 1 if part_size is None else -(-count // part_size)
 
 
 def mean_over_parts(
     part_size: int | None, compute: Compute, carry: PyTree, *arrays: jax.Array
 ) -> tuple[PyTree, PyTree]:
-    """What `compute` makes of a batch, from as few parts of it as have no more than `part_size` examples each.
+    """Means over a batch, computed in the smallest number of parts of at most `part_size` examples.
 
-    Parts differ by one example at most. Every part takes each so-many-th example, so that a batch which is spread over
-    devices stays so. On the CPU parts are written out one after another, because a loop's body is slow there
-    (jax-ml/jax#12868); elsewhere those of one size are a loop.
+    The sizes of the parts differ by at most one. With k parts, a part takes every k-th example, so that a batch that is
+    split over devices stays split. On a CPU the parts are unrolled, because XLA is slow inside a loop there
+    (jax-ml/jax#12868). On other devices parts of equal size are a loop.
 
     Args:
-        part_size: examples, at least 1; None is all of them.
-        compute: from a carry and a part of every array to the next carry, of the same shapes and dtypes, and means
-            over the part's examples.
-        carry: of the first part.
-        arrays: examples along the first axis, as many in each.
+        part_size: examples of a part, at least 1; None computes the whole batch at once.
+        compute: function of a carry and a part of every array. Returns the next carry, with the same shapes and dtypes,
+            and means over the examples of the part.
+        carry: carry for the first part.
+        arrays: examples along the first axis; all arrays have the same number of examples.
 
     Returns:
-        The last carry, and the means over all examples, in the dtypes that `compute` gives them.
+        The last carry, and the means over all examples, in the dtypes of the means of `compute`.
     """
     count = len(arrays[0])
     parts = num_parts(count, part_size)
@@ -52,7 +52,7 @@ def _unrolled(
     total = _zeros(means)
     for number in range(parts):
         part = [array[number::parts] for array in arrays]
-        # No part begins before the one ahead of it is done with: they would all be in memory at once.
+        # The barrier keeps a part from starting before the previous part ends: all would be in memory at once.
         part, carry, total = lax.optimization_barrier((part, carry, total))
         carry, values = compute(carry, *part)
         total = _add(total, values, len(part[0]) / len(arrays[0]))
@@ -72,7 +72,7 @@ def _looped(
 
 
 def _zeros(means: PyTree) -> PyTree:
-    """Where sums begin: in float32 at least."""
+    """Zero sums, in float32 or wider."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), means)
 
 

@@ -1,4 +1,4 @@
-"""Compiled programs that outlast a process, so that the next run of the same networks begins at once."""
+"""Keeps compiled programs on disk, so that later runs of the same networks start without compiling."""
 
 import contextlib
 import hashlib
@@ -10,14 +10,14 @@ from pathlib import Path
 import jax
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
-"""JAX's own variable for the folder."""
+"""JAX's environment variable for the folder."""
 
 
 def keep_programs() -> None:
-    """Lets JAX keep what it compiles in the user's cache folder, unless `VARIABLE` says where, or JAX is told not to.
+    """Enable JAX's compilation cache in the user's cache folder, unless `VARIABLE` is set.
 
-    Nothing happens where that folder cannot be written. Each kind of processor has a folder of its own, because a
-    program that was compiled for one may crash on another.
+    Does nothing if the folder cannot be written. Each kind of processor has a separate folder, because a program that
+    was compiled for one kind may crash on another.
     """
     if VARIABLE in os.environ:
         return
@@ -30,12 +30,12 @@ def keep_programs() -> None:
         return
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # small ones are many
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # there are many small programs
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def processor() -> str:
-    """The same for processors with the same instructions."""
+    """Hash of architecture and instruction set: equal for processors that run the same programs."""
     about = platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""What devices run: steps and evaluations as compiled functions."""
+"""Compiled programs for one run: training steps, forward passes and BatchNorm statistics."""
 
 import functools
 from typing import Any
@@ -13,56 +13,56 @@ from cs_jax.core.arrays import at_least_float32
 from cs_jax.data.images import ImageSet, normalize
 from cs_jax.training import step
 from cs_jax.training.mesh import MeshLayout
-from cs_jax.training.step import Hyperparams, Recipe, StepMetrics, TrainState
+from cs_jax.training.step import Recipe, StepInputs, StepMetrics, TrainState
 
 
 def _steps(
-    recipe: Recipe,
-    state: TrainState,
-    data: ImageSet,
-    batches: Int[Array, "steps batch"],
-    first: Int[Array, ""],
-    stop: Int[Array, ""],
-    key: Array,
-    hyper: Hyperparams,
+    recipe: Recipe, state: TrainState, inputs: StepInputs, bounds: tuple[Int[Array, ""], Int[Array, ""]]
 ) -> tuple[TrainState, StepMetrics]:
-    """The steps from `first` to before `stop` as one compiled call. Figures are 0 for all other steps.
+    """Several steps in one compiled call, and the loss terms of all steps, which are 0 outside of the bounds.
 
-    One program serves every call of an epoch, wherever it begins.
+    The bounds are traced, so one program serves every call of an epoch, wherever the call starts.
+
+    Args:
+        recipe: static.
+        state: donated.
+        inputs: `indices` has one row for each step of the epoch.
+        bounds: first step, and the step before which the call stops.
     """
+    batches = inputs.indices
 
     def body(index: Array, carry: tuple[TrainState, StepMetrics]) -> tuple[TrainState, StepMetrics]:
         state, figures = carry
-        state, metrics = step.step(recipe, state, data, batches[index], key, hyper)
+        state, metrics = step.step(recipe, state, inputs._replace(indices=batches[index]))
         return state, jax.tree.map(lambda figure, value: figure.at[index].set(value), figures, metrics)
 
-    _, metrics = jax.eval_shape(lambda: step.step(recipe, state, data, batches[0], key, hyper))
+    _, metrics = jax.eval_shape(lambda: step.step(recipe, state, inputs._replace(indices=batches[0])))
     figures = jax.tree.map(lambda figure: jnp.zeros(len(batches), figure.dtype), metrics)
-    return lax.fori_loop(first, stop, body, (state, figures))
+    return lax.fori_loop(*bounds, body, (state, figures))
 
 
-def compiled(recipe: Recipe, layout: MeshLayout | None = None, state: TrainState | None = None) -> tuple[Any, Any]:
-    """`training.step` and several such steps in one call, each compiled.
+def compiled(recipe: Recipe, mesh_layout: MeshLayout | None = None, state: TrainState | None = None) -> tuple[Any, Any]:
+    """Compiled forms of one step (`step.step`) and of several steps in one call (`_steps`).
 
     Args:
-        recipe: what they are built from.
-        layout: of several devices; None is the default device.
-        state: with a layout, what comes out is where it came in.
+        recipe: the programs are called with it.
+        mesh_layout: layout on several devices; None is the default device.
+        state: required with a mesh layout; output states get the shardings of a state with these shapes.
     """
     is_ordered = recipe.in_order and jax.default_backend() == "cpu"
-    if layout is None:
+    if mesh_layout is None:
         return _compiled(None, is_ordered)
     leaves, structure = jax.tree.flatten(state)
     shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
-    return _compiled((layout, structure, shapes), is_ordered)
+    return _compiled((mesh_layout, structure, shapes), is_ordered)
 
 
 @functools.cache
 def _compiled(placed: tuple[MeshLayout, Any, tuple[Any, ...]] | None, is_ordered: bool) -> tuple[Any, Any]:
-    """Programs for a state of these shapes in a layout.
+    """Programs for one mesh layout and state shape.
 
-    Where steps have an order that saves memory, a CPU's compiler has to be told: it drops the barriers of the order
-    early on, and then computes nothing twice, for more memory.
+    XLA's CPU compiler removes optimization barriers early and then merges equal computations, which needs more memory.
+    With `is_ordered` the pass that removes the barriers is disabled.
     """
     options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if is_ordered else None
     jit = functools.partial(_jit, compiler_options=options)
@@ -79,7 +79,7 @@ compiled_step, compiled_steps = _compiled(None, False)
 
 @functools.partial(jax.jit, static_argnames="model")
 def forward(model: nn.Module, variables: PyTree, images: UInt8[Array, "..."], mean: Array, std: Array) -> Array:
-    """Logits of a batch of images, in evaluation mode."""
+    """Logits of one batch of images, in evaluation mode, in float32 or wider."""
     logits = model.apply(variables, normalize(images, mean, std), train=False)
     assert isinstance(logits, Array)
     return at_least_float32(logits)
@@ -87,15 +87,13 @@ def forward(model: nn.Module, variables: PyTree, images: UInt8[Array, "..."], me
 
 @functools.partial(jax.jit, static_argnames="model")
 def forward_all(model: nn.Module, variables: PyTree, data: ImageSet, batches: Int[Array, "steps batch"]) -> Array:
+    """Logits of several batches in one call: (steps, batch, classes)."""
     return lax.map(lambda batch: forward(model, variables, data.images[batch], data.mean, data.std), batches)
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def see_batch(
-    model: nn.Module, params: PyTree, batch_stats: PyTree, masks: PyTree, data: ImageSet, batch: Int[Array, " batch"]
-) -> PyTree:
-    """Statistics after one batch in training mode."""
-    variables = {"params": params, "batch_stats": batch_stats, "masks": masks}
+def update_statistics(model: nn.Module, variables: PyTree, data: ImageSet, batch: Int[Array, " batch"]) -> PyTree:
+    """The "batch_stats" of `variables` after one forward pass of a batch in training mode."""
     inputs = normalize(data.images[batch], data.mean, data.std)
     _, updates = model.apply(variables, inputs, train=True, mutable=["batch_stats"])
     return updates["batch_stats"]
@@ -103,4 +101,5 @@ def see_batch(
 
 @jax.jit
 def count_right(logits: Array, labels: Array) -> Array:
+    """Number of examples whose largest logit is at their label."""
     return jnp.sum(jnp.argmax(logits, axis=-1) == labels)

@@ -1,4 +1,4 @@
-"""Where arrays are on several devices: one mesh, batches split over one of its axes, large weights over the other."""
+"""Layout of arrays on several devices: one mesh axis splits batches, the other axis splits large weights."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,67 +15,69 @@ from cs_jax.core.errors import ConfigError
 from cs_jax.training import processes
 
 DATA, MODEL = "data", "model"
-"""Axes of the mesh: examples of a batch are split over the first, entries of large arrays over the second."""
+"""Axes of the mesh: examples of a batch are split over "data", entries of large arrays over "model"."""
 
 MIN_SIZE = 4096
-"""Entries of an array from which it is split: what is smaller costs less to have everywhere than to bring together."""
+"""Minimum number of entries of an array that is split: copying smaller arrays costs less than gathering them."""
 
 
 @dataclass(frozen=True)
 class MeshLayout:
-    """A mesh, and what of an array each of its devices has. Devices that share a weight are of one process.
+    """A device mesh and the shardings of arrays on it. Devices that share a weight belong to one process.
 
-    Scores, masks, momentum and snapshot lie as their weights do: the rule places all arrays of one shape alike.
+    Arrays of one shape always get the same sharding, so scores, masks, momentum and snapshot lie like their weights.
 
     Attributes:
-        mesh: with the axes "data" and "model".
+        mesh: has the axes "data" and "model".
     """
 
     mesh: Mesh
 
     @property
     def whole(self) -> NamedSharding:
-        """Every device has all of it."""
+        """Sharding of an array that is copied whole to every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def batch(self, size: int) -> NamedSharding:
-        """Of an array of so many examples: split over "data", or whole where they cannot be split evenly."""
+        """Sharding of an array of `size` examples: split over "data", or whole if it cannot be split evenly."""
         evenly = size % self.mesh.shape[DATA] == 0
         return NamedSharding(self.mesh, PartitionSpec(DATA)) if evenly else self.whole
 
     def check_batch(self, size: int) -> None:
-        """Refuses a batch that cannot be split evenly.
+        """Check that a batch of `size` examples can be split evenly.
 
         Raises:
-            ConfigError: says by what it has to divide.
+            ConfigError: it cannot; gives the number of devices.
         """
         parts = self.mesh.shape[DATA]
         if size % parts:
-            raise ConfigError(f"--batch-size: got {size}, wanted a multiple of the {parts} devices that share a batch")
+            raise ConfigError(f"--batch-size {size}: must be a multiple of {parts}, the devices that share a batch")
 
     def batches(self, size: int) -> NamedSharding:
-        """Of rows of so many examples each, as `batch`."""
+        """Sharding of several batches of `size` examples, (steps, batch): each row as in `batch`."""
         return NamedSharding(self.mesh, PartitionSpec(None, *self.batch(size).spec))
 
     def state(self, tree: PyTree) -> PyTree:
-        """Shardings of weights, and of all that has their shapes.
+        """Shardings of weights, and of all arrays with the shapes of weights.
 
-        An array of at least `MIN_SIZE` entries is split over "model" along its longest axis that divides evenly, into
-        more than one entry each (the last of equal ones). One with names (`flax.linen.with_partitioning`) is split
-        along the axis that is named "model", and no other.
+        An array of at least `MIN_SIZE` entries is split over "model" along its longest axis that divides evenly into
+        parts of more than one entry; of equally long axes along the last. An array with axis names
+        (`flax.linen.with_partitioning`) is split only along the axis that is named "model".
 
         Args:
-            tree: arrays or their shapes; boxes with names where there are some.
+            tree: arrays or their shapes; arrays with axis names are Flax boxes.
 
         Returns:
-            Tree like `tree`, of shardings in place of arrays.
+            Tree like `tree`, with shardings in place of arrays.
         """
 
         def place(node: Any) -> Any:
             if not isinstance(node, meta.AxisMetadata):
                 return NamedSharding(self.mesh, self._split(node.shape))
             names = nn.get_partition_spec(node)
-            known = PartitionSpec(*(name if name == MODEL else None for name in names))  # never over processes
+            known = PartitionSpec(
+                *(name if name == MODEL else None for name in names)
+            )  # weights are never split over processes
             return jax.tree.map(lambda _: NamedSharding(self.mesh, known), node)
 
         return jax.tree.map(place, tree, is_leaf=lambda node: isinstance(node, meta.AxisMetadata))
@@ -89,18 +91,18 @@ class MeshLayout:
         return PartitionSpec(*(MODEL if axis == longest else None for axis in range(longest + 1)))
 
     def join(self, share: np.ndarray, size: int) -> jax.Array:
-        """A batch of so many examples, of which each process has read its share, in the order of the processes."""
+        """Global batch of `size` examples from the share that each process has read, in the order of the processes."""
         sharding = self.batch(size)
         if sharding.is_fully_replicated:
             return self.place(processes.gather_rows(share, size), sharding)
         return jax.make_array_from_process_local_data(sharding, share, (size, *share.shape[1:]))
 
     def place(self, tree: PyTree, shardings: PyTree) -> PyTree:
-        """Arrays where they belong; those that are there already are not copied.
+        """Arrays with the given shardings; arrays that have them already are not copied.
 
         Args:
-            tree: arrays, the same in every process.
-            shardings: one for all of them, or a tree of them.
+            tree: arrays, equal in every process.
+            shardings: one sharding for all arrays, or a tree like `tree`.
         """
         if isinstance(shardings, NamedSharding):
             return jax.tree.map(lambda leaf: _placed(leaf, shardings), tree)
@@ -117,30 +119,33 @@ def _placed(array: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def make_layout(data: int | None, model: int) -> MeshLayout | None:
-    """The mesh of as many devices as were asked for; None where that is one device of one process.
+    """Layout on a mesh of `data * model` devices; None for one device of one process.
 
     Args:
-        data: devices to split batches over; None is 1, or under several processes all that "model" leaves.
-        model: devices to split large arrays over.
+        data: number of devices that share a batch. None is 1 in a single process; with several processes it is all
+            devices divided by `model`.
+        model: number of devices that share each large array of weights.
 
     Raises:
-        ConfigError: there are less devices, or under several processes more.
+        ConfigError: too few devices, or, with several processes, not all devices are used.
     """
     devices = jax.device_count()
     if model > devices:
-        raise ConfigError(f"--model-parallel: got {model}, wanted at most {devices}, the devices there are")
+        raise ConfigError(f"--model-parallel {model}: must be at most {devices}, the number of devices")
     local = jax.local_device_count()
     if jax.process_count() > 1 and local % model:
-        raise ConfigError(f"--model-parallel: got {model}, wanted a divisor of the {local} devices of each process")
+        raise ConfigError(f"--model-parallel {model}: must divide {local}, the number of devices of each process")
     if data is None:
         data = devices // model if jax.process_count() > 1 else 1
-    wanted = f"{devices // model}, so that all {devices} devices of the {jax.process_count()} processes take part"
     if jax.process_count() > 1 and data * model != devices:
-        raise ConfigError(f"--data-parallel: got {data} beside --model-parallel {model}, wanted {wanted}")
+        raise ConfigError(
+            f"--data-parallel {data} with --model-parallel {model}: must use all {devices} devices of the "
+            f"{jax.process_count()} processes; set --data-parallel {devices // model}"
+        )
     if data * model > devices:
         raise ConfigError(
-            f"--data-parallel: got {data} beside --model-parallel {model}, which are {data * model} devices, wanted at "
-            f"most the {devices} that there are"
+            f"--data-parallel {data} with --model-parallel {model}: requires {data * model} devices, "
+            f"but there are {devices}"
         )
     if data * model == 1:
         return None

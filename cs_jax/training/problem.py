@@ -14,36 +14,41 @@ from cs_jax.training.step import Recipe
 
 
 class Snapshot(NamedTuple):
-    """What a rewind puts back: weights, masked or not, and BatchNorm state."""
+    """State that a rewind restores: all weights, masked or not, and the BatchNorm state."""
 
     params: PyTree
     batch_stats: PyTree
 
 
 class Ticket(NamedTuple):
-    """A sparse network before it is retrained: the weights that this begins with, and hard masks."""
+    """A sparse network before retraining: initial weights of the retraining, and hard masks."""
 
     start: Snapshot
     masks: PyTree
 
 
 PURPOSES = ("init", "order", "augment", "masks", "reinit", "random", "shuffled")
-"""What a run draws random numbers for; a method or control of somebody's own may name others."""
+"""Purposes of random numbers in a run, each with PRNG keys of its own; custom methods and controls may use others."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a run works on."""
+    """Model, data, PRNG key and executor of a run."""
 
     recipe: Recipe
     train: Images
-    validation: Images | None  # None where no example was set aside
+    validation: Images | None  # None without validation examples
     key: jax.Array  # PRNG key of the run
-    order: Callable[[int, int], Any] | None = None  # indices into `train` of a phase's epoch; None is a shuffle
-    executor: Executor = Executor()  # takes the steps
+    order: Callable[[int, int], Any] | None = None  # (phase, epoch) -> indices into `train`; None shuffles
+    executor: Executor = Executor()  # runs steps and evaluations
 
     def epoch_order(self, phase: int, epoch: int) -> Any:
-        """Indices into `train`, in the order of an epoch. Phases are the rounds from 0, then the retraining."""
+        """Indices into `train`, in the order of one epoch.
+
+        Args:
+            phase: number of the search round, from 0; the retraining is the number after the last round.
+            epoch: number of the epoch in the phase, from 0.
+        """
         if self.order is not None:
             return self.order(phase, epoch)
         return jax.random.permutation(self.key_for("order", phase, epoch), len(self.train))
@@ -58,7 +63,7 @@ class Problem:
         return Ticket(Snapshot(variables["params"], variables["batch_stats"]), variables["masks"])
 
     def key_for(self, purpose: str, *numbers: int) -> jax.Array:
-        """The PRNG key of a purpose, so that no two draws of a run share one."""
+        """PRNG key for a purpose and numbers (such as phase and epoch); different arguments give different keys."""
         key = self.key
         first = PURPOSES.index(purpose) if purpose in PURPOSES else zlib.crc32(purpose.encode())
         for number in (first, *numbers):

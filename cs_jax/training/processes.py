@@ -1,6 +1,6 @@
-"""Several processes that do one run together, on one host or on many: how they start, agree and end.
+"""Several processes that share one run, on one or several hosts: start, agreement and end.
 
-All of them run the same program on the same settings. The first one, the leader, writes files and tells the user.
+All processes run the same program with the same settings. The first process, the leader, writes files and prints.
 """
 
 import contextlib
@@ -26,36 +26,36 @@ from cs_jax.core.errors import ConfigError
 from cs_jax.core.version import __version__
 
 AUTOMATIC = "auto"
-"""Coordinator that is found in the cluster's environment: of SLURM, Open MPI, Kubernetes or a TPU pod."""
+"""Value of --coordinator that finds the coordinator in the environment of SLURM, Open MPI, Kubernetes or a TPU pod."""
 
 PATIENCE = 60
-"""Seconds to wait for all processes to come."""
+"""Seconds to wait until all processes have connected."""
 
 SILENCE = 20
-"""Seconds after which a process that says nothing counts as lost."""
+"""Seconds without a heartbeat after which a process counts as lost."""
 
 
 class LostProcessError(RuntimeError):
-    """Another process of the run has ended before its time."""
+    """Another process of the run has ended unexpectedly or cannot be reached."""
 
     def __init__(self) -> None:
         super().__init__(
-            "another process of this run has ended or is out of reach; start all of them again with the same command, "
-            "and the run goes on from its last checkpoint"
+            "another process of this run has ended or cannot be reached; start all processes again with the same "
+            "command to resume from the last checkpoint"
         )
 
 
 def start(coordinator: str, count: int | None, index: int | None, *, prog: str) -> None:
-    """Joins the other processes of a run; before JAX has looked for devices.
+    """Connect to the other processes of a run. Must be called before JAX looks for devices.
 
     Args:
-        coordinator: HOST:PORT of the first process, the same for all; or `AUTOMATIC`.
-        count: processes in all; None where the environment says it.
-        index: of this process, from 0; None where the environment says it.
-        prog: the program's name, for what is told when another process is lost.
+        coordinator: HOST:PORT of the first process, the same in all processes; or `AUTOMATIC`.
+        count: total number of processes; None reads it from the environment.
+        index: index of this process, from 0; None reads it from the environment.
+        prog: name of the program, for error messages.
 
     Raises:
-        ConfigError: they do not fit each other, or no such environment is there.
+        ConfigError: arguments are out of range, or the environment has no coordinator.
     """
     address = None
     if coordinator != AUTOMATIC:
@@ -71,35 +71,34 @@ def start(coordinator: str, count: int | None, index: int | None, *, prog: str) 
             reason = str(error).splitlines()[0]
             if coordinator == AUTOMATIC and "should be defined" in reason:
                 raise ConfigError(
-                    f"--coordinator: got {AUTOMATIC}, but no SLURM, Open MPI, Kubernetes or TPU pod has started this "
-                    "process; wanted HOST:PORT of the first process, --processes and --process-id"
+                    f"--coordinator {AUTOMATIC}: requires a process started by SLURM, Open MPI, Kubernetes or a TPU "
+                    "pod; set --coordinator to HOST:PORT of the first process, with --processes and --process-id"
                 ) from error
-            raise ConfigError(f"--coordinator: got {coordinator}, with which no run can start: {reason}") from error
+            raise ConfigError(f"--coordinator {coordinator}: cannot connect ({reason})") from error
 
 
 def _check(coordinator: str, count: int | None, index: int | None) -> None:
     host, _, port = coordinator.rpartition(":")
     if not host or not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
         raise ConfigError(
-            f"--coordinator: got {coordinator!r}, wanted HOST:PORT of the first process, with a port of 1 to 65535, or "
+            f"--coordinator {coordinator!r}: must be HOST:PORT of the first process, with a port of 1 to 65535, or "
             f"{AUTOMATIC}"
         )
-    if count is None or count < 1:
-        raise ConfigError(
-            f"--processes: got {'none' if count is None else count}, wanted how many run together, beside --coordinator"
-        )
-    if index is None or not 0 <= index < count:
-        got = "none" if index is None else index
-        raise ConfigError(f"--process-id: got {got}, wanted 0 to {count - 1}, another one in each process")
+    if count is None or index is None:
+        raise ConfigError(f"--coordinator {coordinator}: requires --processes and --process-id")
+    if count < 1:
+        raise ConfigError(f"--processes {count}: must be at least 1")
+    if not 0 <= index < count:
+        raise ConfigError(f"--process-id {index}: must be 0 to {count - 1}, different in each process")
 
 
 @contextlib.contextmanager
 def _time_limit(coordinator: str, prog: str) -> Iterator[None]:
-    """Ends the process in time, where JAX would end it with a crash later."""
+    """Exit with an error message after `PATIENCE` seconds; JAX would crash later, without one."""
 
     def give_up() -> None:
-        what = f"not all processes have met at {coordinator} within {PATIENCE} s"
-        _leave(f"{prog}: error: --coordinator: {what}; wanted every one of them to be started, and able to reach it", 2)
+        what = f"not all processes connected within {PATIENCE} s"
+        _exit(f"{prog}: error: --coordinator {coordinator}: {what}; start all processes, able to reach this address", 2)
 
     timer = threading.Timer(PATIENCE, give_up)
     timer.daemon = True
@@ -111,21 +110,21 @@ def _time_limit(coordinator: str, prog: str) -> Iterator[None]:
 
 
 def _explain_abort(prog: str) -> None:
-    """Tells why, where JAX ends the process: it aborts when another one is lost, whatever this one is doing."""
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: _leave(f"{prog}: error: {LostProcessError()}", 1))
+    """Print an error message when JAX aborts this process, which it does when another process is lost."""
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: _exit(f"{prog}: error: {LostProcessError()}", 1))
     _handlers.append(handler)
-    ctypes.CDLL(None).signal(signal.SIGABRT, handler)  # Python's own handlers would come too late
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)  # Python's signal handlers would run too late
 
 
 _handlers: list[Any] = []
-"""Kept from being collected."""
+"""References that keep handlers from being garbage-collected."""
 
-_leaving = threading.Lock()
+_exiting = threading.Lock()
 
 
-def _leave(line: str, code: int) -> None:
-    """Ends the process at once, with a line; the first thread that wants to has it."""
-    _leaving.acquire()
+def _exit(line: str, code: int) -> None:
+    """Print a line and exit at once; only the first thread that calls this prints."""
+    _exiting.acquire()
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
     os._exit(code)
@@ -133,41 +132,42 @@ def _leave(line: str, code: int) -> None:
 
 @contextlib.contextmanager
 def explain_lost_process() -> Iterator[None]:
-    """Errors of a computation that another process has left are told as what they are.
+    """Turns errors of a computation that another process has left into a LostProcessError.
 
     Raises:
-        LostProcessError: in place of JAX's own error.
+        LostProcessError: in place of JAX's error.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if not are_several() or not any(word in str(error) for word in ("Gloo", "NCCL", "UNAVAILABLE", "peer")):
             raise
-        _leaving.acquire()  # no other thread is to tell it again
+        _exiting.acquire()  # no other thread prints the message again
         raise LostProcessError from error
 
 
 def are_several() -> bool:
+    """True if the run has several processes."""
     return jax.process_count() > 1
 
 
 def is_leader() -> bool:
-    """Whether this process writes files and tells the user."""
+    """True in the process that writes files and prints."""
     return jax.process_index() == 0
 
 
 def agree(number: int) -> int:
-    """The largest of the numbers, each 0 or more, that the processes come with; all of them call this."""
+    """Largest of the processes' numbers, each 0 or more. All processes must call this."""
     if not are_several():
         return number
     return int(np.max(multihost_utils.process_allgather(np.int32(number))))
 
 
 def from_leader(function: Callable[[], Any]) -> Any:
-    """What a function returns in the leader, a JSON value; the others wait for it, without calling it.
+    """Result of a function, a JSON value, that only the leader calls; the other processes wait for the result.
 
     Raises:
-        ConfigError: the leader's; in every process.
+        ConfigError: the function raised it in the leader; raised in every process.
     """
     if not are_several():
         return function()
@@ -194,34 +194,34 @@ def _broadcast(value: Any) -> Any:
 
 
 def wait() -> None:
-    """Returns when all processes have come here."""
+    """Wait until all processes have called this."""
     agree(0)
 
 
 def check_same_everywhere(about: Mapping[str, Any]) -> None:
-    """Refuses processes that were started differently.
+    """Check that all processes were started with the same values.
 
     Args:
-        about: JSON values by what they are called; to be the same in every process.
+        about: JSON values by name.
 
     Raises:
-        ConfigError: says what differs first, and in which process; in every process.
+        ConfigError: values differ; names the first difference and its process; raised in every process.
     """
     if not are_several():
         return
-    everyone = _gather({**about, "host": socket.gethostname()})
-    first = everyone[0]
-    for index, other in enumerate(everyone):
+    gathered = _gather({**about, "host": socket.gethostname()})
+    first = gathered[0]
+    for index, other in enumerate(gathered):
         for name in about:
             if other.get(name) != first.get(name):
                 raise ConfigError(
-                    f"{name}: process {index} on host {other['host']} has {other.get(name)}, but process 0 on host "
-                    f"{first['host']} has {first.get(name)}; wanted the same in every process"
+                    f"{name} {other.get(name)} in process {index} on host {other['host']}: must be the same in every "
+                    f"process, but is {first.get(name)} in process 0 on host {first['host']}"
                 )
 
 
 def _gather(value: Any) -> list[Any]:
-    """Everyone's JSON value, in the order of the processes."""
+    """JSON values of all processes, in the order of the processes."""
     content = _as_bytes(value)
     padded = np.full(agree(content.size), ord(" "), np.uint8)
     padded[: content.size] = content
@@ -233,19 +233,19 @@ def _as_bytes(value: Any) -> np.ndarray:
 
 
 def gather_rows(share: np.ndarray, size: int) -> np.ndarray:
-    """All of an array of so many rows, of which each process has a share, in the order of the processes."""
+    """Whole array of `size` rows from the share of each process, in the order of the processes."""
     if not are_several():
         return share
     padded = np.zeros((-(-size // jax.process_count()), *share.shape[1:]), share.dtype)
     padded[: len(share)] = share
-    everyone = np.asarray(multihost_utils.process_allgather(padded))
+    gathered = np.asarray(multihost_utils.process_allgather(padded))
     lengths = np.asarray(multihost_utils.process_allgather(np.int32(len(share))))
-    return np.concatenate([rows[:length] for rows, length in zip(everyone, lengths, strict=True)])
+    return np.concatenate([rows[:length] for rows, length in zip(gathered, lengths, strict=True)])
 
 
 @functools.cache
 def code_version() -> str:
-    """Version of this package, and a hash of its source: the same where the same code runs."""
+    """Version of this package and a hash of its source; equal if the code is equal."""
     found = hashlib.sha256()
     folder = Path(__file__).parents[1]
     for path in sorted(folder.rglob("*.py")):

@@ -1,9 +1,9 @@
-"""Runs that share a device: where several want the same computed, with their own numbers, one program does it for all.
+"""Runs that share a device: equal computations of several runs are done by one program, each with its own numbers.
 
-Each run lives its whole life in a thread of its own, and knows nothing of the others. One of them is awake at a time.
-It goes on until its executor wants something computed, and sleeps until everybody has come to such a point; so what
-runs do on the host never happens at once. What they want is then computed for those that have fallen behind in their
-epochs, or are about to evaluate, and the others wait: runs that began apart meet, and stay together.
+Each run has a thread and is independent of the other runs. Only one thread is active at a time: it continues until its
+executor submits a computation, then sleeps until every run has submitted one. Host work of different runs therefore
+never overlaps. Then the submitted computations with the earliest place in an epoch are done, evaluations first, and the
+other runs wait. Runs that started at different times thus reach the same place, and stay together.
 """
 
 import functools
@@ -19,52 +19,56 @@ from jaxtyping import Array, Float, Int, PyTree
 from cs_jax.data.images import ImageSet
 from cs_jax.training import batched_states
 from cs_jax.training.executor import Executor
-from cs_jax.training.step import Hyperparams, Recipe, StepMetrics, TrainState
+from cs_jax.training.step import Recipe, StepInputs, StepMetrics, TrainState
 
 Result = TypeVar("Result")
 
 EVALUATION = -1
-"""Place of an evaluation: before the steps of an epoch, so that all have evaluated before the next one begins."""
+"""Place of an evaluation in an epoch: before all steps, so that every run evaluates before a new epoch starts."""
 
 
 @dataclass(eq=False)
 class _Call:
-    """Something that a run wants computed, and what came of it."""
+    """Computation that a run has submitted, and its result."""
 
-    run: int  # its number
-    place: int  # in an epoch: its first step
-    program: Callable[..., list[Any]]  # computes calls of one kind at once
-    kind: Hashable
-    alone: Callable[[], Any]
+    run: int  # number of the run
+    place: int  # place in the epoch: number of its first step, or `EVALUATION`
+    program: Callable[..., list[Any]]  # does calls of the same kind in one compiled call
+    kind: Hashable  # calls of equal program and kind can be done together
+    alone: Callable[[], Any]  # does this call alone
     static: Any  # recipe or model
-    own: tuple[Any, ...]
+    own: tuple[Any, ...]  # arguments of this run
     is_done: bool = False
-    answer: Any = None
+    result: Any = None
     error: Exception | None = None
 
 
 class Together:
-    """Runs several lives at once, each with an executor that takes its calls together with those of the others."""
+    """Runs several functions at once, each with an executor that shares compiled calls with the other executors."""
 
     def __init__(self) -> None:
-        self._awake = threading.Condition()  # held by the run that is awake
-        self._present = 0  # runs that have not ended
-        self._calls: list[_Call] = []  # that wait, one of a run at most
-        self._sets: dict[int, tuple[ImageSet, ImageSet]] = {}  # those seen, by id, each with the first equal one
+        self._active = threading.Condition()  # held by the thread that is active
+        self._present = 0  # number of runs that have not ended
+        self._calls: list[_Call] = []  # submitted and not done, at most one of each run
+        self._sets: dict[int, tuple[ImageSet, ImageSet]] = {}  # data sets by id, each with the first equal data set
 
     def run(self, lives: Sequence[Callable[[Executor], Result]]) -> list[Result | BaseException]:
-        """What every life has returned or raised, once all have ended. One that raises does not end the others."""
+        """Result or exception of every run, after all have ended. An exception in one run does not end the others.
+
+        Args:
+            lives: one function for each run; is called with the executor of the run.
+        """
         ends: list[Any] = [None] * len(lives)
 
         def live(number: int) -> None:
-            with self._awake:
+            with self._active:
                 try:
                     ends[number] = lives[number](_Member(self, number))
-                except BaseException as error:  # for whoever has asked for all
+                except BaseException as error:  # returned to the caller
                     ends[number] = error
                 finally:
                     self._present -= 1
-                    self._compute()
+                    self._do_next()
 
         self._present = len(lives)
         threads = [threading.Thread(target=live, args=(number,), daemon=True) for number in range(len(lives))]
@@ -74,26 +78,26 @@ class Together:
             thread.join()
         return ends
 
-    def ask(self, call: _Call) -> Any:
-        """What a call gives, once everybody has come to one."""
+    def compute(self, call: _Call) -> Any:
+        """Result of a call; returns after every run has submitted a call or ended."""
         self._calls.append(call)
-        self._compute()
+        self._do_next()
         while not call.is_done:
-            self._awake.wait()
+            self._active.wait()
         if call.error is not None:
             raise call.error
-        return call.answer
+        return call.result
 
     def shared(self, data: ImageSet) -> ImageSet:
-        """The first data set seen that equals this one: the program is given one of them."""
+        """The first known data set with equal examples, so that programs get equal data once."""
         if id(data) not in self._sets:
             firsts = [first for seen, first in self._sets.values() if seen is first]
             found = next((first for first in firsts if batched_states.equal(first, data)), data)
-            self._sets[id(data)] = (data, found)  # which keeps it, so that no other gets its id
+            self._sets[id(data)] = (data, found)  # a reference, so that the id stays unique
         return self._sets[id(data)][1]
 
-    def _compute(self) -> None:
-        """Computes what is next, if nobody who is present is still on the way."""
+    def _do_next(self) -> None:
+        """Do the calls with the earliest place, if every run that has not ended has submitted a call."""
         if len(self._calls) < self._present or not self._calls:
             return
         place = min(call.place for call in self._calls)
@@ -103,18 +107,18 @@ class Together:
                 groups.setdefault((call.program, call.kind), []).append(call)
         self._calls = [call for call in self._calls if call.place != place]
         for calls in groups.values():
-            _answer(calls)
-        self._awake.notify_all()
+            _do(calls)
+        self._active.notify_all()
 
 
-def _answer(calls: Sequence[_Call]) -> None:
-    """Computes calls of one kind; what goes wrong is for all that have asked."""
+def _do(calls: Sequence[_Call]) -> None:
+    """Do calls of one kind; an exception is passed to all of them."""
     try:
         one = calls[0]
         each = zip(*(call.own for call in calls), strict=True)
-        answers = [one.alone()] if len(calls) == 1 else one.program(one.static, *each)
-        for call, answer in zip(calls, answers, strict=True):
-            call.answer = answer
+        results = [one.alone()] if len(calls) == 1 else one.program(one.static, *each)
+        for call, result in zip(calls, results, strict=True):
+            call.result = result
     except Exception as error:
         for call in calls:
             call.error = error
@@ -123,47 +127,30 @@ def _answer(calls: Sequence[_Call]) -> None:
 
 
 class _Member(Executor):
-    """The executor of one run among others."""
+    """Executor of one run of a `Together`."""
 
     def __init__(self, together: Together, number: int) -> None:
         super().__init__()
         self._together, self._number = together, number
 
     def take_steps(
-        self,
-        recipe: Recipe,
-        state: TrainState,
-        data: ImageSet,
-        batches: Int[Array, "steps batch"],
-        first: int,
-        stop: int,
-        key: Array,
-        hyper: Hyperparams,
+        self, recipe: Recipe, state: TrainState, inputs: StepInputs, steps: range
     ) -> tuple[TrainState, StepMetrics]:
         def alone() -> tuple[TrainState, StepMetrics]:
-            return Executor().take_steps(recipe, batched_states.plain(state), data, batches, first, stop, key, hyper)
+            return Executor().take_steps(recipe, batched_states.plain(state), inputs, steps)
 
-        count = stop - first
-        own = (state, self._together.shared(data), batches, first, count, key, hyper)
-        kind = (recipe, batched_states.state_kind(state), batched_states.example_kind(data), batches.shape, count)
-        return self._ask(first, batched_states.take_steps, kind, alone, recipe, own)
+        own = (state, self._with_shared_data(inputs), steps)
+        kind = (*self._kind(recipe, state, inputs), len(steps))
+        return self._submit(steps.start, batched_states.take_steps, kind, alone, recipe, own)
 
     def take_step(
-        self,
-        recipe: Recipe,
-        state: TrainState,
-        data: ImageSet,
-        indices: Int[np.ndarray, " batch"],
-        step: int,
-        key: Array,
-        hyper: Hyperparams,
+        self, recipe: Recipe, state: TrainState, inputs: StepInputs, step: int
     ) -> tuple[TrainState, StepMetrics]:
         def alone() -> tuple[TrainState, StepMetrics]:
-            return Executor().take_step(recipe, batched_states.plain(state), data, indices, step, key, hyper)
+            return Executor().take_step(recipe, batched_states.plain(state), inputs, step)
 
-        own = (state, self._together.shared(data), indices, key, hyper)
-        kind = (recipe, batched_states.state_kind(state), batched_states.example_kind(data), indices.shape)
-        return self._ask(step, batched_states.take_step, kind, alone, recipe, own)
+        own = (state, self._with_shared_data(inputs))
+        return self._submit(step, batched_states.take_step, self._kind(recipe, state, inputs), alone, recipe, own)
 
     def classify(
         self, model: nn.Module, variables: PyTree, data: ImageSet, batch: Int[np.ndarray, " batch"]
@@ -171,7 +158,7 @@ class _Member(Executor):
         alone = functools.partial(super().classify, model, variables, data, batch)
         own = (variables, self._together.shared(data), batch)
         kind = (model, batched_states.kind(variables), batched_states.example_kind(data), batch.shape)
-        return self._ask(EVALUATION, batched_states.classify, kind, alone, model, own)
+        return self._submit(EVALUATION, batched_states.classify, kind, alone, model, own)
 
     def classify_all(
         self, model: nn.Module, variables: PyTree, data: ImageSet, batches: Int[np.ndarray, "steps batch"]
@@ -179,9 +166,16 @@ class _Member(Executor):
         alone = functools.partial(super().classify_all, model, variables, data, batches)
         own = (variables, self._together.shared(data), batches)
         kind = (model, batched_states.kind(variables), batched_states.example_kind(data), batches.shape)
-        return self._ask(EVALUATION, batched_states.classify_all, kind, alone, model, own)
+        return self._submit(EVALUATION, batched_states.classify_all, kind, alone, model, own)
 
-    def _ask(
+    def _with_shared_data(self, inputs: StepInputs) -> StepInputs:
+        return inputs._replace(data=self._together.shared(inputs.data))
+
+    def _kind(self, recipe: Recipe, state: TrainState, inputs: StepInputs) -> tuple[Hashable, ...]:
+        examples = batched_states.example_kind(inputs.data)
+        return recipe, batched_states.state_kind(state), examples, inputs.indices.shape
+
+    def _submit(
         self, place: int, program: Callable[..., list[Any]], kind: Hashable, alone: Callable[[], Any], *content: Any
     ) -> Any:
-        return self._together.ask(_Call(self._number, place, program, kind, alone, *content))
+        return self._together.compute(_Call(self._number, place, program, kind, alone, *content))

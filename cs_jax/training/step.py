@@ -1,7 +1,7 @@
 """Train state and one optimizer step.
 
-A step is built from a `Recipe`, which is static and hashable: equal recipes share compiled code. What changes while
-training (`Hyperparams`) is traced, so a round compiles once per batch shape.
+A step is built from a `Recipe`, which is static and hashable: equal recipes share compiled code. State and `StepInputs`
+are traced, hyperparameters included, so a round compiles once per batch shape.
 """
 
 import functools
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from flax import struct
@@ -25,45 +26,46 @@ from cs_jax.training.accumulation import mean_over_parts
 
 
 class Hyperparams(NamedTuple):
-    """What may change from epoch to epoch: traced scalars."""
+    """Scalars that may change from epoch to epoch; all traced."""
 
     temperature: Float[Array, ""]  # multiplies the scores
-    init_value: Float[Array, ""]  # the scores' initial value, which fixes the masks' scale
+    init_value: Float[Array, ""]  # initial value of the scores; fixes the scale of the masks
     learning_rate: Float[Array, ""]  # of the weights
     score_learning_rate: Float[Array, ""]
     penalty_weight: Float[Array, ""]  # lambda in the paper
 
 
 def soft_masks(scores: PyTree, hyper: Hyperparams, key: Array) -> PyTree:
-    """Masks of Continuous Sparsification, which draws nothing from `key`."""
+    """Masks of Continuous Sparsification. They are deterministic: `key` is unused."""
     del key
     return masks.soft_mask(scores, hyper.temperature, init_value=hyper.init_value)
 
 
 MASK_DRAWS = 2**31 - 1
-"""Folded into a phase's key for the masks that steps draw: a number that no step has."""
+"""Number folded into a phase's key for drawing masks; larger than any step number."""
 
 ROUNDING_DRAWS = MASK_DRAWS - 1
-"""Likewise for the rounding of scores and their momentum."""
+"""Number folded into a phase's key for rounding scores and their momentum; larger than any step number."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a compiled step is built from, fixed for a phase.
+    """Static part of a compiled step; constant within a phase.
 
     Attributes:
         model: Linen module of masked layers, called with images and `train`.
         augment: name in `images.AUGMENTATIONS`.
-        momentum: of both optimizers (Nesterov), dimensionless.
-        decay: L2 factor added to the gradient of every weight, BatchNorm and biases included, before momentum.
-        step_masks: a step's masks, in the scores' shapes, from scores, hyperparameters and a PRNG key of its own.
-        moves_weights: whether a step updates the weights, or the scores alone.
-        part_size: examples whose gradient is computed at once; a larger batch is computed in parts, one after another,
-            for one update. BatchNorm normalises every part by itself, and its running averages take them in turn.
-            None is the whole batch.
-        in_order: whether compilers are kept to the order in which a step saves memory: with a part size, with
-            `nn.remat` in the model, or with scores in bfloat16. It costs nothing, and does not change a bit.
-        channels: what scores stand for; None is a weight each.
+        momentum: momentum of both optimizers (Nesterov), dimensionless.
+        decay: L2 factor, added to the gradient of every weight before momentum, BatchNorm and biases included.
+        step_masks: function of scores, hyperparameters and a PRNG key that returns the masks of one step, in the shapes
+            of the scores.
+        moves_weights: True if a step updates weights and scores, False if it updates scores only.
+        part_size: maximum number of examples whose gradient is computed at once. A larger batch is computed in several
+            parts, one after another, for one update. BatchNorm normalises each part separately, and the running
+            averages are updated part by part. None computes the whole batch at once.
+        in_order: forces the compiler to keep the order of operations that saves memory. Needed with a part size, with
+            `nn.remat` in the model, or with scores in bfloat16. It costs no time and does not change any bit.
+        channels: channels that share a score; None gives each weight its own score.
     """
 
     model: nn.Module
@@ -78,28 +80,46 @@ class Recipe:
 
 
 class TrainState(struct.PyTreeNode):
-    """Everything that one step changes or needs, apart from data and hyperparameters."""
+    """Arrays that a step updates, and the fixed masks."""
 
-    step: Int[Array, ""]  # updates done in this phase; seeds each step's augmentation
+    step: Int[Array, ""]  # updates done in this phase; seeds the augmentation of the step
     params: PyTree
     batch_stats: PyTree  # {} for a model without BatchNorm
     scores: PyTree  # {} where the masks are fixed
-    masks: PyTree  # the fixed masks; {} where they are learned from scores
+    masks: PyTree  # the fixed masks; {} where masks are learned from scores
     weight_momentum: optax.OptState
     score_momentum: optax.OptState
-    channels: Channels | None = struct.field(pytree_node=False)  # the recipe's; no default, for rows of stacks
+    channels: Channels | None = struct.field(pytree_node=False)  # no default: rows of stacks need `__getattr__`
 
     @property
     def wide_scores(self) -> PyTree:
-        """Scores as masks are made of them, in float32 at least: masks are no narrower than what they multiply."""
+        """Scores in float32 or wider, so that the masks are not narrower than the weights that they multiply."""
         return widen(self.scores)
 
 
+class StepInputs(NamedTuple):
+    """Inputs of one step, or of several steps in one compiled call, besides recipe and state; all traced."""
+
+    data: ImageSet  # images from which batches are taken
+    indices: Int[Array, "*steps batch"] | np.ndarray  # examples of the batch, or one row for each step's batch
+    key: Array  # PRNG key of the phase
+    hyper: Hyperparams
+
+
+class LossInputs(NamedTuple):
+    """One batch as the loss function needs it: augmented, normalised, with the key that draws its masks."""
+
+    images: Float[Array, "batch height width channels"]
+    labels: Int[Array, " batch"]
+    key: Array  # PRNG key of the step's masks
+    hyper: Hyperparams
+
+
 class StepMetrics(NamedTuple):
-    """Figures of one step, or with a leading axis of several."""
+    """Loss terms of one step, or of several steps with a leading axis."""
 
     cross_entropy: Float[Array, "*steps"]  # mean over the batch
-    penalty: Float[Array, "*steps"]  # weighted: what is added to the cross-entropy to make the loss
+    penalty: Float[Array, "*steps"]  # already weighted: loss = cross-entropy + penalty
 
     @property
     def loss(self) -> Float[Array, "*steps"]:
@@ -107,32 +127,32 @@ class StepMetrics(NamedTuple):
 
 
 def weight_direction(recipe: Recipe) -> optax.GradientTransformation:
-    """Nesterov momentum of the gradient plus decay: what the learning rate multiplies."""
+    """Update direction of the weights, before the learning rate: Nesterov momentum of gradient plus decay."""
     return optax.chain(optax.add_decayed_weights(recipe.decay), score_direction(recipe))
 
 
 def score_direction(recipe: Recipe) -> optax.GradientTransformation:
-    """Nesterov momentum alone: scores do not decay."""
+    """Update direction of the scores, before the learning rate: Nesterov momentum, without decay."""
     return optax.trace(recipe.momentum, nesterov=True)
 
 
 def init_variables(
     recipe: Recipe, key: Array, image_shape: tuple[int, ...], *, place: Callable[[PyTree], PyTree] | None = None
 ) -> dict[str, PyTree]:
-    """Fresh "params", "batch_stats" ({} where there are none) and "masks" (ones) of the recipe's model.
+    """Initialise "params", "batch_stats" ({} without BatchNorm) and "masks" (ones) of the recipe's model.
 
-    With channels, masks are those of the arrays alone that are scored.
+    If the recipe has channels, only arrays with scores have masks.
 
     Args:
-        recipe: its model is initialised.
+        recipe: names the model.
         key: PRNG key.
         image_shape: (height, width, channels).
-        place: shardings of the arrays, from their shapes; None is the default device.
+        place: function from array shapes to shardings; None puts all arrays on the default device.
     """
     init = functools.partial(_init, recipe, image_shape)
     if isinstance(key, Tracer):
         return init(key)
-    # For a CPU compiled fast rather than well: it runs once, and drawing numbers compiles slowly there.
+    # No optimization on a CPU: the program runs once, and random number generation compiles slowly there.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     shardings = place and place(jax.eval_shape(init, key))
     return jax.jit(init, out_shardings=shardings, compiler_options=options)(key)
@@ -145,7 +165,7 @@ def _init(recipe: Recipe, image_shape: tuple[int, ...], key: Array) -> dict[str,
 
 
 def init_state(recipe: Recipe, params: PyTree, batch_stats: PyTree, *, scores: PyTree, masks: PyTree) -> TrainState:
-    """State before the first step, momentum at zero. One of `scores` (learned) and `masks` (fixed) is {}."""
+    """State before the first step, with zero momentum. Either `scores` (learned) or `masks` (fixed) is {}."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -159,18 +179,18 @@ def init_state(recipe: Recipe, params: PyTree, batch_stats: PyTree, *, scores: P
 
 
 def expand(channels: Channels | None, values: PyTree) -> PyTree:
-    """Masks of the weights' shapes, from values of what scores stand for; themselves where that is a weight each."""
+    """Masks in the shapes of the weights: a channel's value repeated over its weights; `values` without channels."""
     return values if channels is None else channels.selection.expand(values)
 
 
 def network(channels: Channels | None, params: PyTree, batch_stats: PyTree, masks: PyTree) -> dict[str, PyTree]:
-    """The variables that a model is applied with: masks of ones too, for arrays of it that have no scores.
+    """Variables for `model.apply`: "params", "batch_stats" and "masks". Masks of arrays without scores are ones.
 
     Args:
-        channels: what scores stand for; None is a weight each.
+        channels: channels that share a score; None gives each weight its own score.
         params: weights.
         batch_stats: {} for a model without BatchNorm.
-        masks: of what is scored, of the weights' shapes.
+        masks: masks of the arrays with scores, in the shapes of the weights.
     """
     whole = masks if channels is None else channels.complete(masks, params)
     return {"params": params, "batch_stats": batch_stats, "masks": whole}
@@ -182,7 +202,7 @@ def cross_entropy(
     inputs: Float[Array, "batch height width channels"],
     labels: Int[Array, " batch"],
 ) -> tuple[Float[Array, ""], PyTree]:
-    """Mean cross-entropy of the network in training mode, and the new "batch_stats"."""
+    """Mean cross-entropy over a batch in training mode, and the updated "batch_stats"."""
     logits, updates = recipe.model.apply(variables, inputs, train=True, mutable=["batch_stats"])
     logits = at_least_float32(logits)
     mean = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
@@ -190,40 +210,35 @@ def cross_entropy(
 
 
 def loss_fn(
-    recipe: Recipe,
-    params: PyTree,
-    scores: PyTree,
-    state: TrainState,
-    inputs: Float[Array, "batch height width channels"],
-    labels: Int[Array, " batch"],
-    key: Array,
-    hyper: Hyperparams,
+    recipe: Recipe, params: PyTree, scores: PyTree, state: TrainState, inputs: LossInputs
 ) -> tuple[Float[Array, ""], tuple[StepMetrics, PyTree]]:
-    """Mean cross-entropy plus penalty of `params` and `scores` (or of the state's fixed masks where those are {}).
+    """Mean cross-entropy plus penalty, as a function of weights and scores.
+
+    Args:
+        recipe: model and mask function.
+        params: weights, used in place of `state.params`.
+        scores: used in place of `state.scores`; {} uses `state.masks`.
+        state: gives "batch_stats" and fixed masks.
+        inputs: the batch.
 
     Returns:
-        The loss, and with it the step's figures and the new "batch_stats".
+        The loss, and as auxiliary output its terms and the updated "batch_stats".
     """
+    images, labels, key, hyper = inputs
     step_masks = expand(recipe.channels, recipe.step_masks(scores, hyper, key)) if scores else state.masks
     variables = network(recipe.channels, params, state.batch_stats, step_masks)
-    mean, batch_stats = cross_entropy(recipe, variables, inputs, labels)
+    mean, batch_stats = cross_entropy(recipe, variables, images, labels)
     metrics = StepMetrics(mean, penalty=hyper.penalty_weight * masks.mask_penalty(step_masks))
     return metrics.loss, (metrics, batch_stats)
 
 
-def step(
-    recipe: Recipe,
-    state: TrainState,
-    data: ImageSet,
-    indices: Int[Array, " batch"],
-    key: Array,
-    hyper: Hyperparams,
-) -> tuple[TrainState, StepMetrics]:
-    """State after one update of weights and scores on the examples `indices` of `data`, and the step's figures.
+def step(recipe: Recipe, state: TrainState, inputs: StepInputs) -> tuple[TrainState, StepMetrics]:
+    """State after one update of weights and scores on one batch, and the loss terms of the step.
 
-    Scores are updated where the state has some; fixed masks stay as they are. Augmentation, masks and the rounding of
-    narrow scores are drawn from `key` and the state's step number, so any step can be repeated alone.
+    Scores are updated if the state has scores; fixed masks do not change. Augmentation, masks and the rounding of
+    narrow scores are drawn from the key and the state's step number, so any step can be repeated on its own.
     """
+    data, indices, key, hyper = inputs
     images = AUGMENTATIONS[recipe.augment](jax.random.fold_in(key, state.step), data.images[indices])
     mask_key, rounding_key = (
         jax.random.fold_in(jax.random.fold_in(key, purpose), state.step) for purpose in (MASK_DRAWS, ROUNDING_DRAWS)
@@ -232,9 +247,9 @@ def step(
     differentiate = jax.grad(functools.partial(loss_fn, recipe), argnums=(0, 1), has_aux=True)
 
     def compute(batch_stats: PyTree, images: Array, labels: Array) -> tuple[PyTree, PyTree]:
-        inputs = normalize(images, data.mean, data.std)
+        part = LossInputs(normalize(images, data.mean, data.std), labels, mask_key, hyper)
         before = state.replace(batch_stats=batch_stats)
-        gradients, (metrics, after) = differentiate(state.params, wide_scores, before, inputs, labels, mask_key, hyper)
+        gradients, (metrics, after) = differentiate(state.params, wide_scores, before, part)
         return after, (gradients, metrics)
 
     batch_stats, (gradients, metrics) = mean_over_parts(

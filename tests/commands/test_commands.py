@@ -70,7 +70,7 @@ def test_each_command_has_a_help_of_its_own(name: str, capsys: pytest.CaptureFix
     [
         (
             ["tran"],
-            "python -m cs_jax: error: got 'tran', wanted one of train, ticket, verify, shrink, speed, report, ",
+            "python -m cs_jax: error: command 'tran': must be one of train, ticket, verify, shrink, speed, report, ",
         ),
         (["ticket"], "python -m cs_jax ticket: error: the following arguments are required: FILE"),
         (["ticket", "nowhere"], "python -m cs_jax ticket: error: nowhere: "),
@@ -99,7 +99,7 @@ def test_verify_measures_the_accuracy_that_was_recorded(run: Path, capsys: pytes
     assert main(["verify", str(run / TICKET_FILE), "digits", "--batch-size", "100"]) == 0
     accuracy = json.loads((run / "summary.json").read_text())["ticket"]["test_accuracy"]
     line = capsys.readouterr().out
-    assert f"accuracy on the test set of digits {accuracy:.2%}, recorded {accuracy:.2%}" in line
+    assert f"test accuracy on digits {accuracy:.2%}, recorded {accuracy:.2%}" in line
 
 
 def test_verify_takes_the_name_of_a_preset_for_its_data(
@@ -107,7 +107,7 @@ def test_verify_takes_the_name_of_a_preset_for_its_data(
 ) -> None:
     words = ["verify", str(run / TICKET_FILE), "fashion-mnist", "--data-dir", str(tmp_path)]
     assert main(words) == 2
-    assert "--dataset: got fashion_mnist, which is not in" in capsys.readouterr().err
+    assert "--dataset fashion_mnist: is not in" in capsys.readouterr().err
 
 
 def saved_again(run: Path, path: Path, **changes: Any) -> Path:
@@ -124,17 +124,17 @@ def test_verify_tells_an_accuracy_that_is_not_the_recorded_one(
     assert main(["verify", str(other), "digits"]) == 1
     shown = capsys.readouterr()
     assert "recorded 25.00%" in shown.out
-    assert shown.err.startswith("python -m cs_jax verify: error: ") and "is not the recorded one, 25.00%" in shown.err
+    assert shown.err.startswith("python -m cs_jax verify: error: ") and "differs from the recorded 25.00%" in shown.err
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model": None}, "is of a model of its maker's own, wanted a ticket that train.py wrote"),
-        ({"normalization": None}, "wanted a ticket that train.py wrote"),
+        ({"model": None}, "custom model or no normalization; this command supports tickets of train.py only"),
+        ({"normalization": None}, "this command supports tickets of train.py only"),
         (
             {"model": {"name": "lenet300100", "num_classes": 10, "image_shape": [4, 16, 1]}, "classes": None},
-            "is for images of shape (4, 16, 1), but digits has images of shape (8, 8, 1)",
+            "ticket for images of shape (4, 16, 1); digits has images of shape (8, 8, 1)",
         ),
     ],
 )
@@ -292,7 +292,7 @@ def test_a_second_sigint_ends_the_process_at_once_even_while_it_computes(tmp_pat
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=5)
     assert process.returncode == 130
-    assert error == "ended at once; the same command goes on from the last checkpoint\n"
+    assert error == "ended at once; run the same command to resume from the last checkpoint\n"
 
 
 def test_a_signal_that_has_to_wait_is_told_to_be_heard() -> None:
@@ -306,7 +306,7 @@ def test_a_signal_that_has_to_wait_is_told_to_be_heard() -> None:
     process = listening(script)
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=20)
-    assert error == "stopping as soon as this step or compilation is done; Ctrl-C again ends at once, unsaved\n"
+    assert error == "stopping after this step or compilation; press Ctrl-C again to end at once without saving\n"
 
 
 def test_a_ctrl_c_that_a_forked_child_hears_too_counts_once() -> None:

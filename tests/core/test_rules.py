@@ -267,127 +267,160 @@ INTEGER = {"kernel": np.ones((2, 2), np.int8), "other": {"kernel": np.ones((2, 2
         (
             lambda: cs_jax.select(NET, "encoder/layer_*/kernle"),
             ValueError,
-            "glob 'encoder/layer_.*' matches none of 6 leaves .*; close to it are encoder/layer_",
+            "glob 'encoder/layer_.*': matches none of 6 leaves .*; did you mean encoder/layer_",
         ),
         (
             lambda: cs_jax.select(NET, "encoder/layer_0"),
             ValueError,
-            "close to it are encoder/layer_0/bias, encoder/layer_0/kernel",
+            "did you mean encoder/layer_0/bias, encoder/layer_0/kernel",
         ),
-        (lambda: cs_jax.select(NET, ["**/kernel", "!tail/*"]), ValueError, r"glob 'tail/\*' matches none"),
-        (lambda: cs_jax.select(NET, "**"), ValueError, r"rule '\*\*' selects all 6 leaves there, encoder/layer_0/bias"),
-        (lambda: cs_jax.select(NET, lambda path, leaf: True), ValueError, "selects all 6 leaves there"),
-        (lambda: cs_jax.select(NET, lambda path, leaf: False), ValueError, "selects none of 6 leaves"),
-        (lambda: cs_jax.select(NET, ["**/kernel", "!**/kernel"]), ValueError, "found no weights to mask among 6"),
-        (lambda: cs_jax.select(NET, [Rule(), Rule("encoder/**/kernel")]), ValueError, "selects nothing that the rules"),
-        (lambda: cs_jax.select(NET, []), ValueError, "where: got an empty sequence"),
-        (lambda: cs_jax.select(NET, [Rule(), "a"]), TypeError, "got globs and rules mixed"),
-        (lambda: cs_jax.select(NET, 3), TypeError, "where: got 3, wanted a glob, several, or a function"),
-        (lambda: cs_jax.select({"bias": np.ones(3)}), ValueError, r"no weights to mask among 1 leaves \(bias\)"),
-        (lambda: cs_jax.select({}), ValueError, "no weights to mask among no leaves"),
-        (lambda: cs_jax.select(INTEGER, "kernel"), ValueError, "weights 'kernel': got dtype int8, wanted a float"),
-        (lambda: cs_jax.select({"a": 1.0, "kernel": np.ones((2, 2))}, "a"), ValueError, "weights 'a': got 1.0, wanted"),
-        (lambda: cs_jax.select({"kernel": np.ones((0, 2))}), ValueError, r"shape \(0, 2\) has no entries"),
+        (lambda: cs_jax.select(NET, ["**/kernel", "!tail/*"]), ValueError, r"glob 'tail/\*': matches none"),
+        (
+            lambda: cs_jax.select(NET, "**"),
+            ValueError,
+            r"rule '\*\*': selects all 6 leaves, including encoder/layer_0/bias",
+        ),
+        (lambda: cs_jax.select(NET, lambda path, leaf: True), ValueError, "selects all 6 leaves, including"),
+        (lambda: cs_jax.select(NET, lambda path, leaf: False), ValueError, "rule .*: selects none of 6 leaves"),
+        (
+            lambda: cs_jax.select(NET, ["**/kernel", "!**/kernel"]),
+            ValueError,
+            "params with 6 leaves .*: the rules select no weights to mask; set `where`",
+        ),
+        (
+            lambda: cs_jax.select(NET, [Rule(), Rule("encoder/**/kernel")]),
+            ValueError,
+            "must select a weight that no earlier rule selects",
+        ),
+        (lambda: cs_jax.select(NET, []), ValueError, r"where \[\]: must contain a glob or rule"),
+        (lambda: cs_jax.select(NET, [Rule(), "a"]), TypeError, "where: must not mix globs and rules"),
+        (lambda: cs_jax.select(NET, 3), TypeError, "where 3: must be a glob, several globs, or a function"),
+        (
+            lambda: cs_jax.select({"bias": np.ones(3)}),
+            ValueError,
+            r"params with 1 leaves \(bias\): the rules select no weights to mask",
+        ),
+        (lambda: cs_jax.select({}), ValueError, "params with no leaves: the rules select no weights to mask"),
+        (lambda: cs_jax.select(INTEGER, "kernel"), ValueError, "weights 'kernel' of dtype int8: must have a float"),
+        (
+            lambda: cs_jax.select({"a": 1.0, "kernel": np.ones((2, 2))}, "a"),
+            ValueError,
+            "weights 'a' 1.0: must be a float array",
+        ),
+        (
+            lambda: cs_jax.select({"kernel": np.ones((0, 2))}),
+            ValueError,
+            r"of shape \(0, 2\): must have an entry to mask",
+        ),
         (
             lambda: cs_jax.select(OrderedDict([(0, np.ones(2)), ("0", np.ones(2))])),
             ValueError,
-            "two leaves are called '0'",
+            "path '0': must belong to one leaf, not to two",
         ),
-        (lambda: Rule(layout="nhwc"), ValueError, "layout: got 'nhwc', wanted one of auto, in_out, out_in"),  # pyright: ignore
-        (lambda: Rule(group="channel"), TypeError, "group: got 'channel', wanted 'entry'"),  # pyright: ignore
-        (lambda: Rule(group=NM(3, 2)), ValueError, "NM: got n=3 of m=2, wanted 1 <= n <= m"),
-        (lambda: Rule(group=NM(0, 2)), ValueError, "NM: got n=0 of m=2"),
-        (lambda: Rule(group=Block((0, 2))), ValueError, r"Block: got shape \(0, 2\)"),
-        (lambda: Rule(group=Block(4)), TypeError, "Block: got shape 4, wanted a tuple of whole numbers"),  # pyright: ignore
-        (lambda: Rule(group=Axes(0)), TypeError, "Axes: got axes 0, wanted a tuple of whole numbers"),  # pyright: ignore
-        (lambda: Rule(group=Head("a")), TypeError, "Head: got num_heads"),  # pyright: ignore
-        (lambda: Rule(group=NM(2.0, 4.0)), TypeError, "NM: got n and m .2.0, 4.0., wanted whole numbers"),  # pyright: ignore
-        (lambda: Rule(stacked=-1), ValueError, "stacked: got -1, wanted a number of axes, or None"),
-        (lambda: cs_jax.select(NET, "encoder/**"), ValueError, "selects all 4 leaves there, encoder/layer_0/bias"),
+        (lambda: Rule(layout="nhwc"), ValueError, "layout 'nhwc': must be one of auto, in_out, out_in"),  # pyright: ignore
+        (lambda: Rule(group="channel"), TypeError, "group 'channel': must be 'entry'"),  # pyright: ignore
+        (lambda: Rule(group=NM(3, 2)), ValueError, "NM n=3, m=2: must have 1 <= n <= m"),
+        (lambda: Rule(group=NM(0, 2)), ValueError, "NM n=0, m=2: must have 1 <= n <= m"),
+        (lambda: Rule(group=Block((0, 2))), ValueError, r"Block shape \(0, 2\): must have sizes of at least 1"),
+        (lambda: Rule(group=Block(4)), TypeError, "Block shape 4: must be a tuple of whole numbers"),  # pyright: ignore
+        (lambda: Rule(group=Axes(0)), TypeError, "Axes axes 0: must be a tuple of whole numbers"),  # pyright: ignore
+        (lambda: Rule(group=Head("a")), TypeError, "Head num_heads .'a',.: must be whole numbers"),  # pyright: ignore
+        (lambda: Rule(group=NM(2.0, 4.0)), TypeError, "NM n and m .2.0, 4.0.: must be whole numbers"),  # pyright: ignore
+        (lambda: Rule(stacked=-1), ValueError, "stacked -1: must be a number of axes of at least 0, or None"),
+        (lambda: cs_jax.select(NET, "encoder/**"), ValueError, "selects all 4 leaves, including encoder/layer_0/bias"),
         (
             lambda: cs_jax.select({"kernel": np.ones((2, 2), complex)}, "kernel"),
             ValueError,
-            "got dtype complex128, wanted a real",
+            "weights 'kernel' of dtype complex128: must have a real float dtype",
         ),
-        (lambda: Rule(group=Head(0)), ValueError, "Head: got num_heads=0"),
-        (lambda: Rule(target_density=0.0), ValueError, "target_density: got 0, wanted a share above 0 and at most 1"),
-        (lambda: Rule(target_density=2), ValueError, "target_density: got 2"),
-        (lambda: Rule(target_density=True), TypeError, "target_density: got True, wanted a number"),
-        (lambda: Rule(group=NM(1, 2), target_density=0.5), ValueError, "for 1:2, whose density is 0.5; wanted none"),
+        (lambda: Rule(group=Head(0)), ValueError, "Head num_heads 0: must be at least 1"),
+        (lambda: Rule(target_density=0.0), ValueError, "target_density 0: must be a share above 0 and at most 1"),
+        (lambda: Rule(target_density=2), ValueError, "target_density 2: must be a share"),
+        (lambda: Rule(target_density=True), TypeError, "target_density True: must be a number"),
+        (
+            lambda: Rule(group=NM(1, 2), target_density=0.5),
+            ValueError,
+            r"target_density 0.5: must be None for group NM\(1, 2\), whose density is 0.5",
+        ),
         (
             lambda: cs_jax.select(NET, Rule(group=Block((3, 3)))),
             ValueError,
-            r"weights 'encoder/layer_0/kernel': blocks of \(3, 3\) do not divide shape \(4, 8\)",
+            r"weights 'encoder/layer_0/kernel' of shape \(4, 8\): blocks of \(3, 3\) must divide the shape",
         ),
         (
             lambda: cs_jax.select(NET, Rule(group=Block((2, 2, 2)))),
             ValueError,
-            r"got blocks of \(2, 2, 2\) for shape \(4, 8\), wanted 2 sizes",
+            r"of shape \(4, 8\): blocks of \(2, 2, 2\) must have 2 sizes, or two if input",
         ),
         (
             lambda: cs_jax.select(NET, Rule(group=NM(2, 3))),
             ValueError,
-            "'encoder/layer_0/kernel': 2:3 wants an input axis that 3 divides, got 4, axis 0",
+            r"'encoder/layer_0/kernel' of shape \(4, 8\): 2:3 needs an input axis that 3 divides; axis 0 has size 4",
         ),
-        (lambda: cs_jax.select(NET, Rule(group=Axes((2,)))), ValueError, r"shape \(4, 8\) has no axis 2"),
+        (
+            lambda: cs_jax.select(NET, Rule(group=Axes((2,)))),
+            ValueError,
+            r"of shape \(4, 8\): must have axis 2 of the group",
+        ),
         (
             lambda: cs_jax.select(NET, Rule("head/bias", group="output_channel")),
             ValueError,
-            r"weights 'head/bias': shape \(2,\) has no input and output axes",
+            r"weights 'head/bias' of shape \(2,\): must have an input and an output axis",
         ),
         (
             lambda: cs_jax.select({"matrix": np.ones((2, 2))}, Rule("matrix", group="output_channel")),
             ValueError,
-            "weights 'matrix': their name does not tell which axis is the input; wanted layout=",
+            "weights 'matrix': ambiguous, the name does not indicate the input axis; set layout=",
         ),
         (
             lambda: cs_jax.select(NET, Rule("head/kernel", group=Head(2))),
             ValueError,
-            "weights 'head/kernel': 'head' does not tell whether heads are its input or output",
+            "weights 'head/kernel': Head needs a query, key, value or output projection, and 'head' does not "
+            "indicate one; use Axes or Block as the group",
         ),
         (
             lambda: cs_jax.select({"query": {"kernel": np.ones((4, 6))}}, Rule(group=Head())),
             ValueError,
-            r"shape \(4, 6\) has no axis of heads; wanted Head\(num_heads\)",
+            r"of shape \(4, 6\): must have an axis of heads; use Head\(num_heads\)",
         ),
         (
             lambda: cs_jax.select({"query": {"kernel": np.ones((4, 6))}}, Rule(group=Head(4))),
             ValueError,
-            "4 heads do not divide axis 1 of shape",
+            "num_heads 4 must divide axis 1",
         ),
         (
             lambda: cs_jax.select(ATTENTION, Rule("query/kernel", group=Head(4))),
             ValueError,
-            "has 2 heads, not 4",
+            "num_heads 4 must be 2",
         ),
         (
             lambda: cs_jax.select({"query": {"kernel": np.ones((4, 2, 3))}}, Rule(group="output_channel")),
             ValueError,
-            r"'query/kernel': shape \(4, 2, 3\) may be a convolution .* wanted stacked=0 or stacked=1 in the rule",
+            r"'query/kernel' of shape \(4, 2, 3\): ambiguous, a convolution .* set stacked=0 or stacked=1 in the rule",
         ),
         (
             lambda: cs_jax.select({"conv2_d_transpose": {"w": np.ones((3, 3, 4, 2))}}, Rule(group="output_channel")),
             ValueError,
-            "libraries differ in where a transposed convolution has its input; wanted layout=",
+            "ambiguous, libraries differ in the input axis of a transposed convolution; set layout=",
         ),
         (
             lambda: cs_jax.select(NET, Rule("encoder/layer_0/kernel", target_density=0.9), target_density=0.5),
             ValueError,
-            "target_density: got 0.5, 16 weights, which cannot be met: .* keep 29, and the others have 0",
+            "target_density 0.5: 16 weights cannot be met; .* keep 29, and the other arrays have 0",
         ),
         (
             lambda: cs_jax.select(
                 NET, [Rule("encoder/layer_1/kernel", target_density=0.9), Rule()], target_density=0.5
             ),
             ValueError,
-            "target_density: got 0.5, 48 weights, which cannot be met: rules with targets or N:M patterns keep 58",
+            "target_density 0.5: 48 weights cannot be met; rules with targets and N:M patterns keep 58",
         ),
         (
             lambda: cs_jax.select(NET, Rule(group="output_channel"), target_density=0.1),
             ValueError,
-            "10 of 96 weights would empty a layer of .*, which need 12 for one score each; wanted at least 0.125",
+            "10 of 96 weights would empty a layer of .*; one score in each layer needs 12 weights; use at least 0.125",
         ),
-        (lambda: jax.jit(lambda t: rules.check_density(t))(0.5), TypeError, "target_density is traced"),
+        (lambda: jax.jit(lambda t: rules.check_density(t))(0.5), TypeError, "target_density: must not be traced"),
     ],
 )
 def test_wrong_rules_are_refused_by_name(call: Any, error: type[Exception], message: str) -> None:

@@ -27,12 +27,12 @@ def test_temperature_takes_an_array() -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((0, 0, 200.0), "num_epochs: got 0, wanted at least 1"),
-        ((3, 3, 200.0), "epoch: got 3, wanted 0 to 2"),
-        ((-1, 3, 200.0), "epoch: got -1, wanted 0 to 2"),
-        ((-1.0, 3, 200.0), "epoch: got -1.0, wanted 0 to 2"),
-        ((0, 3, 0.0), "final: got 0, wanted a finite number above 0"),
-        ((0, 3, float("inf")), "final: got inf"),
+        ((0, 0, 200.0), "num_epochs 0: must be at least 1"),
+        ((3, 3, 200.0), "epoch 3: must be 0 to 2"),
+        ((-1, 3, 200.0), "epoch -1: must be 0 to 2"),
+        ((-1.0, 3, 200.0), "epoch -1.0: must be 0 to 2"),
+        ((0, 3, 0.0), "final 0: must be a finite number above 0"),
+        ((0, 3, float("inf")), "final inf: must be a finite"),
     ],
 )
 def test_temperature_refuses_what_is_out_of_range(arguments: tuple[int, int, float], message: str) -> None:

@@ -190,9 +190,15 @@ def test_what_a_pattern_dropped_stays_dropped_after_the_reset_and_what_it_kept_r
 @pytest.mark.parametrize(
     "scores, message",
     [
-        ({}, "scores hold nothing for the masked weights 'kernel'"),
-        ({"kernel": jnp.ones((1, 1))}, r"scores 'kernel' have shape \(1, 1\), wanted \(1, 4\): weights of shape"),
-        ({"kernel": jnp.ones((1, 4)), "bias": jnp.ones(4)}, "scores 'bias': no such weights are masked"),
+        ({}, r"scores 'kernel' missing: must have shape \(1, 4\)"),
+        (
+            {"kernel": jnp.ones((1, 1))},
+            r"scores 'kernel' of shape \(1, 1\): must have shape \(1, 4\), for weights of shape",
+        ),
+        (
+            {"kernel": jnp.ones((1, 4)), "bias": jnp.ones(4)},
+            "scores 'bias': must have the path of masked weights; remove them",
+        ),
     ],
 )
 def test_scores_that_do_not_fit_are_refused_by_name(scores: Any, message: str) -> None:

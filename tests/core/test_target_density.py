@@ -53,7 +53,9 @@ def test_ties_go_to_the_first_array_and_entry() -> None:
 def test_every_array_keeps_its_best_score_unless_it_may_be_emptied() -> None:
     selection = selection_of((2, 2), (2, 2), target=0.5)
     scores = scores_of(selection, [-1, -2, -3, -2], [4, 5, 6, 7])
-    with pytest.warns(CollapsedLayerWarning, match="layer 'layer0/kernel' has collapsed: it has only its highest"):
+    with pytest.warns(
+        CollapsedLayerWarning, match="layer 'layer0/kernel' has collapsed: it keeps only its highest score"
+    ):
         assert ticket_of(selection, scores) == [[0], [1, 2, 3]]
     selection = selection_of((2, 2), (2, 2), target=0.5, allow_empty_layers=True)
     with pytest.warns(CollapsedLayerWarning, match="layer 'layer0/kernel' has collapsed: it keeps no weight"):
@@ -86,7 +88,7 @@ def test_a_large_group_takes_the_place_of_small_ones_that_come_after_it_where_th
 
 
 def test_a_density_that_groups_cannot_reach_is_told() -> None:
-    message = "8 of 12 weights are kept where 7 were asked for: scores stand for whole groups of 4 weights"
+    message = "ticket keeps 8 of 12 weights, and the target is 7: groups of 4 weights cannot be split"
     with pytest.warns(cs_jax.DensityWarning, match=message):
         selection = selection_of((4, 3), target=0.6, group="output_channel")
         target_density.ticket_masks(selection, scores_of(selection, [1, 2, 3]), init_value=0.0)
@@ -179,5 +181,5 @@ def test_rules_with_targets_are_held_each_on_its_own_and_the_rest_is_left_alone(
 
 def test_a_score_that_is_not_finite_makes_no_ticket() -> None:
     selection = selection_of((1, 2), target=0.5)
-    with pytest.raises(ValueError, match="scores 'layer0/kernel' are not finite"):
+    with pytest.raises(ValueError, match="scores 'layer0/kernel': must be finite numbers"):
         target_density.ticket_masks(selection, scores_of(selection, [1, np.nan]), init_value=0.0)

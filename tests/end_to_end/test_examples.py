@@ -1,4 +1,4 @@
-"""Every example, run as its first lines say, prints a ticket of the density it names that has learned its task."""
+"""Every example runs as its first lines say, finds a ticket of its density, and learns its task."""
 
 import re
 import subprocess

@@ -1,6 +1,7 @@
-"""The line between two networks, and between two trainings of a run's ticket."""
+"""Error and loss on the line between two networks, and between two retrainings of a ticket."""
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -19,6 +20,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import linen as nn
+from rich.console import Console
+from rich.progress import Progress
 
 from cs_jax import apply_masks, commands, load_ticket, save_ticket
 from cs_jax.commands import report
@@ -26,7 +29,7 @@ from cs_jax.core.errors import ConfigError
 from cs_jax.core.lock import Lock
 from cs_jax.data.images import ImageSet
 from cs_jax.experiment import connectivity, search
-from cs_jax.experiment.config import Config
+from cs_jax.experiment.connectivity import Line, Retraining
 from cs_jax.experiment.prepare import prepare
 from cs_jax.experiment.progress import Observer
 from cs_jax.experiment.storage.paths import CONNECTIVITY_FILE, LOCK_FILE, TICKET_FILE
@@ -65,12 +68,12 @@ def test_both_ends_are_exact_to_the_bit_and_equal_entries_stay(dtype: Any) -> No
 @pytest.mark.parametrize(
     "others, share, text",
     [
-        ({"a": np.ones(2)}, 1.1, "share: got 1.1, wanted a number from 0 to 1"),
-        ({"a": np.ones(2)}, float("nan"), "share: got nan, wanted a number from 0 to 1"),
+        ({"a": np.ones(2)}, 1.1, r"share 1\.1: must be in \[0, 1\]"),
+        ({"a": np.ones(2)}, float("nan"), r"share nan: must be in \[0, 1\]"),
         ({"a": np.ones(3)}, 0.0, r"others 'a': got shape \(3,\), wanted shape \(2,\)"),
         ({}, 1.0, r"others 'a': got nothing, wanted shape \(2,\)"),
-        ({"a": np.ones(2, np.float32)}, 0.5, "others 'a': got dtype float32, wanted float64"),
-        ({"a": np.ones(2, int)}, 0.5, "weights 'a': got dtype int64, wanted a float dtype"),
+        ({"a": np.ones(2, np.float32)}, 0.5, "others 'a' of dtype float32: must have dtype float64"),
+        ({"a": np.ones(2, int)}, 0.5, "weights 'a' of dtype int64: must have a float dtype"),
     ],
 )
 def test_what_cannot_be_interpolated_is_refused(others: Any, share: float, text: str) -> None:
@@ -80,7 +83,7 @@ def test_what_cannot_be_interpolated_is_refused(others: Any, share: float, text:
 
 @pytest.mark.parametrize("start, end", [(1.0, np.ones(())), (np.ones(()), 1.0)])
 def test_a_number_that_is_no_array_is_not_interpolated(start: Any, end: Any) -> None:
-    with pytest.raises(ValueError, match="^weights 'a': got 1.0, wanted a float array$"):
+    with pytest.raises(ValueError, match="^weights 'a' 1.0: must be a float array$"):
         connectivity.interpolate({"a": start}, {"a": end}, 0.5)
 
 
@@ -92,9 +95,16 @@ def test_the_barrier_is_the_highest_error_less_the_mean_of_the_ends(errors: list
     assert connectivity.error_barrier(errors) == barrier
 
 
-@pytest.mark.parametrize("errors, got", [([], "0"), ([0.5], "1"), ([0.5, math.nan, 0.25], "nan")])
-def test_a_barrier_of_no_line_is_refused(errors: list[float], got: str) -> None:
-    with pytest.raises(ConfigError, match=f"^errors: got {got}, wanted"):
+@pytest.mark.parametrize(
+    "errors, text",
+    [
+        ([], "errors of length 0: requires at least 2, one for each end"),
+        ([0.5], "errors of length 1: requires at least 2, one for each end"),
+        ([0.5, math.nan, 0.25], "errors nan: must be numbers"),
+    ],
+)
+def test_a_barrier_of_no_line_is_refused(errors: list[float], text: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{text}$"):
         connectivity.error_barrier(errors)
 
 
@@ -121,27 +131,32 @@ def magnitude_network(first: int, second: int) -> dict[str, Any]:
     "errors, losses, said",
     [
         ([0.1, 0.3, 0.2], [1, 3, 2], ""),
-        ([0.4, 0.3, 0.2], [1, 3, 2], "the error is highest at an end, so this is half the difference of the ends"),
-        ([0.1, 0.3, 0.2], [1, 1, 2], "the loss is highest at an end, so this is half the difference of the ends"),
+        (
+            [0.4, 0.3, 0.2],
+            [1, 3, 2],
+            "the error is highest at an end, so its barrier is half the difference of the ends",
+        ),
+        (
+            [0.1, 0.3, 0.2],
+            [1, 1, 2],
+            "the loss is highest at an end, so its barrier is half the difference of the ends",
+        ),
         (
             [0.2, 0.2],
             [2, 1],
-            "the error and the loss are highest at an end, so this is half the difference of the ends",
+            "error and loss are highest at an end, so their barriers are half the difference of the ends",
         ),
     ],
 )
-def test_what_is_highest_at_an_end_is_told_to_be_no_barrier(
-    errors: list[float], losses: list[float], said: str
-) -> None:
-    points = [{"error": error, "loss": loss} for error, loss in zip(errors, losses, strict=True)]
-    assert connectivity.ends_highest(points) == said
+def test_a_note_names_what_is_highest_at_an_end(errors: list[float], losses: list[float], said: str) -> None:
+    assert connectivity.barrier_note(errors, losses) == said
 
 
 def test_swapped_hidden_units_are_the_same_network_behind_a_barrier() -> None:
     model, data = LeNet300100(num_classes=2), pixels([[0], [2], [1], [1.25]], [1, 1, 0, 0])
     masks = {"hidden0": {"kernel": jnp.ones((1, 300))}, "hidden1": {"kernel": jnp.ones((300, 100))}}
     ends = Snapshot(magnitude_network(0, 1), {}), Snapshot(magnitude_network(1, 0), {})
-    path = connectivity.connect(model, ends, masks, data, data, points=5, batch_size=3)
+    path = connectivity.connect(Line(model, ends, masks), data, data, points=5, batch_size=3)
     expected = []  # between the ends both units are |1 - 2 share| x and its negative: their sum is its magnitude
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         logit = np.array([1, 1, 0, 0.25]) * abs(1 - 2 * share) - 0.4
@@ -162,7 +177,7 @@ def test_a_permuted_dense_network_has_a_barrier(lenet: Recipe, synthetic: ImageS
     logits = Executor().predict(lenet.model, variables, synthetic, batch_size=37)
     data = synthetic.replace(labels=jnp.argmax(logits, axis=-1))
     ends = Snapshot(params, {}), Snapshot(permuted, {})
-    path = connectivity.connect(lenet.model, ends, variables["masks"], data, data, batch_size=16)
+    path = connectivity.connect(Line(lenet.model, ends, variables["masks"]), data, data, batch_size=16)
     assert [point.share for point in path] == [tenths / 10 for tenths in range(11)]
     assert path[0].error == path[-1].error == 0.0
     assert connectivity.error_barrier([point.error for point in path]) > 0.1
@@ -172,7 +187,7 @@ def test_masks_decide_what_the_line_leads_through(lenet: Recipe, synthetic: Imag
     variables = step.init_variables(lenet, jax.random.key(0), synthetic.images.shape[1:])
     ends = Snapshot(variables["params"], {}), Snapshot(jax.tree.map(jnp.negative, variables["params"]), {})
     removed = jax.tree.map(jnp.zeros_like, variables["masks"])
-    path = connectivity.connect(lenet.model, ends, removed, synthetic, synthetic, points=3, batch_size=37)
+    path = connectivity.connect(Line(lenet.model, ends, removed), synthetic, synthetic, points=3, batch_size=37)
     # Nothing but equal logits is left.
     assert [point.loss for point in path] == [pytest.approx(math.log(4))] * 3
 
@@ -200,7 +215,7 @@ def test_statistics_of_every_point_are_one_pass_in_whole_batches_from_the_interp
     left = 0.5**batches
     data, validation = pixels([[1.5, 0.5]] * 5, [0] * 5), pixels([[0, 2], [2, 1], [1, 2]], [0, 1, 1])
     ends = normalized_end(1.0, 0.0, mean=3.0, var=2.0), normalized_end(3.0, -1.0, mean=-1.0, var=4.0)
-    path = connectivity.connect(Normalized(), ends, {}, data, validation, points=5, batch_size=batch_size)
+    path = connectivity.connect(Line(Normalized(), ends, {}), data, validation, points=5, batch_size=batch_size)
     x = np.array([[-1, 1], [1, 0], [0, 1]])
     for point in path:
         share = point.share
@@ -217,7 +232,8 @@ def test_statistics_do_not_follow_data_that_are_sorted() -> None:
     values = np.repeat([[0.0, 2.0], [2.0, 0.0]], 20, axis=0)
     data = pixels(values, np.repeat([1, 0], 20))
     end = normalized_end(1.0, 0.0, mean=0.0, var=1.0)
-    start, _ = connectivity.connect(Normalized(momentum=0.0), (end, end), {}, data, data, points=2, batch_size=10)
+    line = Line(Normalized(momentum=0.0), (end, end), {})
+    start, _ = connectivity.connect(line, data, data, points=2, batch_size=10)
     assert start.error == 0.0  # the last ten in order are all of one class: half of the images would be wrong
 
 
@@ -226,12 +242,8 @@ def test_identical_ends_have_no_barrier_and_stay_as_they_are(synthetic: ImageSet
     variables = step.init_variables(recipe, jax.random.key(0), synthetic.images.shape[1:])
     end = Snapshot(variables["params"], variables["batch_stats"])
     before = jax.tree.map(np.array, end)
-    paths = [
-        connectivity.connect(
-            recipe.model, (end, end), variables["masks"], synthetic, synthetic, points=4, batch_size=16
-        )
-        for _ in range(2)
-    ]
+    line = Line(recipe.model, (end, end), variables["masks"])
+    paths = [connectivity.connect(line, synthetic, synthetic, points=4, batch_size=16) for _ in range(2)]
     assert paths[0] == paths[1]
     assert len({point[1:] for point in paths[0]}) == 1
     assert connectivity.error_barrier([point.error for point in paths[0]]) == 0.0
@@ -250,7 +262,7 @@ def test_a_model_without_statistics_is_evaluated_alone() -> None:
     params = {"Dense_0": {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}}
     data = pixels([[0, 2], [2, 0]], [1, 0])
     ends = Snapshot(params, {}), Snapshot(jax.tree.map(jnp.negative, params), {})
-    path = connectivity.connect(Dropped(), ends, {}, data, data, points=2, batch_size=2)
+    path = connectivity.connect(Line(Dropped(), ends, {}), data, data, points=2, batch_size=2)
     assert [point.error for point in path] == [0.0, 1.0]
 
 
@@ -267,17 +279,17 @@ class Traced(Normalized):
 def test_a_line_is_compiled_once() -> None:
     data = pixels(np.random.default_rng(0).uniform(0, 2, (7, 2)), [0] * 7)
     ends = normalized_end(1.0, 0.0, 0.0, 1.0), normalized_end(2.0, 0.0, 0.0, 2.0)
-    connectivity.connect(Traced(), ends, {}, data, data, points=5, batch_size=3)
+    connectivity.connect(Line(Traced(), ends, {}), data, data, points=5, batch_size=3)
     assert traces == [True, False]
 
 
 @pytest.mark.parametrize(
     "changes, text",
     [
-        ({"points": 1}, "points: got 1, wanted at least 2"),
-        ({"batch_size": 0}, "batch_size: got 0, wanted at least 1"),
-        ({"data": pixels(np.ones((0, 2)), [])}, "images of data: got 0, wanted at least 1"),
-        ({"validation": pixels(np.ones((0, 2)), [])}, "images of validation: got 0, wanted at least 1"),
+        ({"points": 1}, "points 1: must be at least 2"),
+        ({"batch_size": 0}, "batch_size 0: must be at least 1"),
+        ({"data": pixels(np.ones((0, 2)), [])}, "images of data 0: must be at least 1"),
+        ({"validation": pixels(np.ones((0, 2)), [])}, "images of validation 0: must be at least 1"),
     ],
 )
 def test_a_line_without_points_or_images_is_refused(changes: dict[str, Any], text: str) -> None:
@@ -285,14 +297,15 @@ def test_a_line_without_points_or_images_is_refused(changes: dict[str, Any], tex
     images = pixels([[1, 1]], [0])
     arguments = {"data": images, "validation": images, "points": 2, "batch_size": 1} | changes
     with pytest.raises(ConfigError, match=f"^{text}$"):
-        connectivity.connect(Normalized(), (end, end), {}, **arguments)
+        connectivity.connect(Line(Normalized(), (end, end), {}), **arguments)
 
 
 def test_ends_of_two_networks_are_refused_by_name() -> None:
     one = normalized_end(1.0, 0.0, 0.0, 1.0)
     other = one._replace(batch_stats={"norm": {"mean": jnp.zeros(2), "var": jnp.ones(3)}})
+    images = pixels([[1, 1]], [0])
     with pytest.raises(ConfigError, match=r"^others 'norm/var': got shape \(3,\), wanted shape \(2,\)$"):
-        connectivity.connect(Normalized(), (one, other), {}, pixels([[1, 1]], [0]), pixels([[1, 1]], [0]), batch_size=1)
+        connectivity.connect(Line(Normalized(), (one, other), {}), images, images, batch_size=1)
 
 
 TINY = (
@@ -363,7 +376,7 @@ def test_children_differ_in_their_batches_alone(run: Path) -> None:
     orders = [problem, *(connectivity.child(problem, number, seed=seed) for seed in (0, 1) for number in (1, 2))]
     assert len({tuple(np.asarray(one.epoch_order(1, 0)).tolist()) for one in orders}) == 5
     fixed = dataclasses.replace(problem, order=lambda phase, epoch: np.arange(len(problem.train)))
-    found = connectivity.measure(config, fixed, data.test, ticket, Observer(), points=3)
+    found = connectivity.measure(Retraining(config, fixed, ticket, data.test), Observer(), points=3)
     assert len({point["loss"] for point in found["points"]}) == 1
     assert found["barrier"] == found["loss_barrier"] == 0
 
@@ -390,14 +403,14 @@ def compacted(run: Path) -> None:
 @pytest.mark.parametrize(
     "change, words, text",
     [
-        (lambda run: (run / "config.json").unlink(), [], "which holds no run, wanted a folder with config.json"),
-        (lambda run: (run / "summary.json").unlink(), [], "which has not finished, wanted a finished run"),
-        (lambda run: edited(run, after="none"), [], "where nothing follows the search, wanted a run that retrains"),
+        (lambda run: (run / "config.json").unlink(), [], ": not a run directory; it has no config.json"),
+        (lambda run: (run / "summary.json").unlink(), [], ": not finished; finish it with --resume "),
+        (lambda run: edited(run, after="none"), [], ": has no retraining; requires a run that retrains its ticket"),
         (lambda run: edited(run, data="0" * 64), [], "--data-dir: got other examples of digits than"),
-        (lambda run: edited(run, epochs="many"), [], "its settings have epochs 'many', wanted a whole number"),
-        (compacted, [], "whose ticket is compact, wanted one with the rewound network"),
-        (lambda run: None, ["--points", "1"], "--points: got 1, wanted at least 2"),
-        (lambda run: None, ["--seed", "-1"], "--seed: got -1, wanted 0 to 4294967295"),
+        (lambda run: edited(run, epochs="many"), [], "its settings: epochs 'many': must be a whole number"),
+        (compacted, [], ": its ticket file is compact; requires one with the rewound network"),
+        (lambda run: None, ["--points", "1"], "--points 1: must be at least 2"),
+        (lambda run: None, ["--seed", "-1"], "--seed -1: must be 0 to 4294967295"),
         (lambda run: None, ["--points", "many"], "argument --points: invalid int value: 'many'"),
     ],
 )
@@ -434,9 +447,18 @@ def test_an_interrupt_writes_nothing(run: Path, capsys: pytest.CaptureFixture[st
     assert not (run / CONNECTIVITY_FILE).exists() and not (run / LOCK_FILE).exists()
 
 
-def test_the_display_counts_the_epochs_of_both_children() -> None:
-    shown = report.for_display(Config(epochs=7, lr_schedule=(), lr_drops=(), controls=("dense", "random")))
-    assert (shown.search_rounds, shown.retrainings, shown.epochs) == (0, ("child 1", "child 2"), 7)
+def test_the_display_counts_the_epochs_of_both_children(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(report, "Console", lambda: Console(file=shown, force_terminal=True, width=100))
+    updates = []
+    monkeypatch.setattr(
+        Progress, "update", lambda self, task, **fields: updates.append((self.tasks[task].total, fields))
+    )
+    assert commands.main(["connect", str(run), "--points", "2"]) == 0
+    ends = [fields["completed"] for _, fields in updates if "description" not in fields]
+    assert ends == [1, 2, 3, 4] and {total for total, _ in updates} == {4}
+    described = [fields["description"] for _, fields in updates if "description" in fields]
+    assert described and all(re.match(r"child [12] epoch [01] step \d+/", line) for line in described)
 
 
 def test_the_guide_to_analysis_runs_and_prints_what_it_shows(
@@ -445,7 +467,7 @@ def test_the_guide_to_analysis_runs_and_prints_what_it_shows(
     monkeypatch.chdir(tmp_path)
     for name in ("one", "two"):
         shutil.copytree(finished, tmp_path / "runs" / name)
-    guide = (Path(__file__).parents[2] / "docs" / "analysis.md").read_text()
+    guide = (Path(__file__).parents[2] / "docs" / "experiments" / "analysis.md").read_text()
     namespace: dict[str, Any] = {}
     printed = []
     for kind, block in re.findall(r"```(python|text)\n(.*?)```", guide, re.DOTALL):

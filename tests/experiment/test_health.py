@@ -51,21 +51,21 @@ def test_an_empty_layer_is_told_once_and_named_with_those_that_are_new() -> None
         end(1, {"a": 0.4, "b": 0.0, "c": 0.3, "d": 0.4}),
         end(2, {"a": 0.0, "b": 0.0, "c": 0.0, "d": 0.3}),
     ]
-    advice = "wanted a higher --mask-initial-value, a lower --lmbda, or a --target-density, which empties no layer"
+    advice = "use a higher --mask-initial-value, a lower --lmbda, or --target-density, which empties no layer"
     assert told(*ends) == [
-        [(CollapsedLayerWarning, f"round 0 left no weight in b: {advice}")],
+        [(CollapsedLayerWarning, f"round 0 left no weight in b; {advice}")],
         [],
-        [(CollapsedLayerWarning, f"round 2 left no weight in a, c: {advice}")],
+        [(CollapsedLayerWarning, f"round 2 left no weight in a, c; {advice}")],
     ]
 
 
 @pytest.mark.parametrize(
     "allowed, advice",
-    [(False, "a higher --target-density"), (True, "a higher --target-density, or no --allow-empty-layers")],
+    [(False, "a higher --target-density"), (True, "a higher --target-density, or do not give --allow-empty-layers")],
 )
 def test_what_to_change_for_an_empty_layer_follows_the_target_density(allowed: bool, advice: str) -> None:
     found = told(end(0, {"a": 0.5, "b": 0.0}), target_density=0.01, allow_empty_layers=allowed)
-    assert found == [[(CollapsedLayerWarning, f"round 0 left no weight in b: wanted {advice}")]]
+    assert found == [[(CollapsedLayerWarning, f"round 0 left no weight in b; use {advice}")]]
 
 
 def test_layers_that_the_ticket_leaves_empty_are_not_told_by_the_last_round() -> None:
@@ -98,8 +98,8 @@ def test_a_gap_is_told_once_with_its_figures_and_also_after_the_last_round() -> 
         [
             (
                 UnfinishedSearchWarning,
-                "round 0 ended with masks that have not hardened, as validation accuracy is 95.12% with soft ones and "
-                "60.00% with hard ones: wanted more --epochs, or a higher --score-lr or --final-temp",
+                "round 0 left masks that have not hardened: validation accuracy is 95.12% with soft masks and "
+                "60.00% with hard masks; use more --epochs, or a higher --score-lr or --final-temp",
             )
         ],
         [],
@@ -112,13 +112,13 @@ def test_a_gap_is_told_once_with_its_figures_and_also_after_the_last_round() -> 
     [
         (
             0.0,
-            "round 0 left no weight, no score being above 0: wanted a higher --mask-initial-value, --score-lr or "
-            "--final-temp, a lower --lmbda, or a --target-density",
+            "round 0 left no weight: no score is above 0; use a higher --mask-initial-value, --score-lr or "
+            "--final-temp, a lower --lmbda, or --target-density",
         ),
         (
             1.0,
-            "round 0 pruned nothing, every score being above 0: wanted a lower --mask-initial-value, "
-            "a higher --score-lr or --lmbda, or a --target-density",
+            "round 0 pruned nothing: every score is above 0; use a lower --mask-initial-value, "
+            "a higher --score-lr or --lmbda, or --target-density",
         ),
     ],
 )
@@ -128,13 +128,14 @@ def test_a_round_that_leaves_or_prunes_nothing_is_told_once(density: float, text
 
 def test_what_is_next_to_nothing_is_told_too() -> None:
     ((category, text),) = told(*falling(0.9984))[0]
-    assert category is StuckDensityWarning and text.startswith("round 0 pruned next to nothing, most scores being")
+    assert category is StuckDensityWarning
+    assert text.startswith("round 0 pruned almost nothing: most scores are above 0; use a lower ")
     assert [kind for kind, _ in told(*falling(0.5, 0.4999))[1]] == [StuckDensityWarning]
     assert told(*falling(0.98, 0.96)) == [[], []]
 
 
 def test_a_further_round_that_prunes_nothing_is_told_once() -> None:
-    text = "round 1 pruned nothing more: wanted fewer --rounds, or a higher --score-lr or --lmbda"
+    text = "round 1 pruned nothing more; use fewer --rounds, or a higher --score-lr or --lmbda"
     assert told(*falling(0.5, 0.5, 0.5, 0.1)) == [[], [(StuckDensityWarning, text)], [], []]
 
 
@@ -155,7 +156,7 @@ def test_scores_that_a_target_density_cannot_tell_apart_are_told_before_the_last
     found = told(*falling(0.0, 0.0), target_density=0.1, rounds=2)
     assert [[category for category, _ in warned] for warned in found] == [[StuckDensityWarning], []]
     assert found[0][0][1] == (
-        "round 0 left no weight, its scores having hardly moved: wanted a higher --score-lr or more --epochs"
+        "round 0 left no weight: scores have hardly changed; use a higher --score-lr or more --epochs"
     )
 
 
@@ -176,7 +177,7 @@ def test_a_run_whose_scores_do_not_move_is_told_at_the_end_of_its_first_round(pr
     config = dataclasses.replace(CONFIG, score_lr=1e-9, rounds=2)
     with pytest.warns(StuckDensityWarning) as caught:
         run(config, problem)
-    assert [str(warning.message).split(",")[0] for warning in caught] == ["round 0 pruned nothing"]
+    assert [str(warning.message).split(":")[0] for warning in caught] == ["round 0 pruned nothing"]
 
 
 def test_a_run_that_goes_well_is_told_nothing(problem: Problem) -> None:

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import small
 
-from cs_jax import CollapsedLayerWarning, UnfinishedSearchWarning, methods
+from cs_jax import CollapsedLayerWarning, UnfinishedSearchWarning
 from cs_jax.core import masks, target_density
 from cs_jax.data.images import ImageSet
 from cs_jax.experiment import search
 from cs_jax.experiment.config import SEARCH, TICKET, Config
 from cs_jax.experiment.progress import EpochRecord, Observer, Progress
 from cs_jax.methods.controls import DENSE
-from cs_jax.training import executor
+from cs_jax.training import evaluation
 from cs_jax.training.executor import Executor
 from cs_jax.training.problem import Problem, Ticket
 from cs_jax.training.step import Recipe, TrainState
@@ -34,7 +34,7 @@ def assert_equal(a: Any, b: Any) -> None:
 
 
 def share_right(recipe: Recipe, variables: Any, images: ImageSet) -> float:
-    return executor.share_right(Executor().predict(recipe.model, variables, images, batch_size=8), images)
+    return evaluation.share_right(Executor().predict(recipe.model, variables, images, batch_size=8), images)
 
 
 class History(Observer):
@@ -107,7 +107,7 @@ def test_pruned_entries_come_back_after_the_released_reset_alone(problem: Proble
     restarted = {}
     for reset in ("released", "paper"):
         config = dataclasses.replace(CONFIG, reset=reset, final_temp=200.0)
-        scores = methods.of(config).begin_round(config, problem, state, None).scores
+        scores = config.pruning_method.begin_round(problem, state, None).scores
         restarted[reset] = float(jax.tree.leaves(masks.soft_mask(scores, 1.0, init_value=0.0))[0][0, 0])
     assert restarted["released"] == pytest.approx(0.975, abs=1e-3)
     assert restarted["paper"] < 1e-3
@@ -236,11 +236,9 @@ def test_every_phase_augments_differently(problem: Problem) -> None:
     keys = []
 
     class Watcher(Executor):
-        def train_epoch(
-            self, recipe: Any, state: Any, data: Any, order: Any, key: Any, *args: Any, **kwargs: Any
-        ) -> Any:
-            keys.append(tuple(jax.random.key_data(key).tolist()))
-            return super().train_epoch(recipe, state, data, order, key, *args, **kwargs)
+        def train_epoch(self, recipe: Any, state: Any, epoch: Any) -> Any:
+            keys.append(tuple(jax.random.key_data(epoch.key).tolist()))
+            return super().train_epoch(recipe, state, epoch)
 
     problem = dataclasses.replace(problem, executor=Watcher())
     config = dataclasses.replace(CONFIG, controls=(DENSE,))

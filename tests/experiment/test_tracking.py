@@ -26,7 +26,7 @@ crc: Any = pytest.importorskip("tensorboardX.record_writer")
 
 CONFIG = dataclasses.replace(small.SEARCH, controls=(DENSE,))
 LAYERS = ["hidden0/kernel", "hidden1/kernel"]
-DOCS = Path(__file__).parents[2] / "docs"
+PAGE = Path(__file__).parents[2] / "docs" / "experiments" / "tracking.md"
 
 
 class Log(Tracker):
@@ -147,7 +147,7 @@ def test_the_guide_lists_the_tags_that_a_run_has(problem: Problem) -> None:
     for tag in {tag for values in (*log.scalars, *log.histograms) for tag in values}:
         phase, name = tag.split("/", 1)
         given.setdefault(re.sub(r"/hidden.*", "/LAYER", name), set()).add(phase)
-    rows = re.findall(r"^\| `([a-z][\w/]*)` \| ([a-z, ]+) \|", (DOCS / "tracking.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z][\w/]*)` \| ([a-z, ]+) \|", PAGE.read_text(), re.MULTILINE)
     assert {name: set(phases.split(", ")) for name, phases in rows} == given
 
 
@@ -220,7 +220,7 @@ def test_a_file_that_cannot_be_written_ends_the_run_and_closes_the_other_tracker
     log = Log()
     with (
         small.largest_file(4000),  # more than an epoch, less than two
-        pytest.raises(TrackingError, match="File too large: figures for TensorBoard cannot be written: '.*board'$"),
+        pytest.raises(TrackingError, match="File too large: metrics for TensorBoard cannot be written: '.*board'$"),
     ):
         run(problem, TensorBoard(tmp_path / "tensorboard"), log)
     assert log.steps == [0] and log.closed == 1
@@ -228,7 +228,7 @@ def test_a_file_that_cannot_be_written_ends_the_run_and_closes_the_other_tracker
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("a file")
-    with pytest.raises(TrackingError, match="figures for TensorBoard cannot be written: '.*tensorboard'$"):
+    with pytest.raises(TrackingError, match="metrics for TensorBoard cannot be written: '.*tensorboard'$"):
         TensorBoard(tmp_path / "tensorboard").log(0, {"search/loss": 1.0}, {})
 
 
@@ -261,7 +261,7 @@ def test_the_run_goes_on_without_a_tracker_that_fails_and_says_so_once(problem: 
     with pytest.warns(TrackerWarning) as caught:
         run(problem, gone, log)
     assert [str(warning.message) for warning in caught] == [
-        "the run goes on without Gone, which failed with ConnectionError: server gone"
+        "Gone failed with ConnectionError: server gone; the run continues without it"
     ]
     assert (gone.steps, gone.closed) == ([0, 1], 0)
     assert (log.steps, log.closed) == (list(range(8)), 1)
@@ -277,7 +277,8 @@ def test_a_tracker_can_end_the_run(problem: Problem, tracker: Tracker, error: ty
 
 def test_a_tracker_that_cannot_be_closed_is_told_and_the_others_are_closed() -> None:
     log = Log()
-    with pytest.warns(TrackerWarning, match="without CannotClose, which failed with RuntimeError: still uploading$"):
+    message = "^CannotClose failed with RuntimeError: still uploading; the run continues without it$"
+    with pytest.warns(TrackerWarning, match=message):
         with Tracking(CONFIG, [CannotClose(), log]):
             pass
     assert log.closed == 1

@@ -19,6 +19,7 @@ from cs_jax.experiment import search
 from cs_jax.experiment.config import SEARCH, TICKET, Config
 from cs_jax.experiment.progress import EpochRecord, Observer, Progress
 from cs_jax.training import step
+from cs_jax.training.epoch import Epoch
 from cs_jax.training.executor import Executor
 from cs_jax.training.problem import Problem, Ticket
 from cs_jax.training.step import Hyperparams, TrainState
@@ -95,8 +96,8 @@ def test_golden_resnet_step(path: Path, dtype: Any) -> None:
     logits_eval = recipe.model.apply(variables, inputs, train=False)
     logits_train, _ = recipe.model.apply(variables, inputs, train=True, mutable=["batch_stats"])
     differentiate = jax.jit(jax.value_and_grad(step.loss_fn, argnums=(1, 2), has_aux=True), static_argnums=0)
-    key = jax.random.key(0)  # nothing is drawn from it
-    (loss, (metrics, after)), gradients = differentiate(recipe, params, state.scores, state, inputs, labels, key, hyper)
+    batch = step.LossInputs(inputs, labels, jax.random.key(0), hyper)  # nothing is drawn from the key
+    (loss, (metrics, after)), gradients = differentiate(recipe, params, state.scores, state, batch)
     gradients = reference.names(gradients[0]) | reference.names(gradients[1], "scores")
 
     single = dtype == np.float32
@@ -337,14 +338,8 @@ def test_golden_search_starts_alike_in_float32(path: Path) -> None:
     """Cross-entropy of the first two steps in float32; later steps differ by the chaos of rounding errors."""
     arrays = reference.load(path)
     config, problem, state = prepare(arrays, np.float32)
-    calls = Executor().train_epoch(
-        problem.recipe,
-        state,
-        problem.train,
-        arrays["order"][0, 0][: 2 * config.batch_size],
-        problem.key,
-        search.hyperparams(config, SEARCH, 0),
-        batch_size=config.batch_size,
-    )
+    order, hyper = arrays["order"][0, 0][: 2 * config.batch_size], search.hyperparams(config, SEARCH, 0)
+    epoch = Epoch(problem.train, order, problem.key, hyper, batch_size=config.batch_size)
+    calls = Executor().train_epoch(problem.recipe, state, epoch)
     entropies = [float(metrics.cross_entropy) for _, _, metrics in calls]
     np.testing.assert_allclose(entropies, arrays["step/cross_entropy"][0, 0, :2], rtol=1e-4)

@@ -6,8 +6,8 @@ A LAYOUT is DATAxMODEL, as 4x2; FOLDER/LAYOUT.npz takes its arrays. With a coord
 in one layout, whose arrays the first process writes. How many devices a process has, XLA_FLAGS says.
 """
 
+import argparse
 import dataclasses
-import sys
 from pathlib import Path
 
 import jax
@@ -21,6 +21,7 @@ from cs_jax.experiment import search
 from cs_jax.experiment.config import SEARCH
 from cs_jax.experiment.prepare import prepare
 from cs_jax.training import mesh, processes
+from cs_jax.training.epoch import Epoch
 from cs_jax.training.executor import Executor
 from cs_jax.training.problem import Problem
 
@@ -44,10 +45,8 @@ def train(problem: Problem) -> dict[str, np.ndarray]:
     state = problem.executor.place(jax.tree.map(to_double, search.init_state(CONFIG, problem)))
     hyper, size = search.hyperparams(CONFIG, SEARCH, 3), CONFIG.batch_size
     order = np.concatenate([np.random.default_rng(epoch).permutation(len(problem.train)) for epoch in range(3)])
-    steps = problem.executor.train_epoch(
-        problem.recipe, state, problem.train, order[: STEPS * size], problem.key, hyper, batch_size=size
-    )
-    for _, state, _ in steps:  # noqa: B007
+    epoch = Epoch(problem.train, order[: STEPS * size], problem.key, hyper, batch_size=size)
+    for _, state, _ in problem.executor.train_epoch(problem.recipe, state, epoch):  # noqa: B007, B020
         pass
     assert int(state.step) == STEPS
     hard = masks.hard_mask(state.scores, init_value=CONFIG.mask_initial_value)
@@ -60,8 +59,13 @@ def to_double(leaf: jax.Array) -> jax.Array:
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    coordinator, count, index = parser.pop_processes(words)
-    if coordinator is not None:
-        processes.start(coordinator, count, index, prog="device_counts.py")
-    main(Path(words[0]), words[1:])
+    words = argparse.ArgumentParser()
+    words.add_argument("folder", type=Path)
+    words.add_argument("layouts", nargs="+")
+    words.add_argument("--coordinator")
+    words.add_argument("--processes", type=int)
+    words.add_argument("--process-id", type=int)
+    given = words.parse_args()
+    if given.coordinator is not None:
+        processes.start(given.coordinator, given.processes, given.process_id, prog="device_counts.py")
+    main(given.folder, given.layouts)

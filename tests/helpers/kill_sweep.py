@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 
 from cs_jax.experiment.storage.paths import CHECKPOINTS_FOLDER, TICKET_FILE
-from cs_jax.sweep.scheduler import RUNS_FOLDER
 from cs_jax.sweep.spec import read_spec
+from cs_jax.sweep.storage import RUNS_FOLDER
 
 SPEC = """
 methods = ["cs", "imp", "random"]

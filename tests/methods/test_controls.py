@@ -18,8 +18,9 @@ from cs_jax.data.load import Data
 from cs_jax.experiment import pipeline, search
 from cs_jax.experiment import run as commands
 from cs_jax.experiment.config import Config
+from cs_jax.experiment.experiment import Experiment
 from cs_jax.experiment.progress import Observer, Observers, Progress
-from cs_jax.experiment.storage.run_directory import opened
+from cs_jax.experiment.storage.run_directory import open_run_directory
 from cs_jax.methods import FINETUNE, REWIND
 from cs_jax.methods.controls import CONTROLS, DENSE
 from cs_jax.training.problem import Problem, Snapshot, Ticket
@@ -58,7 +59,7 @@ def config(request: pytest.FixtureRequest) -> Config:
 
 
 def test_dense_keeps_every_weight_from_initialisation(config: Config, problem: Problem) -> None:
-    dense = CONTROLS[DENSE](config, problem, find_ticket(config, problem))
+    dense = CONTROLS[DENSE](problem, find_ticket(config, problem))
     fresh = problem.init_variables()
     assert_equal(tuple(dense.start), (fresh["params"], fresh["batch_stats"]))
     assert values(dense.masks) == {1.0} and sum(counts(dense.masks)) == 40800
@@ -66,7 +67,7 @@ def test_dense_keeps_every_weight_from_initialisation(config: Config, problem: P
 
 def test_reinit_has_the_tickets_masks_over_other_initial_weights(config: Config, problem: Problem) -> None:
     ticket = find_ticket(config, problem)
-    reinit = CONTROLS["reinit"](config, problem, ticket)
+    reinit = CONTROLS["reinit"](problem, ticket)
     assert_equal(reinit.masks, ticket.masks)
     fresh = problem.init_variables()["params"]
     for name, layer in reinit.start.params.items():
@@ -77,7 +78,7 @@ def test_reinit_has_the_tickets_masks_over_other_initial_weights(config: Config,
 
 def test_shuffled_has_the_tickets_weights_and_as_many_in_each_layer(config: Config, problem: Problem) -> None:
     ticket = find_ticket(config, problem)
-    shuffled = CONTROLS["shuffled"](config, problem, ticket)
+    shuffled = CONTROLS["shuffled"](problem, ticket)
     assert_equal(tuple(shuffled.start), tuple(ticket.start))
     assert counts(shuffled.masks) == counts(ticket.masks) and len(set(counts(ticket.masks))) == 2
     assert values(shuffled.masks) == values(ticket.masks)
@@ -88,7 +89,7 @@ def test_shuffled_has_the_tickets_weights_and_as_many_in_each_layer(config: Conf
 
 def test_random_has_the_tickets_weights_and_as_many_in_all(config: Config, problem: Problem) -> None:
     ticket = find_ticket(config, problem)
-    drawn = CONTROLS["random"](config, problem, ticket)
+    drawn = CONTROLS["random"](problem, ticket)
     assert_equal(tuple(drawn.start), tuple(ticket.start))
     assert sum(counts(drawn.masks)) == sum(counts(ticket.masks)) == round(0.1234 * 40800)
     assert values(drawn.masks) == values(ticket.masks)
@@ -116,20 +117,20 @@ def hand_made(shapes: dict[str, tuple[int, ...]], kept: dict[str, int]) -> Ticke
 @pytest.mark.filterwarnings("ignore::cs_jax.CollapsedLayerWarning")
 def test_random_keeps_as_many_weights_as_any_ticket(kept: dict[str, int], scope: Any, problem: Problem) -> None:
     ticket = hand_made({"a": (3, 3), "b": (3, 5), "c": (7, 3)}, kept)
-    drawn = CONTROLS["random"](dataclasses.replace(CONFIG, scope=scope), problem, ticket)
+    drawn = CONTROLS["random"](problem, ticket)
     assert sum(counts(drawn.masks)) == sum(kept.values())
 
 
 def test_random_of_a_ticket_without_weights_has_none_either(problem: Problem) -> None:
     ticket = hand_made({"a": (3, 3)}, {"a": 0})
-    assert counts(CONTROLS["random"](CONFIG, problem, ticket).masks) == [0]
+    assert counts(CONTROLS["random"](problem, ticket).masks) == [0]
 
 
 @pytest.mark.parametrize("control", CONTROLS)
 def test_the_same_seed_makes_the_same_control_and_another_seed_another(control: str, problem: Problem) -> None:
     ticket = find_ticket(CONFIG, problem)
     other_key = dataclasses.replace(problem, key=jax.random.key(4))
-    made, again, other = (CONTROLS[control](CONFIG, some, ticket) for some in (problem, problem, other_key))
+    made, again, other = (CONTROLS[control](some, ticket) for some in (problem, problem, other_key))
     assert_equal(made, again)
     assert differ(made, other)
 
@@ -138,7 +139,7 @@ def test_the_same_seed_makes_the_same_control_and_another_seed_another(control: 
 def test_making_and_training_a_control_leaves_the_ticket_alone(control: str, problem: Problem) -> None:
     ticket = find_ticket(CONFIG, problem)
     before = jax.tree.map(np.array, ticket)
-    made = CONTROLS[control](CONFIG, problem, ticket)
+    made = CONTROLS[control](problem, ticket)
     config = dataclasses.replace(CONFIG, controls=(control,))
     state = search.retrain(config, problem, search.begin_retraining(problem, made, phase=control), Observer())
     assert_equal(state.masks, made.masks)
@@ -160,9 +161,11 @@ def run(config: Config, problem: Problem, observer: Observer) -> tuple[dict[str,
     """The whole experiment: its summary, and the lines of metrics.jsonl."""
     assert problem.validation is not None
     data = Data(problem.train, problem.validation, problem.validation, classes=("a", "b", "c", "d"))
-    with opened(config, new=True) as directory:
+    with open_run_directory(config, new=True) as directory:
         directory.begin("fingerprint")
-        summary = pipeline.run(config, problem, data, directory, Observers(directory, observer))
+        summary = pipeline.run(
+            Experiment(config, problem, Observers(directory, observer), data=data, directory=directory)
+        )
     return summary, [json.loads(line) for line in (directory.path / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -191,7 +194,7 @@ def test_controls_are_trained_in_turn_as_long_as_the_ticket_and_see_its_batches(
     starts = phases.starts
     ticket = Ticket(Snapshot(starts["ticket"].params, starts["ticket"].batch_stats), starts["ticket"].masks)
     for name, control in CONTROLS.items():
-        made = control(config, problem, ticket)
+        made = control(problem, ticket)
         assert_equal((starts[name].params, starts[name].batch_stats, starts[name].masks), (*made.start, made.masks))
         assert all((moment == 0).all() for moment in jax.tree.leaves(starts[name].weight_momentum))
     assert summary["dense"]["density"] == 1.0 and list(summary["controls"]) == ["reinit", "shuffled", "random"]
@@ -211,7 +214,7 @@ def test_a_control_of_the_tickets_weights_begins_where_the_ticket_does(
     assert differ(phases.starts["shuffled"].params, phases.starts["search 0"].params)
 
 
-def first_half(config: Config, problem: Problem, ticket: Ticket) -> Ticket:
+def first_half(problem: Problem, ticket: Ticket) -> Ticket:
     """The ticket's weights under masks that keep the first half of every array."""
 
     def half(mask: jax.Array) -> jax.Array:
@@ -223,9 +226,9 @@ def first_half(config: Config, problem: Problem, ticket: Ticket) -> Ticket:
 def test_a_control_is_added_by_one_line(problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = "--model lenet300100 --method snip --target-density 0.2 --epochs 2 --rewind-epoch 0 --lr 0.01 --controls"
     words = [*words.split(), "first-half", "--out", str(tmp_path / "run")]
-    with pytest.raises(ConfigError, match="^--controls: got 'first-half', wanted "):
+    with pytest.raises(ConfigError, match="^--controls first-half: must be one of dense, "):
         parser.parse(words)
-    added: Callable[[Config, Problem, Ticket], Ticket] = first_half
+    added: Callable[[Problem, Ticket], Ticket] = first_half
     monkeypatch.setitem(CONTROLS, "first-half", added)
     summary, metrics = run(parser.parse(words), problem, phases := Phases())
     assert list(summary["controls"]) == ["first-half"]

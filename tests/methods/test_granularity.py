@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +72,11 @@ def test_channels_are_those_that_no_sum_and_no_output_wants() -> None:
     of_resnet = channels.of_model(TinyResNet(), (6, 6, 1))
     assert [leaf.path for leaf in of_resnet.scored] == [A, B]
     assert [leaf.score_shape for leaf in of_resnet.scored] == [(1, 1, 8, 1), (1, 1, 16, 1)]
-    assert [path[-2] for path in of_resnet.whole] == ["conv0", "conv_a", "conv_a"]
+    assert [path[-2] for path in of_resnet.unscored] == ["conv0", "conv_a", "conv_a"]
     of_transformer = channels.of_model(VisionTransformer(depth=1, width=6, num_heads=3), (8, 8, 1))
     shapes = {leaf.name: leaf.score_shape for leaf in of_transformer.scored}
     assert shapes == {"block1/out/kernel": (3, 1, 1), "block1/mlp_in/kernel": (1, 24)}
-    assert of_resnet.stays == (False, False) and of_transformer.stays == (False, False)
+    assert of_resnet.needs_constant == (False, False) and of_transformer.needs_constant == (False, False)
 
 
 class Normalized(nn.Module):
@@ -119,7 +118,7 @@ def test_where_batch_norm_follows_it_is_the_reading_layer_whose_channels_are_mas
 ) -> None:
     known = channels.of_model(model, (8, 8, 1))
     assert {leaf.path[0]: leaf.score_shape for leaf in known.scored} == expected
-    assert not any(known.stays)
+    assert not any(known.needs_constant)
 
 
 def test_without_batch_norm_it_is_the_layer_that_makes_them() -> None:
@@ -127,7 +126,8 @@ def test_without_batch_norm_it_is_the_layer_that_makes_them() -> None:
     shapes = {leaf.path[0]: leaf.score_shape for leaf in known.scored}
     assert shapes["stage1_conv1"] == shapes["stage1_conv2"] == (1, 1, 1, 4)
     # Constants of the first convolution stay before the second, which pads with zeros.
-    assert [leaf.path[0] for leaf, stays in zip(known.scored, known.stays, strict=True) if stays] == ["stage1_conv1"]
+    padded = [leaf.path[0] for leaf, constant in zip(known.scored, known.needs_constant, strict=True) if constant]
+    assert padded == ["stage1_conv1"]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_multiply_adds_of_fewer_channels_are_those_of_the_network_that_has_them(
 ) -> None:
     known = channels.of_model(model, image_shape)
     assert known.multiply_adds(known.sizes) == multiply_adds(model, image_shape)
-    sizes = [count + stays for count, stays in zip(kept, known.stays, strict=True)]
+    sizes = [count + constant for count, constant in zip(kept, known.needs_constant, strict=True)]
     layers = [leaf.name.removesuffix("/kernel").removesuffix("/out") for leaf in known.scored]
     made = [MADE_BY.get(layer, layer.replace("conv_b", "conv_a")) for layer in layers]
     smaller = model.resize(dict(zip(made, sizes, strict=True)))
@@ -172,7 +172,8 @@ def test_a_ticket_keeps_the_highest_of_each_layer_then_what_fits() -> None:
     known = channels.of_model(TinyResNet(), (6, 6, 1))
     scores = known.selection.nest([jnp.arange(8.0).reshape(1, 1, 8, 1) - 10, jnp.arange(16.0).reshape(1, 1, 16, 1)])
     dense = known.multiply_adds(known.sizes)
-    with pytest.warns(match="stage1_block1/conv_b/kernel' has collapsed: it has only its highest score"):
+    collapsed = "stage1_block1/conv_b/kernel' has collapsed: it keeps only its highest score, which is reserved"
+    with pytest.warns(match=collapsed):
         kept = target_multiply_adds.keep_highest(known, scores, known.multiply_adds([1, 12]) / dense)
     first, second = (np.ravel(leaf) for leaf in known.selection.score_leaves(kept))
     assert first.tolist() == [-1] * 7 + [1]
@@ -196,7 +197,8 @@ def test_layers_that_are_a_multiple_keep_one() -> None:
         assert known.multiply_adds(counts) <= 0.5 * dense
         # What the first convolution's masked channels leave is one channel more; 3 divides none of the layers.
         computed = [
-            min(count + stays, size) for count, stays, size in zip(counts, known.stays, known.sizes, strict=True)
+            min(count + constant, size)
+            for count, constant, size in zip(counts, known.needs_constant, known.sizes, strict=True)
         ]
         assert (np.remainder(computed, 4) == 0).all() == (multiple == 4)
         for before, after in zip(*map(known.selection.score_leaves, (scores, kept)), strict=True):
@@ -362,26 +364,47 @@ def test_two_children_of_a_ticket_are_connected(run_folder: Path, monkeypatch: p
     assert commands.main(["connect", str(run_folder), "--points", "2"]) == 0
 
 
+TAKERS = "requires --method cs or imp or imp-c or gmp or magnitude or random"
+
+
 @pytest.mark.parametrize(
     "words, complaint",
     [
-        ("--granularity channel --method snip", "--granularity: got channel beside --method snip, wanted cs or imp"),
-        ("--granularity channel --method supermask", "--granularity: got channel beside --method supermask"),
-        ("--granularity channel --method dense", "--granularity: got channel beside --method dense"),
-        ("--target-multiply-adds 0.5", "--target-multiply-adds: got 0.5, wanted none, or --granularity channel"),
-        ("--granularity channel --target-multiply-adds 0", "--target-multiply-adds: got 0.0, wanted a share above 0"),
+        (
+            "--granularity channel --method snip",
+            f"--granularity channel: {TAKERS}",
+        ),
+        (
+            "--granularity channel --method supermask",
+            f"--granularity channel: {TAKERS}",
+        ),
+        (
+            "--granularity channel --method dense",
+            f"--granularity channel: {TAKERS}",
+        ),
+        ("--target-multiply-adds 0.5", "--target-multiply-adds 0.5: requires --granularity channel"),
+        (
+            "--granularity channel --target-multiply-adds 0",
+            "--target-multiply-adds 0.0: must be a share above 0",
+        ),
         (
             "--granularity channel --target-multiply-adds 0.5 --target-density 0.5",
-            "--target-multiply-adds: got 0.5, wanted none beside --target-density 0.5",
+            "--target-multiply-adds 0.5: excludes --target-density 0.5; give one of them",
         ),
-        ("--granularity channel --target-multiply-adds 0.5 --scope layer", "--scope: got layer, wanted global beside"),
-        ("--granularity channel --allow-empty-layers", "--allow-empty-layers: got True, wanted none beside"),
+        (
+            "--granularity channel --target-multiply-adds 0.5 --scope layer",
+            "--scope layer: not possible with --target-",
+        ),
+        ("--granularity channel --allow-empty-layers", "--allow-empty-layers: not possible with --granularity channel"),
         (
             "--granularity channel --target-density 0.3 --channel-multiple 4",
-            "--channel-multiple: got 4, wanted none, or --target-multiply-adds beside it",
+            "--channel-multiple 4: requires --target-multiply-adds",
         ),
-        ("--granularity channel --channel-multiple 0", "--channel-multiple: got 0, wanted at least 1"),
-        ("--granularity channel --controls random", "--controls: got random beside --granularity channel"),
+        ("--granularity channel --channel-multiple 0", "--channel-multiple 0: must be at least 1"),
+        (
+            "--granularity channel --controls random",
+            "--controls random: not possible with --granularity",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(words: str, complaint: str) -> None:
@@ -391,7 +414,7 @@ def test_what_does_not_go_together_is_refused(words: str, complaint: str) -> Non
 
 
 class Unwired(nn.Module):
-    """A network that does not say how it is wired."""
+    """A network that does not declare its wiring."""
 
     num_classes: int
 
@@ -400,20 +423,23 @@ class Unwired(nn.Module):
         return nn.Dense(self.num_classes)(MaskedDense(3)(x.reshape(x.shape[0], -1)))
 
 
+TAKERS = "requires --method cs or imp or imp-c or gmp or magnitude or random"
+
+
 @pytest.mark.parametrize(
     "words, complaint",
     [
         (
             "--model unwired",
-            "--granularity: got channel beside --model unwired: model: got Unwired, which does not",
+            "--granularity channel: not possible with --model unwired: model Unwired: does not declare",
         ),
         (
             "--target-multiply-adds 0.01 --channel-multiple 1",
-            "--target-multiply-adds: got 0.01, wanted at least 0.144, what the network has with one channel left",
+            "--target-multiply-adds 0.01: must be at least 0.144, the share of the network with one channel",
         ),
         (
             "--target-multiply-adds 0.5 --channel-multiple 8",
-            "--target-multiply-adds: got 0.5, wanted at least 0.797, what the network has with the fewest channels",
+            "--target-multiply-adds 0.5: must be at least 0.797, the share of the network with the fewest channels",
         ),
         ("--target-density 0.001", "--target-density: got 0.001: 3 of 2880 weights would empty a layer"),
     ],
@@ -456,13 +482,7 @@ def test_shuffled_masks_keep_as_many_channels_of_each_layer(by_channel: Problem)
     config = dataclasses.replace(CHANNEL, target_density=0.5)
     state = search.init_state(config, by_channel)
     ticket, _ = search.search_ticket(config, by_channel, search.begin_search(state), Observer())
-    shuffled = CONTROLS["shuffled"](config, by_channel, ticket)
+    shuffled = CONTROLS["shuffled"](by_channel, ticket)
     for block, layer, kind in (A, B):
         before, after = (kept_channels(network.masks[block][layer][kind]) for network in (ticket, shuffled))
         assert before.sum() == after.sum()
-
-
-def test_the_page_about_structured_tickets_runs() -> None:
-    page = (Path(train.__file__).parent / "docs" / "structured.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    exec(block, {})

@@ -12,7 +12,7 @@ import scipy.stats
 import small
 from flax import linen as nn
 
-from cs_jax import CollapsedLayerWarning, methods
+from cs_jax import CollapsedLayerWarning
 from cs_jax.commands import parser
 from cs_jax.core import trees
 from cs_jax.core.errors import ConfigError
@@ -20,11 +20,12 @@ from cs_jax.data.images import ImageSet
 from cs_jax.data.load import Data
 from cs_jax.experiment import pipeline, search
 from cs_jax.experiment.config import SEARCH, Config
+from cs_jax.experiment.experiment import Experiment
 from cs_jax.experiment.prepare import prepare
 from cs_jax.experiment.progress import EpochRecord, Observer, Observers, Progress
 from cs_jax.experiment.storage.checkpoints import Checkpoints
 from cs_jax.experiment.storage.paths import TICKET_FILE
-from cs_jax.experiment.storage.run_directory import opened
+from cs_jax.experiment.storage.run_directory import open_run_directory
 from cs_jax.layers.masked import MaskedDense
 from cs_jax.methods import FINETUNE, LR_REWIND, METHODS, NONE, REWIND, Method
 from cs_jax.methods.stochastic import draw_masks
@@ -55,7 +56,7 @@ class Net(nn.Module):
         return nn.Dense(self.num_classes, name="last")(nn.relu(MaskedDense(20, name="second")(x)))
 
 
-FROZEN = [name for name, method in METHODS.items() if not method.recipe(Recipe(Net(4))).moves_weights]
+FROZEN = [name for name, method in METHODS.items() if not method(Config()).recipe(Recipe(Net(4))).moves_weights]
 
 
 def configure(method: str, **fields: Any) -> Config:
@@ -138,18 +139,18 @@ def test_a_ticket_keeps_just_as_many_weights_as_its_density_has(method: str, sco
     assert sum(kept.values()) == round(DENSITY * 1680)
     assert (kept == {"first/kernel": 133, "second/kernel": 74}) == (scope == "layer")
     values = np.unique(np.concatenate([mask.ravel() for mask in jax.tree.leaves(ticket.masks)]))
-    assert_equal(values, np.array([0, METHODS[method].mask_scale(config)], np.float32))
+    assert_equal(values, np.array([0, METHODS[method](config).mask_scale()], np.float32))
 
 
 @pytest.mark.parametrize("method", [name for name in SEARCHING if name in PRUNING])
 def test_of_equal_ranks_the_first_80_of_100_are_kept(method: str, problem: Problem) -> None:
     config = configure(method, rounds=1, target_density=0.8)
     ones = {"dense": {"kernel": jnp.ones((10, 10))}}
-    some_scores, fixed = METHODS[method].begin(config, problem, {"masks": ones})
+    some_scores, fixed = METHODS[method](config).begin(problem, {"masks": ones})
     state = step.init_state(problem.recipe, ones, {}, scores=some_scores, masks=fixed)
     for epoch in range(config.epochs):
-        state = METHODS[method].end_epoch(config, state, 0, epoch)
-    mask = METHODS[method].ticket_masks(config, state)["dense"]["kernel"]
+        state = METHODS[method](config).end_epoch(state, 0, epoch)
+    mask = METHODS[method](config).ticket_masks(state)["dense"]["kernel"]
     assert_equal(np.asarray(mask != 0).ravel(), np.arange(100) < 80)
 
 
@@ -438,7 +439,7 @@ def test_three_levels_of_imp_are_those_of_its_definition(
     expected = prune_by_magnitude([weights[name] for name in names], shares, per_layer=scope == "layer")
     for round in range(3):
         for epoch in range(config.epochs):
-            state = METHODS[method].end_epoch(config, state, round, epoch)
+            state = METHODS[method](config).end_epoch(state, round, epoch)
             level = round if epoch == config.epochs - 1 else round - 1
             for index, name in enumerate(names):
                 mask = np.asarray(state.masks[name]["kernel"])
@@ -499,13 +500,14 @@ def test_after_none_the_ticket_is_what_the_search_ended_with(
     monkeypatch.setitem(MODELS, "net", Net)
     config, history = configure(method, after=NONE, out=tmp_path / "run", model="net"), History()
     data = Data(problem.train, problem.train, problem.train, classes=("a", "b", "c", "d"))
-    with opened(config, new=True) as directory:
+    with open_run_directory(config, new=True) as directory:
         directory.begin("fingerprint")
-        summary = pipeline.run(config, problem, data, directory, Observers(directory, history))
+        observers = Observers(directory, history)
+        summary = pipeline.run(Experiment(config, problem, observers, data=data, directory=directory))
     assert [progress.phase_name() for progress in history.starts] == ["search 0", "search 1"]
     assert (summary["after"], summary["ticket"]["epochs"]) == (NONE, 6)
     saved, state = load_ticket(tmp_path / "run" / TICKET_FILE), history.ends[-1].state
-    found = METHODS[method].ticket_masks(config, state)
+    found = METHODS[method](config).ticket_masks(state)
     kept = jax.tree.map(lambda mask: (mask != 0).astype(mask.dtype), found)
     assert saved.rewound is None
     assert_equal(saved.variables["params"], trees.apply_masks(state.params, kept))
@@ -570,7 +572,7 @@ class EverySecond(Method):
 
     wants_target = False
 
-    def end_epoch(self, config: Config, state: TrainState, round: int, epoch: int) -> TrainState:
+    def end_epoch(self, state: TrainState, round: int, epoch: int) -> TrainState:
         def every_second(mask: jax.Array) -> jax.Array:
             return (jnp.arange(mask.size) % 2).reshape(mask.shape).astype(mask.dtype)
 
@@ -581,17 +583,17 @@ WORDS = "--epochs 2 --rounds 1 --rewind-epoch 1 --batch-size 16 --lr-schedule --
 
 
 def test_a_method_is_added_by_one_line(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="^--method: got 'every-second', wanted "):
+    with pytest.raises(ConfigError, match="^--method every-second: must be one of cs, "):
         parser.parse([*WORDS, "--method", "every-second"])
-    monkeypatch.setitem(METHODS, "every-second", EverySecond())
+    monkeypatch.setitem(METHODS, "every-second", EverySecond)
     config = parser.parse([*WORDS, "--method", "every-second"])
-    assert type(methods.of(config)) is EverySecond and str(config.run_directory) == "runs/digits-every-second-seed0"
+    assert type(config.pruning_method) is EverySecond and str(config.run_directory) == "runs/digits-every-second-seed0"
     ticket, state, history = run(config, problem)
     assert counts(ticket.masks) == {"first/kernel": 540, "second/kernel": 300}
     assert [record.density for record in history.records] == [0.5] * 4
     assert_equal(ticket.start.params, history.epochs[0].state.params)
     assert_equal(state.masks, ticket.masks)
-    with pytest.raises(ConfigError, match="^--target-density: got 0.5, wanted .* --method every-second, "):
+    with pytest.raises(ConfigError, match="^--target-density 0.5: --method every-second prunes nothing$"):
         parser.parse([*WORDS, "--method", "every-second", "--target-density", "0.5"])
 
 

@@ -20,7 +20,7 @@ from cs_jax.experiment.presets import PRESETS
 from cs_jax.models.multiply_adds import multiply_adds
 
 KEY = jax.random.key(0)
-PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "experiments" / "models.md").read_text()
 
 
 def sizes(model: Any, image_shape: tuple[int, ...]) -> tuple[int, int]:
@@ -187,12 +187,12 @@ def test_patches_follow_the_size_of_images(model: Any, image_shape: tuple, token
 @pytest.mark.parametrize(
     "model, image_shape, message",
     [
-        (models.ViTTiny(), (30, 32, 3), "got 30 by 32 pixels, wanted sides that the patch size 4 divides"),
-        (models.ViTTiny(), (64, 72, 3), "got 64 by 72 pixels, wanted sides that the patch size 16 divides"),
-        (models.ViTTiny(patch_size=0), (32, 32, 3), "wanted sides that the patch size 0 divides"),
-        (models.ViTTiny(num_heads=5), (32, 32, 3), "num_heads: got 5, wanted a divisor of the width 192"),
-        (models.VGG16(), (32, 31, 3), "got 32 by 31 pixels, wanted at least 32 by 32"),
-        (models.Conv6(), (7, 8, 1), "got 7 by 8 pixels, wanted at least 8 by 8"),
+        (models.ViTTiny(), (30, 32, 3), "images 30x32: patch size 4 must divide height and width"),
+        (models.ViTTiny(), (64, 72, 3), "images 64x72: patch size 16 must divide height and width"),
+        (models.ViTTiny(patch_size=0), (32, 32, 3), "images 32x32: patch size 0 must divide height and width"),
+        (models.ViTTiny(num_heads=5), (32, 32, 3), "num_heads 5: must divide the width 192"),
+        (models.VGG16(), (32, 31, 3), "images 32x31: require at least 32x32 pixels"),
+        (models.Conv6(), (7, 8, 1), "images 7x8: require at least 8x8 pixels"),
     ],
 )
 def test_images_that_a_network_cannot_take_are_refused(model: Any, image_shape: tuple, message: str) -> None:
@@ -201,7 +201,7 @@ def test_images_that_a_network_cannot_take_are_refused(model: Any, image_shape: 
 
 
 def test_a_network_too_large_for_the_data_is_told_in_one_line() -> None:
-    with pytest.raises(ConfigError, match=r"--model: got vgg16, .* got 8 by 8 pixels, wanted at least 32 by 32$"):
+    with pytest.raises(ConfigError, match=r"^--model vgg16: .* images 8x8: require at least 32x32 pixels$"):
         prepare(dataclasses.replace(PRESETS["digits"], model="vgg16"))
 
 
@@ -298,7 +298,7 @@ def test_batch_norm_keeps_the_unbiased_variance_and_normalises_by_the_biased_one
 def test_batch_norm_refuses_what_has_no_variance() -> None:
     norm = models.BatchNorm(use_running_average=False)
     variables = norm.init(KEY, jnp.ones((2, 3)))
-    with pytest.raises(ValueError, match="got 1 value per feature in a training batch, wanted at least 2"):
+    with pytest.raises(ValueError, match="a training batch must have at least 2 values per feature, not 1"):
         norm.apply(variables, jnp.ones((1, 3)), mutable=["batch_stats"])
-    with pytest.raises(ValueError, match="mask of a BatchNorm is not supported"):
+    with pytest.raises(ValueError, match="mask of a BatchNorm: must be None, because it is not supported"):
         norm.apply(variables, jnp.ones((2, 3)), mask=jnp.ones((2, 3)), mutable=["batch_stats"])

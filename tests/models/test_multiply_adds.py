@@ -194,7 +194,8 @@ def test_arrays_of_a_layer_of_ones_own_are_told_apart(multiply: Callable, a: int
 
 def test_products_in_a_loop_of_unknown_length_are_refused() -> None:
     model = Own(lambda x, a, b: jax.lax.while_loop(lambda y: y.sum() > 0, lambda y: y @ a, x))
-    with pytest.raises(ValueError, match="got products in a while loop, wanted a loop of known length"):
+    complaint = "model: cannot count products in a while loop; use lax.scan or another loop of known length"
+    with pytest.raises(ValueError, match=complaint):
         multiply_adds(model, (3,))
 
 

@@ -163,7 +163,7 @@ def test_a_search_that_is_ended_early_is_told() -> None:
     """As with MultiSteps, where updates are counted in minibatches: 4 of 10 updates were made."""
     tx = make()
     _, state = train(tx, PARAMS, tx.init(PARAMS), 4)
-    ending = "the search is at temperature 7.07 of 50, after 4 updates: its masks are still soft"
+    ending = "temperature 7.07 after 4 updates: below the final 50, so masks are still soft"
     for end in (cs_jax.ticket_masks, cs_jax.freeze_ticket, cs_jax.next_round, lambda s: cs_jax.rewind(tx, s, PARAMS)):
         with pytest.warns(cs_jax.UnfinishedSearchWarning, match=ending):
             end(state)
@@ -385,11 +385,14 @@ def test_a_loop_that_forgets_masked_params_fails_at_its_first_step() -> None:
     tx = make()
     state = tx.init(PARAMS)
     gradient = jax.grad(loss_fn)(PARAMS)
-    with pytest.raises(TypeError, match=r"update\(\) lacks masked_params: .*wanted masked = cs_jax.masked_params"):
+    with pytest.raises(
+        TypeError,
+        match=r"masked_params None: update requires the masked weights; compute masked = cs_jax.masked_params",
+    ):
         tx.update(gradient, state, PARAMS)
-    with pytest.raises(TypeError, match="lacks masked_params"):
+    with pytest.raises(TypeError, match="masked_params None: update requires the masked weights"):
         jax.jit(optax.chain(optax.clip(1.0), tx).update)(gradient, (optax.EmptyState(), state), PARAMS)
-    with pytest.raises(ValueError, match="masked_params 'hidden/kernel' is the weight itself"):
+    with pytest.raises(ValueError, match="masked_params 'hidden/kernel': must not be the weight itself"):
         tx.update(gradient, state, PARAMS, masked_params=PARAMS)
 
 
@@ -414,9 +417,9 @@ def test_other_weights_than_the_masked_ones_spoil_the_update(wrong: str) -> None
 
 def test_differentiating_through_masked_params_is_refused() -> None:
     state = make().init(PARAMS)
-    with pytest.raises(TypeError, match="masked_params is differentiated"):
+    with pytest.raises(TypeError, match="masked_params: must not be differentiated"):
         jax.grad(lambda params: loss_fn(cs_jax.masked_params(params, state)))(PARAMS)
-    with pytest.raises(TypeError, match="masked_params is differentiated"):
+    with pytest.raises(TypeError, match="masked_params: must not be differentiated"):
         jax.jit(jax.grad(lambda params: loss_fn(jax.jit(cs_jax.masked_params)(params, state))))(PARAMS)
 
 
@@ -425,7 +428,10 @@ def test_right_after_a_reset_there_is_no_ticket() -> None:
     _, state = train(tx, PARAMS, tx.init(PARAMS), 10)
     with (
         pytest.warns(cs_jax.CollapsedLayerWarning),
-        pytest.raises(ValueError, match="as at the start and right after next_round"),
+        pytest.raises(
+            ValueError,
+            match="needs a score above 0, to keep a weight; .* at the start of a search and right after next_round",
+        ),
     ):
         cs_jax.ticket_masks(cs_jax.next_round(state))
 
@@ -439,74 +445,90 @@ MASKED = jax.tree.map(lambda leaf: 1.0 * leaf, PARAMS)
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: make(epochs=0), ValueError, "epochs: got 0, wanted a whole number of at least 1"),
-        (lambda: make(steps_per_epoch=2.5), ValueError, "steps_per_epoch: got 2.5, wanted a whole number"),
-        (lambda: make(epochs="3"), ValueError, "epochs: got '3', wanted a whole number"),
-        (lambda: make(penalty=None), ValueError, "penalty: got None, wanted a finite number"),
+        (lambda: make(epochs=0), ValueError, "epochs 0: must be a whole number of at least 1"),
+        (lambda: make(steps_per_epoch=2.5), ValueError, "steps_per_epoch 2.5: must be a whole number"),
+        (lambda: make(epochs="3"), ValueError, "epochs '3': must be a whole number"),
+        (lambda: make(penalty=None), ValueError, "penalty None: must be a finite number"),
         (
             lambda: make().init({"kernel": jnp.ones((2, 2)), "act": jax.nn.relu}),
             TypeError,
-            "params 'act': got .*, wanted arrays alone, as eqx.filter",
+            "params 'act' of type .*: must be an array; remove other leaves, as with eqx.filter",
         ),
-        (lambda: make(rounds=0), ValueError, "rounds: got 0"),
-        (lambda: make(final_temp=0.5), ValueError, "final_temp: got 0.5, wanted a finite number of at least 1"),
-        (lambda: make(penalty=-1.0), ValueError, "penalty: got -1.0, wanted a finite number of at least 0"),
-        (lambda: make(score_tx=0.1), TypeError, "score_tx: got 0.1, wanted an optax transformation"),
-        (lambda: make(init_value=-100.0).init(PARAMS), ValueError, "got -100, wanted a finite number of at least -80"),
-        (lambda: make(target_density=0.0).init(PARAMS), ValueError, "target_density: got 0, wanted a share above 0"),
-        (lambda: make(target_density=1.5).init(PARAMS), ValueError, "target_density: got 1.5, wanted a share"),
-        (lambda: make(target_density="a").init(PARAMS), TypeError, "target_density: got 'a', wanted a number"),
+        (lambda: make(rounds=0), ValueError, "rounds 0: must be a whole number"),
+        (lambda: make(final_temp=0.5), ValueError, "final_temp 0.5: must be a finite number of at least 1"),
+        (lambda: make(penalty=-1.0), ValueError, "penalty -1.0: must be a finite number of at least 0"),
+        (lambda: make(score_tx=0.1), TypeError, "score_tx 0.1: must be an optax transformation"),
+        (
+            lambda: make(init_value=-100.0).init(PARAMS),
+            ValueError,
+            "value -100: must be a finite number of at least -80",
+        ),
+        (lambda: make(target_density=0.0).init(PARAMS), ValueError, "target_density 0: must be a share above 0"),
+        (lambda: make(target_density=1.5).init(PARAMS), ValueError, "target_density 1.5: must be a share"),
+        (lambda: make(target_density="a").init(PARAMS), TypeError, "target_density 'a': must be a number"),
         (
             lambda: make(target_density=0.01).init(PARAMS),
             ValueError,
-            "1 of 72 weights would empty a layer of hidden/kernel, out/kernel, which need 2 for one score each; "
-            "wanted at least 0.0278",
+            "1 of 72 weights would empty a layer of hidden/kernel, out/kernel; one score in each layer needs 2 "
+            "weights; use at least 0.0278, or allow_empty_layers=True",
         ),
-        (lambda: make().init({"bias": jnp.ones(3)}), ValueError, r"no weights to mask among 1 leaves \(bias\)"),
-        (lambda: make(where="*/kernl").init(PARAMS), ValueError, "close to it are out/kernel, hidden/kernel"),
-        (lambda: make().update(GRADIENT, STATE, masked_params=MASKED), TypeError, "lacks params"),
+        (
+            lambda: make().init({"bias": jnp.ones(3)}),
+            ValueError,
+            r"params with 1 leaves \(bias\): the rules select no weights to mask",
+        ),
+        (lambda: make(where="*/kernl").init(PARAMS), ValueError, r"did you mean out/kernel, hidden/kernel\?"),
+        (
+            lambda: make().update(GRADIENT, STATE, masked_params=MASKED),
+            TypeError,
+            "params None: update requires the weights",
+        ),
         (
             lambda: make().update({"hidden": {}}, STATE, PARAMS, masked_params=MASKED),
             ValueError,
-            "gradient: no leaf 'hidden/kernel', which is masked; got nothing",
+            "gradient with leaves nothing: must contain masked leaf 'hidden/kernel'",
         ),
         (
             lambda: make().update(jax.tree.map(lambda g: g[:1], GRADIENT), STATE, PARAMS, masked_params=MASKED),
             ValueError,
-            r"gradient 'hidden/kernel': got shape \(1, 8\), wanted \(6, 8\)",
+            r"gradient 'hidden/kernel' of shape \(1, 8\): must have shape \(6, 8\)",
         ),
         (
             lambda: make().update(GRADIENT, optax.EmptyState(), PARAMS, masked_params=MASKED),
             ValueError,
-            "state: got EmptyState",
+            "state EmptyState: must be a state that init or update returned",
         ),
         (
             lambda: cs_jax.masked_params(PARAMS, optax.adam(0.1).init(PARAMS)),
             ValueError,
-            "opt_state holds 0 states of continuous_sparsification, wanted one",
+            "opt_state of type .*: must contain one state of continuous_sparsification, not 0",
         ),
         (
             lambda: cs_jax.masked_params({"other": jnp.ones((2, 2))}, STATE),
             ValueError,
-            "mask 'hidden/kernel' has no weights: params hold other",
+            "masks 'hidden/kernel': must have the path of a weight; params have other",
         ),
         (
             lambda: cs_jax.freeze_ticket(STATE, masks={"hidden": {"kernel": jnp.ones((6, 8))}}),
             ValueError,
-            r"masks 'out/kernel': got none, wanted shape \(8, 3\)",
+            r"masks 'out/kernel' missing: must have shape \(8, 3\)",
         ),
         (
             lambda: cs_jax.rewind(make(), TICKET, {"hidden": {"kernel": jnp.ones((6, 8))}}),
             ValueError,
-            "mask 'out/kernel' has no weights",
+            "masks 'out/kernel': must have the path of a weight",
         ),
-        (lambda: cs_jax.next_round(STATE, reset="never"), ValueError, "reset: got 'never', wanted 'paper' or"),
-        (lambda: cs_jax.next_round(STATE._replace(scores={})), ValueError, "a ticket's and fixed: there is no next"),
-        (lambda: jax.jit(cs_jax.ticket_masks)(STATE), TypeError, "scores are traced: a ticket is counted outside"),
+        (lambda: cs_jax.next_round(STATE, reset="never"), ValueError, "reset 'never': must be 'paper' or"),
+        (
+            lambda: cs_jax.next_round(STATE._replace(scores={})),
+            ValueError,
+            "contains a ticket with fixed masks; a next round needs",
+        ),
+        (lambda: jax.jit(cs_jax.ticket_masks)(STATE), TypeError, "scores: must not be traced; make a ticket outside"),
         (
             lambda: cs_jax.ticket_masks(STATE._replace(scores=jax.tree.map(lambda s: s + jnp.nan, STATE.scores))),
             ValueError,
-            "scores 'hidden/kernel' are not finite",
+            "scores 'hidden/kernel': must be finite numbers",
         ),
     ],
 )

@@ -14,9 +14,10 @@ from rich.console import Console
 from scipy import stats
 
 from cs_jax.commands.sweep import print_cells
-from cs_jax.report import density_plots, pages, plots
-from cs_jax.report import sweep_page as pareto_page
+from cs_jax.report import density_plots, pages, plots, sweep_page, sweep_plots
+from cs_jax.report.density_plots import Band, Curves
 from cs_jax.report.pages import Page, Plot, Table
+from cs_jax.report.sweep_cells import SweepResults
 from cs_jax.sweep import statistics
 from cs_jax.sweep.statistics import Cell, Result
 
@@ -27,13 +28,13 @@ def made(
     *,
     control: str | None = None,
     target: float | None = 0.1,
-    dial: float | None = None,
+    initial_score: float | None = None,
     seed: int = 0,
     density: float = 0.1,
     epochs: int = 60,
     flops: float = 1.5e12,
 ) -> Result:
-    return Result(method, control, target, dial, seed, density, accuracy, None, epochs, flops, 30.0)
+    return Result(method, control, target, initial_score, seed, density, accuracy, None, epochs, flops, 30.0)
 
 
 def trio(method: str, accuracies: tuple[float, ...], **fields) -> list[Result]:
@@ -58,7 +59,7 @@ def sweep(methods: int, targets: tuple[float, ...], controls: tuple[str, ...]) -
 
 def built(results: list[Result], missing: tuple[str, ...] = ()) -> Page:
     with plots.style():
-        return pareto_page.page("A sweep", statistics.summarize(results), results, missing, "digits")
+        return sweep_page.page(SweepResults("some", results, missing))
 
 
 def tables(page: Page) -> dict[str, Table]:
@@ -67,6 +68,17 @@ def tables(page: Page) -> dict[str, Table]:
 
 def drawn(page: Page) -> dict[str, Plot]:
     return {part.name: part for section in page.sections for part in section.parts if isinstance(part, Plot)}
+
+
+def best(page: Page) -> list[list[str]]:
+    """Rows of the most accurate ticket at each target."""
+    return [[*row] for row in tables(page)["Most accurate ticket at each target"].rows]
+
+
+def front(page: Page) -> list[list[str]]:
+    """Rows of the Pareto front."""
+    (table,) = (table for caption, table in tables(page).items() if caption.startswith("Pareto front"))
+    return [[*row] for row in table.rows]
 
 
 def cost(page: Page) -> str:
@@ -93,7 +105,7 @@ def test_a_cell_has_means_over_seeds_and_the_deviation_of_a_sample():
 
 def test_one_seed_has_a_difference_and_no_deviation_interval_or_p():
     _, cell = statistics.summarize([made("imp", 0.90), made("cs", 0.93)])
-    assert (cell.n, cell.deviation, cell.beside, cell.pairs) == (1, None, "imp", 1)
+    assert (cell.n, cell.deviation, cell.compared_with, cell.pairs) == (1, None, "imp", 1)
     assert cell.density_deviation is None
     assert cell.difference == pytest.approx(0.03, abs=1e-15)
     assert (cell.interval, cell.p, cell.p_adjusted) == (None, None, None)
@@ -101,7 +113,7 @@ def test_one_seed_has_a_difference_and_no_deviation_interval_or_p():
 
 def test_paired_differences_have_the_interval_and_p_of_a_t_test():
     _, cell = statistics.summarize([*IMP, *CS])
-    assert (cell.beside, cell.pairs) == ("imp", 3)
+    assert (cell.compared_with, cell.pairs) == ("imp", 3)
     assert cell.difference == pytest.approx(0.02, abs=1e-12)
     # t = 2 sqrt(3) with 2 degrees of freedom, where p = 1 - t / sqrt(t^2 + 2) and t(0.975) = 4.302653.
     assert cell.p == pytest.approx(1 - math.sqrt(12 / 14), rel=1e-9)
@@ -138,35 +150,38 @@ def test_equal_differences_have_no_p_whatever_the_rounding(dtype):
     assert (cell.interval, cell.p, cell.p_adjusted) == (None, None, None)
 
 
-def test_controls_stand_beside_the_ticket_of_their_own_method_target_and_dial():
+def test_controls_are_compared_with_the_ticket_of_their_own_method_target_and_initial_score():
     results = [
         *IMP,
         *trio("cs", (0.5, 0.5, 0.5), target=0.2),
         *CS,
         *trio("cs", (0.90, 0.91, 0.95), control="random"),
-        *trio("cs", (0.6, 0.6, 0.6), target=None, dial=0.05),
-        *trio("cs", (0.4, 0.5, 0.6), control="random", target=None, dial=0.05),
-        *trio("cs", (0.4, 0.5, 0.6), control="random", target=None, dial=0.1),
+        *trio("cs", (0.6, 0.6, 0.6), target=None, initial_score=0.05),
+        *trio("cs", (0.4, 0.5, 0.6), control="random", target=None, initial_score=0.05),
+        *trio("cs", (0.4, 0.5, 0.6), control="random", target=None, initial_score=0.1),
     ]
-    cells = {(cell.target, cell.dial): cell for cell in statistics.summarize(results) if cell.control == "random"}
-    assert [cells[key].beside for key in ((0.1, None), (None, 0.05), (None, 0.1))] == ["cs ticket", "cs ticket", ""]
+    cells = {
+        (cell.target, cell.initial_score): cell for cell in statistics.summarize(results) if cell.control == "random"
+    }
+    keys = ((0.1, None), (None, 0.05), (None, 0.1))
+    assert [cells[key].compared_with for key in keys] == ["cs ticket", "cs ticket", ""]
     assert cells[0.1, None].difference == pytest.approx((-0.01 - 0.02 + 0) / 3, abs=1e-12)
     assert cells[None, 0.05].difference == pytest.approx(-0.1, abs=1e-12)
-    assert statistics.peer(cells[None, 0.1], [*cells.values()]) is None
+    assert statistics.counterpart(cells[None, 0.1], [*cells.values()]) is None
 
 
 def test_tickets_without_a_target_or_a_reference_at_it_are_not_compared():
     free = trio("imp", (0.9, 0.9, 0.9), target=None) + trio("cs", (0.8, 0.8, 0.9), target=None)
     elsewhere = trio("imp", (0.9, 0.9, 0.9), target=0.5) + CS
     for results in (free, elsewhere, CS):
-        assert {cell.beside for cell in statistics.summarize(results)} == {""}
-    assert [cell.beside for cell in statistics.summarize([*IMP, *CS], reference="cs")] == ["cs", ""]
+        assert {cell.compared_with for cell in statistics.summarize(results)} == {""}
+    assert [cell.compared_with for cell in statistics.summarize([*IMP, *CS], reference="cs")] == ["cs", ""]
 
 
-def test_a_reference_without_a_dial_stands_beside_every_dial():
-    cells = statistics.summarize([*IMP, *trio("cs", (0.9, 0.92, 0.9), dial=0.05)])
-    assert cells[1].beside == "imp"
-    assert statistics.peer(cells[1], cells) == cells[0]
+def test_a_reference_without_an_initial_score_is_compared_with_every_initial_score():
+    cells = statistics.summarize([*IMP, *trio("cs", (0.9, 0.92, 0.9), initial_score=0.05)])
+    assert cells[1].compared_with == "imp"
+    assert statistics.counterpart(cells[1], cells) == cells[0]
 
 
 def test_holm_multiplies_by_the_tests_left_and_never_falls():
@@ -196,10 +211,10 @@ def test_tickets_and_controls_are_adjusted_as_two_families():
 
 def test_cells_are_ordered_by_method_control_and_falling_target():
     results = [
-        made("cs", 0.9, target=None, dial=-0.1),
+        made("cs", 0.9, target=None, initial_score=-0.1),
         made("cs", 0.9, control="random", target=0.1),
         made("cs", 0.9, target=0.1),
-        made("cs", 0.9, target=None, dial=0.1),
+        made("cs", 0.9, target=None, initial_score=0.1),
         made("imp", 0.9, target=0.05),
         made("cs", 0.9, control="reinit", target=0.1),
         made("cs", 0.9, target=0.5),
@@ -218,13 +233,15 @@ def test_cells_are_ordered_by_method_control_and_falling_target():
 
 
 def test_a_result_that_comes_twice_is_refused():
-    with pytest.raises(ValueError, match=r"^cs, random, target 0\.1, s0 -0\.05, seed 3: got two results, wanted one$"):
-        statistics.summarize([made("cs", accuracy, control="random", dial=-0.05, seed=3) for accuracy in (0.8, 0.9)])
+    with pytest.raises(ValueError, match=r"^cs, random, target 0\.1, s0 -0\.05, seed 3: two results; give one$"):
+        statistics.summarize(
+            [made("cs", accuracy, control="random", initial_score=-0.05, seed=3) for accuracy in (0.8, 0.9)]
+        )
 
 
 @pytest.mark.parametrize("accuracy", [98.9, -0.1, math.nan])
 def test_an_accuracy_that_is_no_share_is_refused(accuracy):
-    with pytest.raises(ValueError, match=r"^imp, ticket, target 0\.1, seed 0: got test_accuracy .*, wanted a share"):
+    with pytest.raises(ValueError, match=r"^imp, ticket, target 0\.1, seed 0: test_accuracy .*: must be in \[0, 1\]$"):
         statistics.summarize([made("imp", accuracy)])
 
 
@@ -243,7 +260,7 @@ def test_the_front_has_the_tickets_that_no_other_network_beats():
         made("cs", 0.85, control="random", target=0.05, density=0.05),
         made("cs", 0.70, target=0.01, density=0.01),
     ]
-    found = statistics.front(statistics.summarize(results))
+    found = statistics.pareto_front(statistics.summarize(results))
     assert [(cell.method, cell.target) for cell in found] == [("imp", 0.5), ("imp", 0.1), ("twin", 0.1), ("cs", 0.01)]
 
 
@@ -253,7 +270,7 @@ def test_markdown_is_the_table_that_a_reader_sees():
         *CS,
         *trio("cs", (0.90, 0.91), control="random"),
         made("snip", 0.93, density=0.1234),
-        made("cs", 0.9, target=None, dial=-0.05),
+        made("cs", 0.9, target=None, initial_score=-0.05),
     ]
     head = "method | control | target | n | density | test accuracy | epochs | training FLOPs | seconds"
     first = "imp |  | 0.1 | 3 | 0.1000 | 0.9100 ± 0.0100 | 180 | 4.5e+12 | 30.0 | reference | reference"
@@ -262,22 +279,22 @@ def test_markdown_is_the_table_that_a_reader_sees():
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         f"| {first} |",
         "| cs |  | 0.1 | 3 | 0.1000 | 0.9300 ± 0.0200 | 60 (imp 180) | 1.5e+12 | 30.0 "
-        "| +0.0200 [-0.0048, +0.0448] beside imp | 0.074 |",
+        "| +0.0200 [-0.0048, +0.0448] vs imp | 0.074 |",
         "| cs |  | s0 -0.05 | 1 | 0.1000 | 0.9000 | 60 | 1.5e+12 | 30.0 | - | - |",
         "| cs | random | 0.1 | 2 | 0.1000 | 0.9050 ± 0.0071 | 60 | 1.5e+12 | 30.0 "
-        "| -0.0150 [-0.0785, +0.0485] beside cs ticket | 0.205 |",
-        "| snip |  | 0.1 | 1 | 0.1234 | 0.9300 | 60 (imp 180) | 1.5e+12 | 30.0 | +0.0300 beside imp | - |",
+        "| -0.0150 [-0.0785, +0.0485] vs cs ticket | 0.205 |",
+        "| snip |  | 0.1 | 1 | 0.1234 | 0.9300 | 60 (imp 180) | 1.5e+12 | 30.0 | +0.0300 vs imp | - |",
     ]
 
 
 def test_markdown_says_where_pairs_are_fewer_than_seeds():
     text = statistics.to_markdown(statistics.summarize([*IMP[:2], *CS]))
-    assert "+0.0150 [-0.0485, +0.0785] beside imp, over 2 of 3 seeds | 0.205 |" in text
+    assert "+0.0150 [-0.0485, +0.0785] vs imp, over 2 of 3 seeds | 0.205 |" in text
 
 
 def test_densities_that_differ_between_seeds_have_their_deviation_everywhere():
     results = [
-        made("cs", accuracy, seed=seed, target=None, dial=0.05, density=density)
+        made("cs", accuracy, seed=seed, target=None, initial_score=0.05, density=density)
         for seed, (accuracy, density) in enumerate([(0.9, 0.1), (0.91, 0.12), (0.92, 0.14)])
     ]
     cells = statistics.summarize([*IMP, *results])
@@ -289,28 +306,30 @@ def test_densities_that_differ_between_seeds_have_their_deviation_everywhere():
     ]
     assert statistics.to_json(cells)[1]["density_deviation"] == found
     assert tables(built([*IMP, *results]))["cs"].rows[0][3] == "12.00% ± 2.00%"
-    assert "at density 12.00% ± 2.00%." in built(results).verdict
+    assert front(built([*results]))[0][2] == "12.00% ± 2.00%"
 
 
 def test_what_is_not_tested_is_not_adjusted_for():
     def told(results: list[Result]) -> list[str]:
-        return next(section.texts for section in built(results).sections if section.title == "Figures and differences")
+        return next(section.texts for section in built(results).sections if section.title == "Results and differences")
 
-    assert told(CS) == ["Nothing is compared, and so nothing is tested."]
-    assert told([IMP[0], CS[0]])[1] == "No two networks that are compared share two seeds, so nothing is tested."
-    assert "adjusted by Holm for 1 test of tickets. Equal seeds" in told([*IMP, *CS])[0]
+    assert told(CS) == ["No networks are compared, so nothing is tested."]
+    assert told([IMP[0], CS[0]])[1] == "No two compared networks share two seeds, so nothing is tested."
+    assert told([*IMP, *CS])[0].endswith("p (Holm): p adjusted for 1 test of tickets.")
     controls = [*trio("cs", (0.8, 0.81, 0.8), control="random"), *trio("cs", (0.8, 0.81, 0.8), control="reinit")]
-    assert "adjusted by Holm for 2 tests of controls. Equal seeds" in told([*CS, *controls])[0]
-    assert "for 1 test of tickets, and for 2 tests of controls. Equal" in told([*IMP, *CS, *controls])[0]
+    assert told([*CS, *controls])[0].endswith("p (Holm): p adjusted for 2 tests of controls.")
+    assert told([*IMP, *CS, *controls])[0].endswith("adjusted for 1 test of tickets and for 2 tests of controls.")
 
 
-def test_the_verdict_says_why_no_method_is_compared():
-    assert built([*CS, *trio("snip", (0.8, 0.8, 0.9))]).verdict == (
-        "Most accurate on the test set: cs at 10%. "
-        "None of them has been compared: there are no tickets of imp, the sweep's reference."
-    )
+def test_the_page_says_why_no_method_is_compared():
+    page = built([*CS, *trio("snip", (0.8, 0.8, 0.9))])
+    assert page.sections[0].notes == ["Methods are not compared: there are no tickets of imp, the sweep's reference."]
+    assert best(page) == [["10%", "cs", "93.00% ± 2.00%", "3", "-", "-", "-", "-"]]
     elsewhere = built([*CS, *trio("snip", (0.8, 0.8, 0.9)), *trio("imp", (0.8, 0.8, 0.9), target=0.5)])
-    assert elsewhere.verdict.endswith("they share no target and seed with those of imp.")
+    assert elsewhere.sections[0].notes == [
+        "Methods are not compared: no ticket of another method has a target and a seed in common with imp, the sweep's "
+        "reference."
+    ]
 
 
 def terminal(results: list[Result]) -> list[str]:
@@ -337,18 +356,20 @@ def test_the_terminals_table_tells_the_reference_from_what_cannot_be_tested_and_
         "snip       ticket    0.1     3   10.00%  98.00 ± 1.00     180   -1.00  no spread",
         "gmp        ticket    0.1     3   10.00%  98.10 ± 1.10     180   -0.90     0.012*",
         "",
-        "test %: accuracy; ± is the standard deviation of a sample. epochs: search and retraining.",
-        "points: of test accuracy, beside imp (ref.) at the same target; of a control, beside the ticket.",
-        "p: of a paired t-test over two seeds at least, adjusted by Holm; * below 0.05. "
-        "no spread: all differences are the same.",
-        "Not trained for as many epochs as what they stand beside: magnitude 1,500 (imp 180).",
-        "Controls are trained for as long as a ticket's retraining, not as its search and retraining together.",
+        "test %: accuracy ± sample standard deviation. epochs: search and retraining together.",
+        "points: difference in test accuracy vs imp (ref.) at the same target; of a control, vs its ticket.",
+        "p: paired t-test over at least two seeds, adjusted by Holm's method; * below 0.05. "
+        "no spread: all differences are equal.",
+        "Trained for different numbers of epochs: magnitude 1,500 (imp 180).",
+        "Controls are trained for the epochs of the retraining only, without the search epochs.",
     ]
 
 
 def test_the_terminals_table_breaks_long_names_and_cuts_nothing_off():
     results = [
-        made("magnitude-at-once", accuracy, seed=seed, target=None, dial=-0.05, density=density, control=control)
+        made(
+            "magnitude-at-once", accuracy, seed=seed, target=None, initial_score=-0.05, density=density, control=control
+        )
         for control, accuracy in ((None, 0.9), ("shuffled", 0.7))
         for seed, density in ((0, 0.1), (1, 0.2))
     ]
@@ -390,15 +411,16 @@ def test_few_controls_are_drawn_beside_their_methods_and_not_apart():
 
 def test_a_single_cell_makes_a_page(tmp_path: Path):
     page = built([made("imp", 0.99)])
-    assert page.verdict == (
-        "imp is the only method: the most accurate ticket is right on 99.00% of the test set at density 10.00%."
-    )
+    assert (page.title, page.lead, page.sections[0].notes) == ("Sweep some", "1 network", [])
+    assert front(page) == [["imp", "10%", "10.00%", "99.00%", "60"]]
+    assert best(page) == [["10%", "imp", "99.00%", "1", "-", "-", "-", "-"]]
     assert len(pages.write(tmp_path, page)) == 2
 
 
 def test_a_page_without_results_says_so():
     page = built([], missing=("imp, seed 0",))
-    assert page.verdict == "No ticket has been trained yet. 1 run of the sweep has not finished."
+    assert page.lead == "0 networks; 1 run not finished"
+    assert page.sections[0].notes == ["No network has been trained yet: there is nothing to draw."]
     assert page.sections[-1].notes == ["Not finished: imp, seed 0"]
 
 
@@ -406,75 +428,81 @@ def test_an_empty_ticket_is_drawn_at_density_zero():
     assert [*drawn(built([made("imp", 0.1, density=0.0), made("cs", 0.9)]))] == ["accuracy-density"]
 
 
+def test_a_page_of_dense_networks_alone_says_that_there_is_no_ticket():
+    page = built(trio("dense", (0.9, 0.9, 0.9), control="dense", target=None, density=1.0))
+    assert page.sections[0].notes == ["No ticket has been trained yet."]
+
+
 @pytest.mark.parametrize(
-    "ours, verdict",
+    "ours, rows",
     [
         (
             (0.91, 0.93, 0.95),
-            "Most accurate on the test set: cs at 10%. "
-            "The lead over imp is not significant at 10% (0.05 level, Holm's correction for 1 test).",
+            [["10%", "cs", "93.00% ± 2.00%", "3", "imp", "+2.00", "0.074", "not significant"]],
         ),
         (
             (0.92, 0.931, 0.942),
-            "Most accurate on the test set: cs at 10%. "
-            "The lead over imp is significant at 10% (0.05 level, Holm's correction for 1 test).",
+            [["10%", "cs", "93.10% ± 1.10%", "3", "imp", "+2.10", "<0.001", "significant"]],
         ),
         (
             (0.88, 0.889, 0.898),
-            "Most accurate on the test set: imp at 10%. "
-            "The lead of imp over the next best is significant at 10% (0.05 level, Holm's correction for 1 test).",
+            [["10%", "imp", "91.00% ± 1.00%", "3", "cs (second best)", "+2.10", "<0.001", "significant"]],
         ),
         (
             (0.93, 0.94, 0.95),
-            "Most accurate on the test set: cs at 10%. "
-            "The lead over imp is not tested at 10% (0.05 level, Holm's correction for 1 test).",
+            [["10%", "cs", "94.00% ± 1.00%", "3", "imp", "+3.00", "-", "not tested"]],
         ),
-        ((0.92, 0.91, 0.90), "Most accurate on the test set: imp and cs at 10%."),
+        (
+            (0.92, 0.91, 0.90),
+            [
+                ["10%", "imp", "91.00% ± 1.00%", "3", "reference", "-", "-", "-"],
+                ["10%", "cs", "91.00% ± 1.00%", "3", "imp", "+0.00", "1.000", "not significant"],
+            ],
+        ),
     ],
 )
-def test_the_verdict_says_who_leads_and_what_that_is_worth(ours, verdict):
-    assert built([*IMP, *trio("cs", ours)]).verdict == verdict
+def test_the_page_says_which_ticket_is_best_and_what_its_lead_is_worth(ours, rows):
+    page = built([*IMP, *trio("cs", ours)])
+    assert best(page) == rows
+    assert tables(page)["Most accurate ticket at each target"].head[-1] == "At level 0.05"
 
 
 def test_tickets_left_to_the_dial_are_called_best_at_no_target():
-    page = built([*IMP, *trio("cs", (0.95, 0.96, 0.97), target=None, dial=0.05)])
-    assert page.verdict == (
-        "No target has tickets of two methods, so none is the best of its density. "
-        "Left to the dial, tickets of cs have densities of their own and stand beside none."
-    )
+    page = built([*IMP, *trio("cs", (0.95, 0.96, 0.97), target=None, initial_score=0.05)])
+    assert [row[:2] for row in best(page)] == [["10%", "imp"]]
+    assert [note.split(":")[0] for note in page.sections[0].notes] == ["Methods are not compared"]
+    assert tables(page)["cs"].rows[0][1] == "s0 0.05" and tables(page)["cs"].rows[0][5:] == ["-"] * 5
 
 
 def test_cost_says_that_budgets_differ():
     short, long = trio("imp", (0.9, 0.91, 0.92), epochs=30), trio("imp", (0.9, 0.91, 0.92), target=0.5, epochs=6)
     page = built([*short, *long, *CS, *trio("cs", (0.9, 0.9, 0.91), target=0.5)])
     assert cost(page) == (
-        "Budgets differ: a lead may be that of longer training. "
-        "Epochs of search and retraining together, as a ratio: cs beside imp 2.00 to 10.00."
+        "Training budgets differ: a higher accuracy may come from longer training. "
+        "Ratio of epochs, search and retraining together: cs vs imp 2.00 to 10.00."
     )
-    assert page.verdict.endswith("They were not all trained for as long (see Cost).")
-    caveat = "up and to the left is better; methods were not all trained for as long (see Cost)"
+    caveat = "up and to the left is better; methods were trained for different numbers of epochs (see Cost)"
     assert drawn(page)["accuracy-density"].remark == caveat
     same = built([*IMP, *CS])
-    assert cost(same).startswith("All that is compared was trained for the same number of epochs")
+    assert cost(same).startswith("All compared networks were trained for the same number of epochs")
     assert drawn(same)["accuracy-density"].remark == "up and to the left is better"
 
 
 def test_cost_says_once_that_controls_are_trained_as_long_as_the_retraining():
-    retrained = "Controls are trained for as long as a ticket's retraining, not as its search and retraining together."
+    retrained = "Controls are trained for the epochs of the retraining only, without the search epochs."
     controls = [
         *trio("cs", (0.9, 0.9, 0.9), control="random", epochs=15),
         *trio("imp", (0.9, 0.9, 0.9), control="random", epochs=15),
     ]
     assert cost(built([*IMP, *CS, *controls])) == (
-        "All methods that are compared were trained for the same number of epochs, search and retraining together. "
-        + retrained
+        "All compared methods were trained for the same number of epochs, search and retraining together. " + retrained
     )
     assert cost(built([*IMP, *trio("snip", (0.9, 0.9, 0.9), epochs=20), *controls])) == (
-        "Budgets differ: a lead may be that of longer training. "
-        f"Epochs of search and retraining together, as a ratio: snip beside imp 0.33. {retrained}"
+        "Training budgets differ: a higher accuracy may come from longer training. "
+        f"Ratio of epochs, search and retraining together: snip vs imp 0.33. {retrained}"
     )
     assert cost(built([*CS, *controls[:3]])) == retrained
-    assert cost(built(CS)) == "Nothing is compared. Epochs are those of search and retraining together."
+    assert cost(built(CS)) == "No networks are compared. Epochs: search and retraining together."
 
 
 def test_seeds_and_targets_that_are_missing_are_listed():
@@ -494,9 +522,9 @@ def test_collapsed_networks_get_the_others_a_closer_look():
 
 def test_a_method_looks_the_same_in_every_plot_and_no_two_look_alike():
     results = sweep(8, (0.5, 0.1), ("random",))
-    cells = statistics.summarize(results)
-    tickets = pareto_page._series([cell for cell in cells if cell.control is None], results, cells)
-    alone = pareto_page._series([cell for cell in cells if cell.method == "method-5"], results, cells)
+    swept = SweepResults("some", results)
+    tickets = sweep_plots.series([cell for cell in swept.cells if cell.control is None], swept)
+    alone = sweep_plots.series([cell for cell in swept.cells if cell.method == "method-5"], swept)
     assert len({line.color for line in tickets}) == len({line.marker for line in tickets}) == 8
     assert {(line.color, line.marker) for line in alone} == {(tickets[5].color, tickets[5].marker)}
     assert [(line.dashes, line.thin) for line in alone] == [("-", False), ("--", True)]
@@ -504,9 +532,9 @@ def test_a_method_looks_the_same_in_every_plot_and_no_two_look_alike():
 
 
 def test_bars_reach_one_deviation_up_and_down_and_dots_are_single_networks():
-    cells = statistics.summarize(IMP)
+    swept = SweepResults("some", IMP)
     with plots.style():
-        figure = density_plots.fronts(pareto_page._series(cells, IMP, cells), [])
+        figure = density_plots.accuracy_by_density(Curves(sweep_plots.series(swept.cells, swept)))
     axes = figure.axes[0]
     (bar,) = axes.collections
     assert bar.get_paths()[0].vertices[:, 1] == pytest.approx([0.90, 0.92])
@@ -515,10 +543,11 @@ def test_bars_reach_one_deviation_up_and_down_and_dots_are_single_networks():
 
 
 def test_no_bar_or_band_leaves_the_accuracies_that_there_are():
-    results = [*trio("imp", (0.98, 1.0, 1.0)), *trio("cs", (0.0, 0.0, 0.3))]
-    cells = statistics.summarize(results)
+    swept = SweepResults("some", [*trio("imp", (0.98, 1.0, 1.0)), *trio("cs", (0.0, 0.0, 0.3))])
+    cells = swept.cells
     with plots.style():
-        figure = density_plots.fronts(pareto_page._series(cells, results, cells), [plots.Band("dense", 0.99, 0.02)])
+        curves = Curves(sweep_plots.series(cells, swept), [Band("dense", 0.99, 0.02)])
+        figure = density_plots.accuracy_by_density(curves)
     axes = figure.axes[0]
     high, low = (bar.get_paths()[0].vertices[:, 1] for bar in axes.collections)
     assert high == pytest.approx([cells[0].accuracy - (cells[0].deviation or 0), 1])

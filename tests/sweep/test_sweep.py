@@ -28,11 +28,11 @@ from cs_jax.experiment.storage import run_directory
 from cs_jax.experiment.storage.config_file import to_json
 from cs_jax.experiment.storage.paths import TICKET_FILE
 from cs_jax.sweep import devices as sweep_devices
-from cs_jax.sweep import scheduler
-from cs_jax.sweep.devices import find_places
+from cs_jax.sweep import storage
+from cs_jax.sweep.devices import Device, find_devices
 from cs_jax.sweep.display import SweepDisplay
-from cs_jax.sweep.scheduler import Place, Watcher, run_sweep
-from cs_jax.sweep.spec import Planned, Spec, make_spec, read_spec
+from cs_jax.sweep.scheduler import SweepObserver, run_sweep
+from cs_jax.sweep.spec import PlannedRun, Spec, make_spec, read_spec
 
 QUICK = """
 [settings]
@@ -55,7 +55,7 @@ TROUBLE = (
 )
 """A run that fails, one that is long enough to be killed, and one that is neither."""
 
-ANYWHERE = Place((), {})
+ANYWHERE = Device((), {})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -130,9 +130,9 @@ def test_methods_without_a_density_have_one_run_a_seed() -> None:
     assert len(runs) == 6 and runs[0].config.target_density is None
 
 
-def test_a_dial_that_is_no_axis_is_a_setting_like_others() -> None:
+def test_an_initial_score_that_is_no_axis_is_a_setting_like_others() -> None:
     runs = grid(methods=["cs"], densities=[0.5], settings={"mask_initial_value": 0.2}).runs
-    assert (runs[0].config.target_density, runs[0].config.mask_initial_value, runs[0].dial) == (0.5, 0.2, None)
+    assert (runs[0].config.target_density, runs[0].config.mask_initial_value, runs[0].initial_score) == (0.5, 0.2, None)
     assert grid(methods=["gmp"], settings={"target_density": 0.3}).runs[0].config.target_density == 0.3
 
 
@@ -145,7 +145,7 @@ def test_the_specs_among_the_examples_can_be_used(path: Path) -> None:
 
 def test_initial_scores_are_for_methods_that_learn_masks() -> None:
     runs = grid(methods=["cs", "imp"], initial_scores=[-0.1, 0, 0.25]).runs
-    assert [(run.name, run.dial, run.config.mask_initial_value) for run in runs] == [
+    assert [(run.name, run.initial_score, run.config.mask_initial_value) for run in runs] == [
         ("cs-score-0.1-seed0", -0.1, -0.1),
         ("cs-score0-seed0", 0.0, 0.0),
         ("cs-score0.25-seed0", 0.25, 0.25),
@@ -166,16 +166,16 @@ def test_a_method_may_come_twice_under_names_of_its_own() -> None:
     assert spec.reference == "long"
 
 
-def test_keys_of_a_methods_own_table_that_it_makes_no_use_of_are_told() -> None:
+def test_settings_in_a_methods_table_that_the_method_ignores_are_listed() -> None:
     tables = {"imp": {"lmbda": 1e-5, "epochs": 20, "final_temp": 50}, "cs": {"lmbda": 0}, "many": {"method": "snip"}}
     tables["many"]["rounds"] = 3
     settings = {"score_lr": 0.5, "target_density": 0.1}
     spec = grid(methods=["imp", "cs", "many"], method=tables, settings=settings)
-    assert spec.without_effect() == [
-        "without effect: lmbda, final_temp of [method.imp], which --method imp makes no use of",
-        "without effect: rounds of [method.many], which --method snip makes no use of",
+    assert spec.ignored_settings() == [
+        "--method imp ignores lmbda, final_temp in [method.imp]",
+        "--method snip ignores rounds in [method.many]",
     ]
-    assert grid(methods=["imp", "cs"], settings={"lmbda": 0.1}).without_effect() == []
+    assert grid(methods=["imp", "cs"], settings={"lmbda": 0.1}).ignored_settings() == []
 
 
 def test_the_name_of_the_file_is_the_sweeps(tmp_path: Path) -> None:
@@ -190,73 +190,91 @@ BASE = 'methods = ["cs", "imp"]\nseeds = [0]\n'
 @pytest.mark.parametrize(
     "text, told",
     [
-        (BASE + "method = 3", "method: got 3, wanted a table"),
-        (BASE + "density = [0.1]", "spec: got the key 'density', wanted one of preset, * (did you mean densities?)"),
-        (BASE + "[settings]\nepoch = 3", "settings: got the key 'epoch', wanted one of * (did you mean epochs?)"),
-        (BASE + "[settings]\nlr-schedule = []", "settings: got the key 'lr-schedule', * (did you mean lr_schedule?)"),
-        (BASE + "[method.cs]\nround = 1", "method.cs: got the key 'round', wanted one of * (did you mean rounds?)"),
-        (BASE + "[method.impc]\nrounds = 1", "method: got the key 'impc', wanted one of cs, imp (did you mean imp?)"),
-        (BASE + "[method.gmp]\nrounds = 1", "method: got the key 'gmp', wanted it in methods too, or one of cs, imp"),
-        (BASE + "[method]\ncs = 3", "method.cs: got 3, wanted a table"),
-        (BASE + "settings = 3", "settings: got 3, wanted a table"),
-        (BASE + "[settings]\nseed = 3", "settings: got seed, which is not for a table, wanted seeds above the tables*"),
+        (BASE + "method = 3", "method 3: must be an object"),
+        (BASE + "density = [0.1]", "density: unknown key; must be one of preset, * (did you mean densities?)"),
+        (BASE + "[settings]\nepoch = 3", "[settings] epoch: unknown key; must be one of * (did you mean epochs?)"),
+        (BASE + "[settings]\nlr-schedule = []", "[settings] lr-schedule: unknown key; * (did you mean lr_schedule?)"),
+        (BASE + "[method.cs]\nround = 1", "[method.cs] round: unknown key; must be one of * (did you mean rounds?)"),
+        (
+            BASE + "[method.impc]\nrounds = 1",
+            "[method.impc]: not in methods (did you mean imp?); add impc to methods or remove the table",
+        ),
+        (
+            BASE + "[method.gmp]\nrounds = 1",
+            "[method.gmp]: not in methods; add gmp to methods or remove the table",
+        ),
+        (BASE + "[method]\ncs = 3", "method.cs 3: must be an object"),
+        (BASE + "settings = 3", "settings 3: must be an object"),
+        (BASE + "[settings]\nseed = 3", "[settings] seed: not allowed in a table; list seeds above the tables"),
         (
             "densities = [0.5]\n" + BASE + "[settings]\ntarget_density = 0.1",
-            "settings: got target_density, *, wanted densities alone, which are there",
+            "[settings] target_density: not allowed in a table; densities lists its values",
         ),
-        (BASE + "[method.cs]\nout = 'here'", "method.cs: got out, *, wanted --out of the command, for all runs"),
+        (BASE + "[method.cs]\nout = 'here'", "[method.cs] out: not allowed in a table; give --out to the command"),
         (
             "initial_scores = [0.0]\n" + BASE + "[method.cs]\nmask_initial_value = 0.1",
-            "method.cs: got mask_initial_value, *, wanted initial_scores alone, which are there",
+            "[method.cs] mask_initial_value: not allowed in a table; initial_scores lists its values",
         ),
-        (BASE + "[settings]\nmethod = 'imp'", "settings: got method, *, wanted methods above the tables, a list"),
-        (BASE + "preset = 'digit'", "preset: got 'digit', wanted one of digits, * (did you mean digits?)"),
-        (BASE + "preset = ['digits']", "preset: got ['digits'], wanted one of digits, *"),
-        (BASE + "[method.cs]\nmethod = ['imp']", "methods: got ['imp'], wanted one of *"),
-        (BASE + "reference = 'random'", "reference: got 'random', wanted one of cs, imp"),
-        (BASE + "reference = 3", "reference: got 3, wanted one of cs, imp"),
-        ("methods = ['csx']\nseeds = [0]", "methods: got 'csx', wanted one of cs, imp, * that says its method"),
-        ("methods = ['a b']\nseeds = [0]", "methods: got 'a b', wanted names of letters, *"),
-        ("methods = ['../cs']\nseeds = [0]", "methods: got '../cs', wanted names of letters, *"),
-        ("methods = 'cs'\nseeds = [0]", "methods: got 'cs', wanted a list"),
-        ("methods = [1]\nseeds = [0]", "methods: got 1, wanted names"),
-        ("methods = ['cs', 'cs']\nseeds = [0]", "methods: got 'cs' twice, wanted each once"),
-        ("methods = []\nseeds = [0]", "methods: got [], wanted a list of one at least"),
-        ("seeds = [0]", "methods: got nothing, wanted a list"),
-        ("methods = ['cs']", "seeds: got nothing, wanted a list"),
-        ("methods = ['cs']\nseeds = []", "seeds: got [], wanted a list of one at least"),
-        ("methods = ['cs']\nseeds = 3", "seeds: got 3, wanted a list"),
-        ("methods = ['cs']\nseeds = [0.5]", "seeds: got 0.5, wanted whole numbers"),
-        ("methods = ['cs']\nseeds = [true]", "seeds: got True, wanted whole numbers"),
-        ("methods = ['cs']\nseeds = [1, 1]", "seeds: got 1 twice, wanted each once"),
-        ("methods = ['cs']\nseeds = [-1]", "cs-seed-1: --seed: got -1, wanted 0 to 4294967295"),
-        (BASE + "densities = [0.0]", "densities: got 0.0, wanted shares above 0 and at most 1"),
-        (BASE + "densities = [0.1, 1.5]", "densities: got 1.5, wanted shares above 0 and at most 1"),
-        (BASE + "densities = [nan]", "densities: got nan, wanted shares above 0 and at most 1"),
-        (BASE + "densities = ['0.1']", "densities: got '0.1', wanted numbers"),
-        (BASE + "densities = [1, 1.0]", "densities: got 1 twice, wanted each once"),
-        (BASE + "densities = []", "densities: got [], wanted a list of one at least"),
+        (
+            BASE + "[settings]\nmethod = 'imp'",
+            "[settings] method: not allowed in a table; list methods above the tables",
+        ),
+        (BASE + "preset = 'digit'", "preset 'digit': must be one of digits, * (did you mean digits?)"),
+        (BASE + "preset = ['digits']", "preset ['digits']: must be text"),
+        (BASE + "[method.cs]\nmethod = ['imp']", "[method.cs] method ['imp']: must be one of *"),
+        (BASE + "reference = 'random'", "reference 'random': must be one of cs, imp"),
+        (BASE + "reference = ''", "reference '': must be one of cs, imp"),
+        (BASE + "reference = 3", "reference 3: must be text"),
+        ("methods = ['csx']\nseeds = [0]", "methods 'csx': must be one of *; or set method in a table [method.csx]"),
+        ("methods = ['a b']\nseeds = [0]", "methods 'a b': only letters, digits, '-', '_', '+' and '.' are allowed"),
+        ("methods = ['../cs']\nseeds = [0]", "methods '../cs': only letters, *"),
+        ("methods = 'cs'\nseeds = [0]", "methods 'cs': must be a list"),
+        ("methods = [1]\nseeds = [0]", "methods[0] 1: must be text"),
+        ("methods = ['cs', 'cs']\nseeds = [0]", "methods 'cs': listed more than once; list each value once"),
+        ("methods = []\nseeds = [0]", "methods []: must be a list of length >= 1"),
+        ("seeds = [0]", "methods: missing"),
+        ("methods = ['cs']", "seeds: missing"),
+        ("methods = ['cs']\nseeds = []", "seeds []: must be a list of length >= 1"),
+        ("methods = ['cs']\nseeds = 3", "seeds 3: must be a list"),
+        ("methods = ['cs']\nseeds = [0.5]", "seeds[0] 0.5: must be a whole number"),
+        ("methods = ['cs']\nseeds = [true]", "seeds[0] True: must be a whole number"),
+        ("methods = ['cs']\nseeds = [1, 1]", "seeds 1: listed more than once; list each value once"),
+        ("methods = ['cs']\nseeds = [-1]", "seeds[0] -1: must be a whole number >= 0"),
+        ("methods = ['cs']\nseeds = [4294967296]", "seeds[0] 4294967296: must be a whole number <= 4294967295"),
+        (BASE + "densities = [0.0]", "densities[0] 0.0: must be a number > 0.0"),
+        (BASE + "densities = [0.1, 1.5]", "densities[1] 1.5: must be a number <= 1.0"),
+        (BASE + "densities = [nan]", "densities[0] nan: must be a number > 0.0"),
+        (BASE + "densities = ['0.1']", "densities[0] '0.1': must be a number"),
+        (BASE + "densities = [1, 1.0]", "densities 1.0: listed more than once; list each value once"),
+        (BASE + "densities = []", "densities []: must be a list of length >= 1"),
         (
             BASE + "densities = [0.12345678, 0.12345679]",
-            "spec: got 2 runs that are called cs-density0.123457-seed0, wanted values that differ in their *",
+            "densities: 2 runs have the name cs-density0.123457-seed0; use values that differ in the first six digits",
         ),
-        (BASE + "densities = [0.1]\ninitial_scores = [0.1]", "initial_scores: got them beside densities, wanted one *"),
+        (
+            BASE + "densities = [0.1]\ninitial_scores = [0.1]",
+            "initial_scores: cannot be combined with densities; remove one of them",
+        ),
         (
             "methods = ['imp', 'gmp']\nseeds = [0]\ninitial_scores = [0.1, 0.2]\n[settings]\ntarget_density = 0.1",
-            "initial_scores: got them for imp, gmp, without use for them, "
-            "wanted a method of cs, iss, supermask, supermask-iss",
+            "initial_scores: not used by imp, gmp; "
+            "add a method that learns masks, one of cs, iss, supermask, supermask-iss",
         ),
-        (BASE + "initial_scores = [inf]", "initial_scores: got inf, wanted finite numbers of a usual size"),
-        (BASE + "[settings]\nepochs = 'x'", "cs-seed0: settings have epochs 'x', wanted a whole number"),
-        (BASE + "[settings]\nepochs = 0", "cs-seed0: --epochs: got 0, wanted at least 1"),
-        (BASE + "[method.imp]\ncontrols = 'x'", "imp-seed0: settings have controls 'x', wanted names"),
+        (BASE + "initial_scores = [inf]", "initial_scores[0] inf: must be a number < *"),
+        (BASE + "initial_scores = [nan]", "initial_scores[0] nan: must be a number > -*"),
+        (BASE + "[settings]\nepochs = 'x'", "cs-seed0: settings: epochs 'x': must be a whole number"),
+        (BASE + "[settings]\nepochs = 0", "cs-seed0: --epochs 0: must be at least 1"),
+        (BASE + "[method.imp]\ncontrols = 'x'", "imp-seed0: settings: controls 'x': must be a list"),
         (
             "methods = ['cs', 'supermask']\nseeds = [3]\n[settings]\nafter = 'finetune'",
-            "supermask-seed3: --after: got finetune, wanted none with --method supermask, whose weights are frozen",
+            "supermask-seed3: --after finetune: --method supermask allows none only, because its weights are frozen",
         ),
-        ("methods = ['imp', 'gmp']\nseeds = [0]", "gmp-seed0: --target-density: got nothing, wanted a share above 0 *"),
-        (BASE + "[settings", "is no TOML: *"),
-        ("methods = ['cs']\nmethods = ['imp']", "is no TOML: Cannot overwrite a value (at *"),
+        (
+            "methods = ['imp', 'gmp']\nseeds = [0]",
+            "gmp-seed0: --target-density: required by --method gmp; give a share above 0 and at most 1",
+        ),
+        (BASE + "[settings", "not valid TOML: *"),
+        ("methods = ['cs']\nmethods = ['imp']", "not valid TOML: Cannot overwrite a value (at *"),
     ],
 )
 def test_a_spec_that_cannot_be_used_is_refused_in_one_line(
@@ -279,16 +297,16 @@ def test_a_spec_that_cannot_be_used_is_refused_in_one_line(
     [
         (["nowhere.toml"], "nowhere.toml: cannot be read: No such file or directory"),
         (["."], ".: cannot be read: Is a directory"),
-        (["latin.toml"], "latin.toml: is no TOML: 'utf-8' codec can't decode byte 0xe9"),
-        (["good.toml", "--jobs", "0"], "--jobs: got 0, wanted at least 1"),
+        (["latin.toml"], "latin.toml: not valid TOML: 'utf-8' codec can't decode byte 0xe9"),
+        (["good.toml", "--jobs", "0"], "--jobs 0: must be at least 1"),
         (["good.toml", "--jobs", "two"], "argument --jobs: invalid int value: 'two'"),
-        (["good.toml", "--tickets", "0"], "--tickets: got 0, wanted a number of at least 1 or auto"),
-        (["good.toml", "--tickets", "all"], "--tickets: got all, wanted a number of at least 1 or auto"),
+        (["good.toml", "--tickets", "0"], "--tickets 0: must be auto or a whole number of at least 1"),
+        (["good.toml", "--tickets", "all"], "--tickets all: must be auto or a whole number of at least 1"),
         (["good.toml", "--job"], "argument --jobs: expected one argument"),
         ([], "the following arguments are required: SPEC"),
-        (["good.toml", "--out", "full"], "--out: got full, which is not empty and holds no sweep, wanted another"),
-        (["good.toml", "--out", "good.toml"], "--out: got good.toml, which is a file, wanted a folder"),
-        (["huge.toml"], "--val-set-size: got 99999, "),
+        (["good.toml", "--out", "full"], "--out full: not empty and not a sweep directory; choose an empty or new one"),
+        (["good.toml", "--out", "good.toml"], "--out good.toml: is a file; choose a directory"),
+        (["huge.toml"], "--val-set-size 99999: must be less than 1437, "),
     ],
 )
 def test_words_that_cannot_be_used_are_refused_in_one_line(
@@ -335,8 +353,8 @@ def test_what_is_done_is_skipped(swept: Path, capsys: pytest.CaptureFixture[str]
     assert sweep(swept / "quick.toml") == 0
     assert times(swept) == before
     out, spec = swept / "out", swept / "quick.toml"
-    compares = f"python -m cs_jax pareto {spec} --out {out} compares them"
-    assert capsys.readouterr().out == f"{out}: all 4 runs are done; {compares}\n"
+    compare = f"compare them with: python -m cs_jax pareto {spec} --out {out}"
+    assert capsys.readouterr().out == f"{out}: all 4 runs finished; {compare}\n"
 
 
 def test_checkpoints_that_a_killed_sweep_left_in_a_finished_run_are_removed(copied: Path) -> None:
@@ -350,12 +368,13 @@ def test_a_spec_with_one_more_seed_trains_that_alone(copied: Path, capsys: pytes
     before = times(copied)
     (copied / "quick.toml").write_text(FOUR.replace("[0, 1]", "[2, 0, 1]").replace('"imp", ', ""))
     assert sweep(copied / "quick.toml") == 2  # without imp it is another sweep
-    assert "out: holds another sweep: imp-density0.1-seed0 is not in this one; give another --out" in one_line(capsys)
+    told = "out: holds another sweep: imp-density0.1-seed0 is missing from the spec; choose another --out\n"
+    assert told in one_line(capsys)
     more = FOUR.replace("[0, 1]", "[2, 0, 1]") + "[method.imp]\nlmbda = 1e-5\n"
     (copied / "quick.toml").write_text(more)
     assert sweep(copied / "quick.toml", "--jobs", "1") == 0
     told, *lines = capsys.readouterr().out.splitlines()
-    assert told == "without effect: lmbda of [method.imp], which --method imp makes no use of"
+    assert told == "--method imp ignores lmbda in [method.imp]"
     assert lines[0].startswith("5 of 6  imp-density0.1-seed2: density 10.00%, test ")
     assert lines[1].startswith("6 of 6  random-density0.1-seed2: density 10.00%, test ")
     assert len(lines) == 3
@@ -370,7 +389,7 @@ def test_a_spec_with_one_more_seed_trains_that_alone(copied: Path, capsys: pytes
     [
         ("epochs = 2", "epochs = 3", "imp-density0.1-seed0 has epochs 3 (was 2)"),
         ("lr_schedule = [1]", "lr_schedule = [0]", "imp-density0.1-seed0 has lr_schedule 0 (was 1)"),
-        ("[0.1]", "[0.2]", "imp-density0.1-seed0 is not in this one"),
+        ("[0.1]", "[0.2]", "imp-density0.1-seed0 is missing from the spec"),
     ],
 )
 def test_another_sweep_in_the_same_folder_is_refused(
@@ -380,14 +399,14 @@ def test_another_sweep_in_the_same_folder_is_refused(
     other = written(tmp_path / "other.toml", FOUR.replace(old, new, 1))
     for command in ("sweep", "pareto"):
         assert commands.main([command, str(other), "--out", str(out)]) == 2
-        assert f"error: {out}: holds another sweep: {told}; give another --out\n" in one_line(capsys)
+        assert f"error: {out}: holds another sweep: {told}; choose another --out\n" in one_line(capsys)
     assert times(swept) == before
 
 
 def test_a_folder_whose_spec_is_damaged_is_refused(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (copied / "out" / "sweep.json").write_text("{")
     assert sweep(copied / "quick.toml") == 2
-    assert f"{copied / 'out' / 'sweep.json'}: cannot be used: " in one_line(capsys)
+    assert f"{copied / 'out' / 'sweep.json'}: cannot be read: " in one_line(capsys)
 
 
 def test_a_second_process_on_a_sweep_is_refused(
@@ -399,17 +418,17 @@ def test_a_second_process_on_a_sweep_is_refused(
     (tmp_path / "new").mkdir()
     spec = read_spec(swept / "quick.toml")
     with Lock(tmp_path / "new" / "sweep.lock"), pytest.raises(ConfigError, match="is writing to it"):
-        run_sweep(spec, tmp_path / "new", [ANYWHERE], Watcher())  # the other is about to begin
+        run_sweep(spec, tmp_path / "new", [ANYWHERE], SweepObserver())  # the other is about to begin
     assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_a_sweep_that_was_killed_before_its_spec_was_written_can_begin_again(tmp_path: Path) -> None:
     for name in ("sweep.lock", ".0123456789abcdef.tmp"):
         (tmp_path / name).write_text("{")
-        scheduler.check_same_spec(tmp_path, grid())
+        storage.check_same_spec(tmp_path, grid())
     (tmp_path / "thesis.txt").touch()
-    with pytest.raises(ConfigError, match="not empty and holds no sweep"):
-        scheduler.check_same_spec(tmp_path, grid())
+    with pytest.raises(ConfigError, match="not empty and not a sweep directory"):
+        storage.check_same_spec(tmp_path, grid())
 
 
 def test_pareto_says_what_is_not_done(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -417,17 +436,17 @@ def test_pareto_says_what_is_not_done(copied: Path, capsys: pytest.CaptureFixtur
     (copied / "out" / "runs" / "imp-density0.1-seed1" / "summary.json").unlink()
     assert commands.main(words) == 0
     shown = capsys.readouterr().out
-    assert "\nnot done: imp-density0.1-seed1\n" in shown
-    assert "1 run of the sweep has not finished." in (copied / "out" / "report.html").read_text()
+    assert "\nnot finished: imp-density0.1-seed1\n" in shown
+    assert "; 1 run not finished" in (copied / "out" / "report.html").read_text()
     assert re.search(r"^ *random +ticket +0.1 +2 +10.00% ", shown, re.MULTILINE)
     assert (copied / "out" / "pareto.md").read_text().startswith("| method |")
     (copied / "out" / "runs" / "random-density0.1-seed0" / "summary.json").write_text("[]")
     assert commands.main(words) == 2
-    assert "random-density0.1-seed0/summary.json: is damaged: " in one_line(capsys)
+    assert "random-density0.1-seed0/summary.json: damaged: " in one_line(capsys)
     shutil.rmtree(copied / "out" / "runs")
     assert commands.main(words) == 2
     again = f"python -m cs_jax sweep {copied}/quick.toml --out {copied}/out"
-    assert f"out: has no finished run yet, wanted one at least: {again}\n" in one_line(capsys)
+    assert f"out: no finished run; start the sweep with: {again}\n" in one_line(capsys)
 
 
 def test_pareto_says_that_a_sweep_has_no_reference(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -438,7 +457,7 @@ def test_pareto_says_that_a_sweep_has_no_reference(copied: Path, capsys: pytest.
         run.rename(runs / run.name.replace("imp", "other"))
     (out / "sweep.json").write_text(json.dumps(content))
     written(spec, FOUR.replace('["imp", "random"]', '["random", "other"]') + '[method.other]\nmethod = "imp"\n')
-    told = f'the sweep has no imp to compare methods with: reference = "random" in {spec} chooses another\n'
+    told = f'methods are not compared: the sweep has no imp; set reference = "random" or another method in {spec}\n'
     assert commands.main(["pareto", str(spec), "--out", str(out)]) == 0
     assert told in capsys.readouterr().out
     page = (out / "report.html").read_text()
@@ -446,10 +465,10 @@ def test_pareto_says_that_a_sweep_has_no_reference(copied: Path, capsys: pytest.
     written(spec, 'reference = "random"\n' + spec.read_text())
     assert commands.main(["pareto", str(spec), "--out", str(out)]) == 0
     shown = capsys.readouterr().out
-    assert "beside random (ref.) at the same target" in shown and "chooses another" not in shown
+    assert "vs random (ref.) at the same target" in shown and "not compared" not in shown
 
 
-class Killing(Watcher):
+class Killing(SweepObserver):
     """Notes what ends, and kills the workers of some runs: after an epoch and a checkpoint, or, where 0, at the end."""
 
     def __init__(self, directory: Path, epochs: dict[str, int]) -> None:
@@ -461,15 +480,15 @@ class Killing(Watcher):
     def on_stop(self, running: int) -> None:
         self.stopped = True
 
-    def on_epoch(self, worker: int, run: Planned, epoch: int) -> None:
+    def on_epoch(self, worker: int, run: PlannedRun, epoch: int) -> None:
         if worker not in self._processes:
-            lock = scheduler.folder_of(self._directory, run) / "run.lock"
+            lock = storage.folder_of(self._directory, run) / "run.lock"
             self._processes[worker] = json.loads(lock.read_text())["process"]
-        checkpoints = scheduler.folder_of(self._directory, run) / "checkpoints"
+        checkpoints = storage.folder_of(self._directory, run) / "checkpoints"
         if 0 < self._epochs.get(run.variant, 0) <= epoch and list(checkpoints.glob("[0-9]*-[0-9]*[0-9]")):
             self._kill(worker)
 
-    def on_end(self, worker: int, run: Planned, ticket: Mapping[str, Any] | None, failure: str) -> None:
+    def on_end(self, worker: int, run: PlannedRun, ticket: Mapping[str, Any] | None, failure: str) -> None:
         self.ended.append((worker, run.variant, ticket is not None))
         if self._epochs.get(run.variant) == 0:
             self._kill(worker)
@@ -497,16 +516,17 @@ def test_failures_and_killed_workers_do_not_stop_the_other_runs_and_are_tried_ag
     failed, done = shown.out.splitlines()
     assert failed == f"2 of 3  wild-density0.1-seed0: failed: {failures['wild-density0.1-seed0']}"
     assert done.startswith("3 of 3  slow-density0.1-seed0: density 10.00%, test ")
-    goes_on = f"the same command goes on: python -m cs_jax sweep {spec} --out {out}"
-    goes_on += "; where trying again cannot help, correct the file: runs that have failed may have other settings"
+    resume = "failed runs may have other settings: correct the file if a retry cannot help; "
+    resume += f"resume with: python -m cs_jax sweep {spec} --out {out}"
     log = out / "logs" / "wild-density0.1-seed0.txt"
-    told = f"1 of 3 runs failed, first wild-density0.1-seed0: see {log}; {goes_on}"
+    told = f"1 of 3 runs failed, first wild-density0.1-seed0: see {log}; {resume}"
     assert log.read_text().endswith(f"\nfailed: {failures['wild-density0.1-seed0']}\n")
     assert shown.err == f"python -m cs_jax sweep: error: {told}\n"
     assert "goes on from search 0, epoch " in (out / "logs" / "slow-density0.1-seed0.txt").read_text()
     assert (out / "runs" / "random-density0.1-seed0" / TICKET_FILE).stat().st_mtime_ns == before
     assert commands.main(["pareto", str(spec), "--out", str(out)]) == 0
-    assert f"not done: wild-density0.1-seed0 failed: {failures['wild-density0.1-seed0']}\n" in capsys.readouterr().out
+    told = f"not finished: wild-density0.1-seed0 failed: {failures['wild-density0.1-seed0']}\n"
+    assert told in capsys.readouterr().out
     # What has failed may be asked for differently, what is done may not.
     written(spec, TROUBLE.replace("lr = 1e30", "lr = 0.05").replace("epochs = 40", "epochs = 39"))
     assert sweep(spec, "--jobs", "1") == 2
@@ -514,7 +534,7 @@ def test_failures_and_killed_workers_do_not_stop_the_other_runs_and_are_tried_ag
     written(spec, TROUBLE.replace("lr = 1e30", "lr = 0.05"))
     assert sweep(spec, "--jobs", "1") == 0
     assert "3 of 3  wild-density0.1-seed0: density 10.00%, test " in capsys.readouterr().out
-    assert scheduler.read_failures(out) == {}
+    assert storage.read_failures(out) == {}
     assert (out / "runs" / "random-density0.1-seed0" / TICKET_FILE).stat().st_mtime_ns == before
 
 
@@ -528,11 +548,11 @@ def test_a_worker_that_dies_when_a_run_is_done_costs_the_next_one_alone(tmp_path
 
 
 def test_workers_that_cannot_begin_end_the_sweep(tmp_path: Path) -> None:
-    nowhere = Place((), {"JAX_PLATFORMS": "cpu", "PYTHONHOME": str(tmp_path)})
+    nowhere = Device((), {"JAX_PLATFORMS": "cpu", "PYTHONHOME": str(tmp_path)})
     log = tmp_path / "out" / "logs" / "worker0.txt"
     told = f"^a worker ended with exit code 1 before its first run; see {log}$"
     with pytest.raises(OSError, match=told):
-        run_sweep(make_spec("x", tomllib.loads(FOUR)), tmp_path / "out", [nowhere], Watcher())
+        run_sweep(make_spec("x", tomllib.loads(FOUR)), tmp_path / "out", [nowhere], SweepObserver())
     assert log.read_text()
 
 
@@ -575,48 +595,48 @@ def test_a_sweep_that_is_killed_at_any_moment_ends_with_the_same_bytes(capfd: py
 
 
 def asked(monkeypatch: pytest.MonkeyPatch, backend: str, devices: int) -> None:
-    monkeypatch.setattr(sweep_devices, "_ask_jax", lambda: (backend, devices))
+    monkeypatch.setattr(sweep_devices, "_probe_jax", lambda: (backend, devices))
 
 
 def test_there_is_a_place_for_each_core_and_none_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     asked(monkeypatch, "cpu", 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {4, 5, 6, 7, 9}, raising=False)
-    assert find_places(None, 100) == [Place((core,), {}) for core in (4, 5, 6, 7, 9)]
-    assert find_places(None, 2) == [Place((4, 6, 9), {}), Place((5, 7), {})]
-    assert find_places(2, 100) == [Place((4, 6, 9), {}), Place((5, 7), {})]
-    assert find_places(6, 100) == [Place((), {})] * 6
+    assert find_devices(None, 100) == [Device((core,), {}) for core in (4, 5, 6, 7, 9)]
+    assert find_devices(None, 2) == [Device((4, 6, 9), {}), Device((5, 7), {})]
+    assert find_devices(2, 100) == [Device((4, 6, 9), {}), Device((5, 7), {})]
+    assert find_devices(6, 100) == [Device((), {})] * 6
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    assert find_places(None, 100) == [Place((), {})] * 3
+    assert find_devices(None, 100) == [Device((), {})] * 3
 
 
 def test_each_gpu_is_seen_by_workers_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     asked(monkeypatch, "gpu", 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     one, other = {"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}
-    assert find_places(None, 100) == [Place((), one, True), Place((), other, True)]
-    assert find_places(None, 1) == find_places(1, 100) == [Place((), one, True)]
+    assert find_devices(None, 100) == [Device((), one, True), Device((), other, True)]
+    assert find_devices(None, 1) == find_devices(1, 100) == [Device((), one, True)]
     half = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45"}
-    assert find_places(3, 100) == [Place((), device | half, True) for device in (one, other, one)]
+    assert find_devices(3, 100) == [Device((), device | half, True) for device in (one, other, one)]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")
-    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in find_places(None, 100)] == ["5", "GPU-7"]
+    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in find_devices(None, 100)] == ["5", "GPU-7"]
 
 
 def test_a_tpu_has_one_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked(monkeypatch, "tpu", 8)
-    assert find_places(None, 100) == find_places(1, 100) == [Place((), {}, True)]
+    assert find_devices(None, 100) == find_devices(1, 100) == [Device((), {}, True)]
     assert sweep(written(tmp_path / "four.toml", FOUR), "--jobs", "2") == 2
-    told = "--jobs: got 2, wanted 1 on a TPU, which one process holds as a whole"
+    told = "--jobs 2: must be 1 on a TPU, which one process holds as a whole"
     assert one_line(capsys) == f"python -m cs_jax sweep: error: {told}\n"
     assert not (tmp_path / "out").exists()
 
 
 def test_jax_is_asked_in_another_process_and_its_refusal_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAX_PLATFORMS", "none_such")
-    with pytest.raises(ConfigError, match="^JAX finds no device here: .*none_such"):
-        find_places(None, 1)
+    with pytest.raises(ConfigError, match="^JAX finds no device: .*none_such"):
+        find_devices(None, 1)
 
 
 def shown(*, terminal: bool) -> str:

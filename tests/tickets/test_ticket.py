@@ -29,7 +29,7 @@ from cs_jax.models import MODELS
 from cs_jax.tickets import describe
 from cs_jax.tickets.ticket import TicketError, load_ticket, save_ticket
 
-DOCS = Path(__file__).parents[2] / "docs" / "tickets.md"
+DOCS = Path(__file__).parents[2] / "docs" / "tickets" / "tickets.md"
 
 FLOATS = (np.float16, jnp.bfloat16, np.float32, np.float64)
 
@@ -284,54 +284,81 @@ def with_model(**model: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "content, message",
     [
-        (with_params([KERNEL]), "params: got list, wanted nested dictionaries of arrays"),
-        (with_params({"dense": {"kernel": 1.0}}), "params/dense/kernel: got float, wanted nested"),
-        (with_params({"dense": {"kernel": KERNEL.astype(complex)}}), "params/dense/kernel: got dtype complex128"),
-        (with_params({"dense": {"kernel": KERNEL.astype(">f4")}}), "params/dense/kernel: got dtype >f4"),
-        (with_params({"dense": {"kernel": jax.random.key(0)}}), r"params/dense/kernel: got dtype key<fry>"),
-        (with_params({"dense": {0: KERNEL}}), "params/dense: got the key 0, wanted text without '/'"),
-        (with_params({"a/b": KERNEL}), "params: got the key 'a/b', wanted text without '/'"),
-        (with_params({"dense": {"kernel": KERNEL}, "..": KERNEL}), r"the name 'params/\.\.'"),
-        (with_params({"dense": {"kernel": KERNEL}, "": KERNEL}), "the name 'params/'"),
-        (with_params({"dense": {"kernel": KERNEL}, "a\0": KERNEL}), r"the name 'params/a\\x00'"),
-        (with_params({"dense": {"bias": KERNEL}}), "masks/dense/kernel: got a mask without weights"),
-        (with_params({"dense": {"kernel": KERNEL.T}}), r"masks/dense/kernel: got shape \(5, 3\) and dtype float32"),
-        (with_mask(KERNEL.astype(np.float16)), "got shape .* and dtype float16, wanted .* and float32"),
-        (with_mask(KERNEL.cumsum(0)), "masks/dense/kernel: got the entry 2.0, wanted 0 or one finite .* here 1.0"),
-        (with_mask(-KERNEL), r"masks/dense/kernel: got the entry -1.0, wanted 0 or one finite scale above 0"),
-        (with_mask(KERNEL * np.nan), "masks/dense/kernel: got the entry nan"),
-        (with_mask(0 * KERNEL), "mask_scale: got nothing and masks that are all empty, wanted it in metadata"),
-        (without_rewound(network()) | {"masks": {}}, "mask_scale: got nothing"),
-        (with_metadata(mask_scale=2) | {"masks": {}, "rewound": None}, "masks: got none, wanted at least one entry"),
-        (with_metadata(mask_scale=3), r"mask_scale: got 3 in metadata, wanted 2.0, as in the masks"),
-        (with_metadata(mask_scale=float("inf")), "metadata/mask_scale: got inf"),
-        (with_metadata(mask_scale="2"), "mask_scale: got '2', wanted a finite number above 0"),
-        (with_metadata(note=np.float32(1)), "metadata/note: got .*1.0.*, wanted JSON values"),
-        (with_metadata(note={"path": Path("/")}), "metadata/note/path: got PosixPath"),
-        (with_metadata(note={1: 2}), "metadata/note: got 1, wanted text as keys"),
-        (with_metadata(note=mutate_ticket.nested(100)), "nested deeper than 16"),
-        (with_metadata(note="x" * 3_000_000), "got 7 arrays, or long metadata: wanted .* at most 2,097,152 bytes"),
-        (with_metadata(accuracy={"test": 97.0}), "accuracy: got {'test': 97.0}, wanted a dictionary of shares"),
-        (with_metadata(classes="0123"), "classes: got '0123', wanted a list of texts"),
-        (with_metadata(normalization={"mean": None}), "normalization: got .*, wanted a dictionary of lists of numbers"),
-        (with_model(name="lenet"), r"model: got 'lenet', wanted one of .*did you mean resnet8\?"),
-        (with_model(image_shape=None), "model image_shape: got None, wanted"),
-        (with_model(num_classes=10**9), "model num_classes: got 1000000000, wanted 1 to 1,048,576"),
+        (with_params([KERNEL]), "^params of type list: must be nested dictionaries of arrays$"),
+        (with_params({"dense": {"kernel": 1.0}}), "^params/dense/kernel of type float: must be nested dictionaries"),
         (
-            with_model(depth=3),
-            "model: got .*depth.*, wanted a dictionary of name, num_classes, image_shape, dtype and features",
+            with_params({"dense": {"kernel": KERNEL.astype(complex)}}),
+            "^params/dense/kernel of dtype complex128: must be one of float16, ",
         ),
-        (with_model(dtype="float16"), "model dtype: got 'float16', wanted one of float32, bfloat16"),
-        (with_model(), "ticket's 'batch_stats/norm/mean': got .* floats, wanted nothing, as in the model lenet300100"),
-        (network() | {"metadata": None}, "metadata: got NoneType, wanted a dictionary"),
-        (network() | {"rewound": {"params": {}}}, "rewound: got .*, wanted 'params' and 'batch_stats'"),
+        (with_params({"dense": {"kernel": KERNEL.astype(">f4")}}), "^params/dense/kernel of dtype >f4: must be one of"),
+        (
+            with_params({"dense": {"kernel": jax.random.key(0)}}),
+            "^params/dense/kernel of dtype key<fry>: must be one of",
+        ),
+        (with_params({"dense": {0: KERNEL}}), "^params/dense: key 0: must be text without '/'$"),
+        (with_params({"a/b": KERNEL}), "^params: key 'a/b': must be text without '/'$"),
+        (
+            with_params({"dense": {"kernel": KERNEL}, "..": KERNEL}),
+            r"^array 'params/\.\.': name must be a path of dictionary keys below params, ",
+        ),
+        (with_params({"dense": {"kernel": KERNEL}, "": KERNEL}), "^array 'params/': name must be a path"),
+        (with_params({"dense": {"kernel": KERNEL}, "a\0": KERNEL}), r"^array 'params/a\\x00': name must be a path"),
+        (
+            with_params({"dense": {"bias": KERNEL}}),
+            "^masks/dense/kernel: has no weights; params must have an array of the same path$",
+        ),
+        (
+            with_params({"dense": {"kernel": KERNEL.T}}),
+            r"^masks/dense/kernel of shape \(5, 3\) and dtype float32: must have shape \(3, 5\)",
+        ),
+        (
+            with_mask(KERNEL.astype(np.float16)),
+            "^masks/dense/kernel of shape .* and dtype float16: must have .* dtype float32, as its weights$",
+        ),
+        (
+            with_mask(KERNEL.cumsum(0)),
+            "^masks/dense/kernel: entry 2.0: must be 0 or one finite scale above 0, here 1.0$",
+        ),
+        (with_mask(-KERNEL), "^masks/dense/kernel: entry -1.0: must be 0 or one finite scale above 0"),
+        (with_mask(KERNEL * np.nan), "^masks/dense/kernel: entry nan: must be"),
+        (with_mask(0 * KERNEL), "^metadata: mask_scale: missing; required because all masks are empty$"),
+        (without_rewound(network()) | {"masks": {}}, "^metadata: mask_scale: missing"),
+        (with_metadata(mask_scale=2) | {"masks": {}, "rewound": None}, "^masks: empty; must have at least one entry$"),
+        (with_metadata(mask_scale=3), "^metadata: mask_scale 3: must be 2.0, as in the masks$"),
+        (with_metadata(mask_scale=float("inf")), "^metadata: mask_scale inf: must be a finite number$"),
+        (with_metadata(mask_scale="2"), "^metadata: mask_scale '2': must be a number"),
+        (
+            with_metadata(note=np.float32(1)),
+            "^metadata: note .*1.0.*: must be JSON: text, finite number, true, false, null, list or dictionary$",
+        ),
+        (with_metadata(note={"path": Path("/")}), "^metadata: note.path PosixPath.*: must be JSON"),
+        (with_metadata(note={1: 2}), "^metadata: note: key 1: must be text$"),
+        (with_metadata(note=mutate_ticket.nested(100)), "^metadata: note.a: nested deeper than 16 levels$"),
+        (
+            with_metadata(note="x" * 3_000_000),
+            "^7 arrays and 3,000,[0-9]+ bytes .*: must be fewer than 8,192 arrays and at most 2,097,152 bytes$",
+        ),
+        (with_metadata(accuracy={"test": 97.0}), "^metadata: accuracy.test 97.0: must be a number <= 1.0$"),
+        (with_metadata(classes="0123"), "^metadata: classes '0123': must be a list"),
+        (with_metadata(normalization={"mean": None}), "^metadata: normalization.mean None: must be a list$"),
+        (with_model(name="lenet"), r"^metadata: model.name 'lenet': must be one of .*did you mean resnet8\?"),
+        (
+            with_model(image_shape=None),
+            "^metadata: model .*: a model with a name must have num_classes and image_shape",
+        ),
+        (with_model(num_classes=10**9), "^metadata: model.num_classes 1000000000: must be a whole number <= 1048576$"),
+        (with_model(depth=3), "^metadata: model.depth: unknown$"),
+        (with_model(dtype="float16"), "^metadata: model.dtype 'float16': must be one of float32, bfloat16$"),
+        (with_model(), r"^array 'batch_stats/norm/mean' \(5,\) floats: unknown; model lenet300100 has no such array$"),
+        (network() | {"metadata": None}, "^metadata of type NoneType: must be a dictionary$"),
+        (network() | {"rewound": {"params": {}}}, "^rewound .*: must have the keys params and batch_stats only$"),
         (
             network() | {"rewound": {"params": network()["params"], "batch_stats": {}}},
-            r"rewound 'batch_stats/norm/mean': got nothing, wanted \(5,\) float32, as in the trained network",
+            r"^rewound array 'batch_stats/norm/mean': missing; the trained network has \(5,\) float32$",
         ),
         (
             network() | {"rewound": network(np.float64)["rewound"]},
-            r"rewound 'batch_stats/norm/mean': got \(5,\) float64, wanted \(5,\) float32",
+            r"^rewound array 'batch_stats/norm/mean' \(5,\) float64: must be \(5,\) float32, as in the trained",
         ),
     ],
 )
@@ -423,19 +450,19 @@ def change(path: Path, edit: Callable[[mutate_ticket.Parts], Any]) -> None:
     "make, message",
     [
         (lambda path: None, "cannot be read: No such file or directory"),
-        (a_folder, "got a folder or a device, wanted a file"),
-        (os.mkfifo, "got a folder or a device, wanted a file"),
-        (empty, "got 0 bytes, 0 of them header, wanted a file of save_ticket"),
-        (some_text, r"got 50 bytes, [\d,]+ of them header, wanted a file of save_ticket"),
-        (exported, "got an exported state dict, wanted a ticket: `python -m cs_jax import` makes one of it"),
-        (weights_of_another_library, "got no metadata called cs_jax, wanted a file of save_ticket"),
-        (a_ticket_of_a_later_format, "format: got 2, wanted 1, or a later version of cs_jax"),
-        (a_bit_moved_behind_the_last, "mask 'dense/kernel': got a bit set behind its last entry, wanted zeros"),
-        (an_array_of_many_axes, "'params/dense/bias': got .*, wanted up to 16 sizes"),
-        (metadata_with_spaces, "metadata: got JSON that is not sorted and compact"),
-        (a_header_of_3_megabytes, "got 3,[0-9,]+ bytes, 3,[0-9,]+ of them header"),
-        (one_bit_lost, "got content that does not match its hash"),
-        (cut_off, "got [0-9,]+ bytes, wanted [0-9,]+: it is cut off or continued"),
+        (a_folder, "is a folder or a device: must be a file"),
+        (os.mkfifo, "is a folder or a device: must be a file"),
+        (empty, "not a file of save_ticket: 0 bytes, 0 of them header"),
+        (some_text, r"not a file of save_ticket: 50 bytes, [\d,]+ of them header"),
+        (exported, "is an exported state dict, not a ticket; convert it with `python -m cs_jax import`"),
+        (weights_of_another_library, "not a file of save_ticket: the metadata key cs_jax is missing"),
+        (a_ticket_of_a_later_format, "metadata: format 2: must be 1; later formats need a later cs_jax"),
+        (a_bit_moved_behind_the_last, "mask 'dense/kernel': bits after the last entry must be 0"),
+        (an_array_of_many_axes, "header: params/dense/bias.shape .*: must be a list of length <= 16"),
+        (metadata_with_spaces, "metadata: JSON must be sorted and compact, as save_ticket writes it"),
+        (a_header_of_3_megabytes, "not a file of save_ticket: 3,[0-9,]+ bytes, 3,[0-9,]+ of them header"),
+        (one_bit_lost, "content does not match its hash: the file is damaged"),
+        (cut_off, "[0-9,]+ bytes: must be [0-9,]+; truncated or with extra bytes"),
     ],
 )
 def test_what_is_no_ticket_is_refused_in_one_line(tmp_path: Path, make: Callable, message: str) -> None:
@@ -454,15 +481,18 @@ def test_a_file_that_must_not_be_read_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "model, message",
     [
-        ({"num_classes": 11}, r"ticket's 'params/classifier/bias': got \(10,\) floats, wanted \(11,\) floats"),
-        ({"image_shape": [8, 8, 3]}, r"ticket's 'masks/hidden0/kernel': got \(64, 300\) floats, wanted \(192, 300\)"),
-        ({"name": "resnet6"}, r"ticket's 'batch_stats/bn0/mean': got nothing, wanted \(32,\) floats"),
+        (
+            {"num_classes": 11},
+            r"array 'params/classifier/bias' \(10,\) floats: must be \(11,\) floats, as in model lenet300100",
+        ),
+        ({"image_shape": [8, 8, 3]}, r"array 'masks/hidden0/kernel' \(64, 300\) floats: must be \(192, 300\) floats"),
+        ({"name": "resnet6"}, r"array 'batch_stats/bn0/mean': missing; model resnet6 has \(32,\) floats"),
         (
             {"name": "gone"},
-            "model: got 'gone', wanted one of resnet20, resnet32, resnet56, resnet50, resnet8, resnet6, vgg16, conv2, "
-            "conv4, conv6, vit_tiny, lenet300100",
+            "metadata: model.name 'gone': must be one of resnet20, resnet32, resnet56, resnet50, resnet8, resnet6, "
+            "vgg16, conv2, conv4, conv6, vit_tiny, lenet300100",
         ),
-        ({"image_shape": [10**5, 10**5, 1]}, "model image_shape: got .*, wanted .* of 1 to 268,435,456 entries"),
+        ({"image_shape": [10**5, 10**5, 1]}, "metadata: model .*: image_shape must have 1 to 268,435,456 entries"),
     ],
 )
 def test_a_ticket_for_another_model_is_refused(tmp_path: Path, model: dict[str, Any], message: str) -> None:
@@ -503,11 +533,14 @@ def test_a_model_of_ones_own_is_given_when_loading(tmp_path: Path, metadata: dic
     [
         (
             Own(width=5),
-            r"ticket's 'masks/MaskedDense_0/kernel': got \(3, 4\) floats, wanted \(3, 5\) floats, .* model Own",
+            r"array 'masks/MaskedDense_0/kernel' \(3, 4\) floats: must be \(3, 5\) floats, as in model Own",
         ),
-        (nn.Sequential([nn.Dense(2)]), r"ticket's 'batch_stats/BatchNorm_0/mean': got \(2,\) floats, wanted nothing"),
-        (nn.Conv(1, (3, 3, 3), (1, 1, 1)), "model: got Conv, which takes no images of shape"),
-        (MODELS["resnet6"](), "model: got ResNet, which takes no images of shape"),
+        (
+            nn.Sequential([nn.Dense(2)]),
+            r"array 'batch_stats/BatchNorm_0/mean' \(2,\) floats: unknown; model Sequential has no such array",
+        ),
+        (nn.Conv(1, (3, 3, 3), (1, 1, 1)), "model Conv: does not accept images of shape"),
+        (MODELS["resnet6"](), "model ResNet: does not accept images of shape"),
     ],
 )
 def test_another_model_than_the_tickets_is_refused(tmp_path: Path, model: nn.Module, message: str) -> None:
@@ -549,11 +582,11 @@ def test_a_ticket_is_described_with_its_layers(tickets: list[Path]) -> None:
         "accuracy": "val 95.00%",
         "density": f"{loaded.density:.2%} (3,773 of 74,016 masked weights)",
         "mask scale": "2",
-        "weights": "6,919 of 77,162, 3,146 of them never masked",
+        "weights": "6,919 of 77,162, including 3,146 that are never masked",
         "form": "compact",
         "versions": "cs_jax 0.1.0",
         "sha256": loaded.metadata["sha256"],
-        "size": f"{path.stat().st_size:,} bytes, 13.8% of the dense weights' 308,648",
+        "size": f"{path.stat().st_size:,} bytes, 13.8% of the dense weights (308,648 bytes)",
     }
     assert re.search(r"^  conv0/kernel\s+3×3×1×32\s+15 of 288\s+5\.21%$", text, re.MULTILINE)
 

@@ -18,12 +18,13 @@ from cs_jax.experiment.pipeline import search
 from cs_jax.experiment.prepare import make_recipe, prepare
 from cs_jax.experiment.run import run
 from cs_jax.methods.stochastic import draw_masks
-from cs_jax.models import MODELS, VGG, BottleneckResNet, ConvNet, ResNet, VisionTransformer, takes
+from cs_jax.models import MODELS, VGG, BottleneckResNet, ConvNet, ResNet, VisionTransformer, has_field
 from cs_jax.training import accumulation
 from cs_jax.training import compiled as compiled_programs
 from cs_jax.training import step as training_step
+from cs_jax.training.epoch import Epoch
 from cs_jax.training.executor import Executor
-from cs_jax.training.step import Hyperparams, Recipe, TrainState
+from cs_jax.training.step import Hyperparams, LossInputs, Recipe, StepInputs, TrainState
 
 KEY = jax.random.key(7)
 
@@ -58,7 +59,7 @@ def two_steps(recipe: Recipe, data: ImageSet, batch_size: int) -> tuple[TrainSta
     state, figures = search_state(recipe, data), []
     step = jax.jit(training_step.step, static_argnames="recipe")
     for _ in range(2):
-        state, metrics = step(recipe, state, data, np.arange(batch_size), KEY, hyperparams())
+        state, metrics = step(recipe, state, StepInputs(data, np.arange(batch_size), KEY, hyperparams()))
         figures.append(metrics)
     return state, figures
 
@@ -103,7 +104,7 @@ def test_parts_are_as_few_as_fit_and_take_every_example_once(count: int, part_si
 def test_statistics_of_batch_norm_take_the_parts_in_turn(synthetic: ImageSet) -> None:
     recipe = Recipe(ResNet(num_classes=4, stage_sizes=(1,), widths=(2,)), part_size=8)
     state = search_state(recipe, synthetic)
-    after, _ = training_step.step(recipe, state, synthetic, jnp.arange(16), KEY, hyperparams())
+    after, _ = training_step.step(recipe, state, StepInputs(synthetic, jnp.arange(16), KEY, hyperparams()))
     expected = state
     for part in (np.arange(0, 16, 2), np.arange(1, 16, 2)):
         inputs = training_step.normalize(synthetic.images[part], synthetic.mean, synthetic.std)
@@ -119,7 +120,8 @@ def test_an_epoch_in_parts_is_that_of_whole_batches(lenet: Recipe, synthetic: Im
     states, losses = [], []
     for recipe in (lenet, dataclasses.replace(lenet, part_size=8)):
         state = search_state(recipe, synthetic)
-        calls = Executor().train_epoch(recipe, state, synthetic, np.arange(37), KEY, hyperparams(), batch_size=16)
+        epoch = Epoch(synthetic, np.arange(37), KEY, hyperparams(), batch_size=16)
+        calls = Executor().train_epoch(recipe, state, epoch)
         for _, state, metrics in calls:  # noqa: B007
             losses.append(float(metrics.loss))
         states.append(state)
@@ -147,15 +149,14 @@ def test_gradients_are_the_same_where_activations_are_computed_again(name: str) 
         state = search_state(recipe, data)
         inputs = training_step.normalize(data.images, data.mean, data.std)
         differentiate = jax.jit(jax.grad(training_step.loss_fn, argnums=(1, 2), has_aux=True), static_argnums=0)
-        results.append(
-            differentiate(recipe, state.params, state.scores, state, inputs, data.labels, KEY, hyperparams())
-        )
+        batch = LossInputs(inputs, data.labels, KEY, hyperparams())
+        results.append(differentiate(recipe, state.params, state.scores, state, batch))
     assert jax.tree.structure(results[0]) == jax.tree.structure(results[1])
     assert distance(results[1], results[0]) <= 1e-12
 
 
 def test_every_model_with_blocks_takes_remat() -> None:
-    with_blocks = {name for name in MODELS if takes(name, "remat")}
+    with_blocks = {name for name in MODELS if has_field(name, "remat")}
     assert set(MODELS) - with_blocks == {"lenet300100"}
     for name in with_blocks:
         assert MODELS[name](remat=True).remat  # pyright: ignore[reportAttributeAccessIssue]
@@ -163,8 +164,8 @@ def test_every_model_with_blocks_takes_remat() -> None:
 
 def temporaries(recipe: Recipe, data: ImageSet) -> int:
     """Bytes that a compiled step needs beside what goes in and comes out."""
-    state, indices = search_state(recipe, data), jnp.arange(len(data))
-    compiled = compiled_programs.compiled(recipe)[0].lower(recipe, state, data, indices, KEY, hyperparams()).compile()
+    state, inputs = search_state(recipe, data), StepInputs(data, jnp.arange(len(data)), KEY, hyperparams())
+    compiled = compiled_programs.compiled(recipe)[0].lower(recipe, state, inputs).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -179,9 +180,9 @@ def test_less_memory_is_needed_in_parts_and_where_activations_are_computed_again
 def test_the_order_that_saves_memory_does_not_change_a_step_s_bits(synthetic: ImageSet) -> None:
     recipe = Recipe(ResNet(num_classes=4, stage_sizes=(1,), widths=(3,)))
     ordered = dataclasses.replace(recipe, in_order=True)
-    arguments = synthetic, np.arange(16), KEY, hyperparams()
-    one, _ = compiled_programs.compiled(recipe)[0](recipe, search_state(recipe, synthetic), *arguments)
-    other, _ = compiled_programs.compiled(ordered)[0](ordered, search_state(ordered, synthetic), *arguments)
+    inputs = StepInputs(synthetic, np.arange(16), KEY, hyperparams())
+    one, _ = compiled_programs.compiled(recipe)[0](recipe, search_state(recipe, synthetic), inputs)
+    other, _ = compiled_programs.compiled(ordered)[0](ordered, search_state(ordered, synthetic), inputs)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), one, other)
 
 

@@ -24,10 +24,11 @@ from cs_jax.experiment.progress import Observer, Observers, Progress
 from cs_jax.experiment.storage.checkpoints import Checkpoints
 from cs_jax.models.vit import VisionTransformer
 from cs_jax.training import mesh, step
+from cs_jax.training.epoch import Epoch
 from cs_jax.training.executor import Executor
 from cs_jax.training.mesh import MeshLayout
 from cs_jax.training.problem import Problem, Snapshot
-from cs_jax.training.step import Recipe
+from cs_jax.training.step import Recipe, StepInputs
 
 
 def layout(data: int, model: int) -> MeshLayout:
@@ -83,9 +84,9 @@ def test_a_batch_that_does_not_divide_is_whole() -> None:
 @pytest.mark.parametrize(
     ("data", "model", "message"),
     [
-        (None, 9, "--model-parallel: got 9, wanted at most 8, the devices there are"),
-        (9, 1, "--data-parallel: got 9 beside --model-parallel 1, which are 9 devices, wanted at most the 8"),
-        (3, 3, "--data-parallel: got 3 beside --model-parallel 3, which are 9 devices, wanted at most the 8"),
+        (None, 9, "--model-parallel 9: must be at most 8, the number of devices"),
+        (9, 1, "--data-parallel 9 with --model-parallel 1: requires 9 devices, but there are 8"),
+        (3, 3, "--data-parallel 3 with --model-parallel 3: requires 9 devices, but there are 8"),
     ],
 )
 def test_more_devices_than_there_are_is_refused(data: int | None, model: int, message: str) -> None:
@@ -95,9 +96,7 @@ def test_more_devices_than_there_are_is_refused(data: int | None, model: int, me
 
 def test_a_batch_size_that_does_not_divide_is_refused_before_data_are_read() -> None:
     config = parser.parse(["digits", "--data-parallel", "3", "--data-dir", "/nowhere"])
-    with pytest.raises(
-        ConfigError, match="--batch-size: got 64, wanted a multiple of the 3 devices that share a batch"
-    ):
+    with pytest.raises(ConfigError, match="--batch-size 64: must be a multiple of 3, the devices that share a batch"):
         prepare(config)
 
 
@@ -141,10 +140,8 @@ def test_scores_are_rounded_at_random_alike_on_several_devices(problem: Problem)
     found = []
     for here in (problem, on(problem, 4, 1)):
         hyper = search.hyperparams(config, "search", 0)
-        state, order = search.init_state(config, here), np.arange(36)
-        for _, state, _ in here.executor.train_epoch(  # noqa: B007, B020
-            here.recipe, state, here.train, order, here.key, hyper, batch_size=12
-        ):
+        state, epoch = search.init_state(config, here), Epoch(here.train, np.arange(36), here.key, hyper, batch_size=12)
+        for _, state, _ in here.executor.train_epoch(here.recipe, state, epoch):  # noqa: B007, B020
             pass
         found.append(on_host(state.scores))
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(found[0]))
@@ -157,8 +154,10 @@ def test_each_device_computes_its_share_of_a_batch(problem: Problem) -> None:
     here = dataclasses.replace(problem, executor=executor, train=executor.place_everywhere(problem.train))
     state = search.init_state(small.SEARCH, here)
     hyper = search.hyperparams(small.SEARCH, "search", 0)
-    indices = executor.layout.place(np.arange(16), executor.layout.batch(16))  # pyright: ignore
-    program = jax.jit(step.step, static_argnums=0).lower(here.recipe, state, here.train, indices, here.key, hyper)
+    indices = executor.place_batch(np.arange(16))
+    program = jax.jit(step.step, static_argnums=0).lower(
+        here.recipe, state, StepInputs(here.train, indices, here.key, hyper)
+    )
     text = program.compile().as_text()
     assert text is not None
     assert "f32[2,300]" in text
@@ -237,10 +236,8 @@ def test_no_device_holds_much_of_a_large_transformer(synthetic: ImageSet) -> Non
     state = search.init_state(small.SEARCH, problem)
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) > 50e6
     hyper = search.hyperparams(small.SEARCH, "search", 0)
-    epoch = problem.executor.train_epoch(
-        problem.recipe, state, problem.train, np.arange(4), problem.key, hyper, batch_size=4
-    )
-    [(_, state, metrics)] = list(epoch)
+    epoch = Epoch(problem.train, np.arange(4), problem.key, hyper, batch_size=4)
+    [(_, state, metrics)] = list(problem.executor.train_epoch(problem.recipe, state, epoch))
     assert np.isfinite(metrics.loss)
     for part in (state.params, state.scores, state.weight_momentum, state.score_momentum):
         held = dict.fromkeys(jax.devices(), 0)

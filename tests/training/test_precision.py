@@ -12,11 +12,10 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from small import SEARCH
 
-from cs_jax import methods
 from cs_jax.commands import parser
 from cs_jax.commands.ticket import measure_test_accuracy
 from cs_jax.core import masks
-from cs_jax.core.arrays import DTYPES, round_at_random
+from cs_jax.core.arrays import DTYPES, stochastic_round
 from cs_jax.data.images import ImageSet
 from cs_jax.experiment import search
 from cs_jax.experiment.config import Config
@@ -29,7 +28,7 @@ from cs_jax.tickets.ticket import load_ticket
 from cs_jax.training import compiled
 from cs_jax.training import step as training_step
 from cs_jax.training.problem import Problem
-from cs_jax.training.step import Hyperparams, Recipe, TrainState
+from cs_jax.training.step import Hyperparams, LossInputs, Recipe, StepInputs, TrainState
 
 KEY = jax.random.key(7)
 HYPER = Hyperparams(*(jnp.float32(value) for value in (2.0, 0.1, 0.1, 0.5, 1e-3)))
@@ -58,7 +57,8 @@ def equations(jaxpr: Jaxpr) -> Iterator[Any]:
 def product_dtypes(recipe: Recipe, data: ImageSet) -> dict[str, set[Any]]:
     """Dtypes of the operands of a step's products, by the primitive."""
     state = search_state(recipe, data)
-    jaxpr = jax.make_jaxpr(lambda state: training_step.step(recipe, state, data, jnp.arange(8), KEY, HYPER))(state)
+    inputs = StepInputs(data, jnp.arange(8), KEY, HYPER)
+    jaxpr = jax.make_jaxpr(lambda state: training_step.step(recipe, state, inputs))(state)
     found: dict[str, set[Any]] = {"conv_general_dilated": set(), "dot_general": set()}
     for equation in equations(jaxpr.jaxpr):
         if equation.primitive.name in found:
@@ -85,7 +85,7 @@ def test_weights_momentum_scores_and_statistics_stay_float32(synthetic: ImageSet
     recipe = small_resnet(jnp.bfloat16)
     state = search_state(recipe, synthetic)
     for _ in range(2):
-        state, metrics = compiled.compiled_step(recipe, state, synthetic, np.arange(16), KEY, HYPER)
+        state, metrics = compiled.compiled_step(recipe, state, StepInputs(synthetic, np.arange(16), KEY, HYPER))
         assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {FLOAT32, np.dtype(np.int32)}
         assert {leaf.dtype for leaf in jax.tree.leaves(metrics)} == {FLOAT32}
     variables = {"params": state.params, "batch_stats": state.batch_stats, "masks": state.scores}
@@ -108,7 +108,8 @@ def gradients(recipe: Recipe, data: ImageSet) -> Any:
     state = search_state(recipe, data)
     inputs = training_step.normalize(data.images, data.mean, data.std)
     differentiate = jax.jit(jax.grad(training_step.loss_fn, argnums=(1, 2), has_aux=True), static_argnums=0)
-    return differentiate(recipe, state.params, state.scores, state, inputs, data.labels, KEY, HYPER)[0]
+    batch = LossInputs(inputs, data.labels, KEY, HYPER)
+    return differentiate(recipe, state.params, state.scores, state, batch)[0]
 
 
 def test_gradients_are_close_to_those_of_float32(synthetic: ImageSet) -> None:
@@ -134,7 +135,7 @@ def test_a_masked_kernel_is_rounded_once() -> None:
 @pytest.mark.parametrize("value", [1.0, -1.0, 0.3, -1e-3, 3e-39, 1 + 2**-9])
 def test_rounding_at_random_keeps_the_mean_and_takes_a_neighbour(value: float) -> None:
     n = 100_000
-    rounded = np.asarray(round_at_random(KEY, jnp.full(n, value)), np.float64)
+    rounded = np.asarray(stochastic_round(KEY, jnp.full(n, value)), np.float64)
     values = np.unique(rounded)
     assert len(values) <= 2
     spacing = float(np.ptp(values))
@@ -147,7 +148,7 @@ def test_rounding_at_random_keeps_what_bfloat16_has_and_what_is_not_finite() -> 
     all_ones = np.array([-1], np.int32).view(np.float32)  # a NaN whose bits would carry over
     array = np.concatenate([kept, all_ones])
     for number in range(20):
-        rounded = round_at_random(jax.random.fold_in(KEY, number), jnp.asarray(array))
+        rounded = stochastic_round(jax.random.fold_in(KEY, number), jnp.asarray(array))
         np.testing.assert_array_equal(np.asarray(rounded, np.float32), array)
         assert np.signbit(np.asarray(rounded, np.float32)[1])
 
@@ -158,7 +159,7 @@ def narrow_search(config: Config, problem: Problem, steps: int, rate: float) -> 
     state = search_state(recipe, problem.train, dtype=DTYPES[config.score_dtype], value=1.0)
     hyper = Hyperparams(*(jnp.float32(value) for value in (1.0, 0.1, 0.0, rate, 1e4)))
     for _ in range(steps):
-        state, _ = compiled.compiled_step(recipe, state, problem.train, np.arange(16), KEY, hyper)
+        state, _ = compiled.compiled_step(recipe, state, StepInputs(problem.train, np.arange(16), KEY, hyper))
     return state
 
 
@@ -177,8 +178,9 @@ def test_a_step_with_bfloat16_scores_can_be_repeated_and_draws_anew_in_the_next(
     recipe, data = problem.recipe, problem.train
     state = search_state(recipe, data, dtype=jnp.bfloat16)
     step = jax.jit(training_step.step, static_argnames="recipe")
-    (one, _), (again, _) = (step(recipe, state, data, np.arange(16), KEY, HYPER) for _ in range(2))
-    later, _ = step(recipe, state.replace(step=jnp.int32(1)), data, np.arange(16), KEY, HYPER)
+    inputs = StepInputs(data, np.arange(16), KEY, HYPER)
+    (one, _), (again, _) = (step(recipe, state, inputs) for _ in range(2))
+    later, _ = step(recipe, state.replace(step=jnp.int32(1)), inputs)
     same = jax.tree.map(lambda a, b: bool((a == b).all()), one.scores, again.scores)
     other = jax.tree.map(lambda a, b: bool((a == b).all()), one.scores, later.scores)
     assert all(jax.tree.leaves(same)) and not all(jax.tree.leaves(other))
@@ -189,10 +191,10 @@ def test_masks_of_bfloat16_scores_are_float32_with_the_scale_exact(problem: Prob
     config = dataclasses.replace(SEARCH, mask_initial_value=0.1, score_dtype="bfloat16")
     state = search.init_state(config, problem)
     hyper = search.hyperparams(config, "search", 0)
-    method = methods.of(config)
+    method = config.pruning_method
     assert {leaf.dtype for leaf in jax.tree.leaves(state.scores)} == {BFLOAT16}
     scale = np.float32(1 + np.exp(-0.1))
-    for found in (method.hard_masks(state, hyper), method.ticket_masks(config, state)):
+    for found in (method.hard_masks(state, hyper), method.ticket_masks(state)):
         for mask in jax.tree.leaves(found):
             np.testing.assert_allclose(mask, scale, rtol=1e-6)
     assert {leaf.dtype for leaf in jax.tree.leaves(method.soft_masks(state, hyper))} == {FLOAT32}
@@ -237,13 +239,13 @@ def test_weights_that_a_stochastic_search_pruned_stay_pruned_in_bfloat16(problem
         SEARCH, method="iss", target_density=0.25, score_dtype="bfloat16", epochs=1, rewind_epoch=0
     )
     state = search.init_state(config, problem)
-    method = methods.of(config)
-    pruned = method.end_epoch(config, state, 0, 0)
+    method = config.pruning_method
+    pruned = method.end_epoch(state, 0, 0)
     density = masks.density(method.hard_masks(pruned, search.hyperparams(config, "search", 0)))
     assert density == pytest.approx(0.5, abs=1e-4)
     recipe = method.recipe(problem.recipe)
-    after, _ = training_step.step(recipe, pruned, problem.train, jnp.arange(16), KEY, HYPER)
-    assert masks.density(method.ticket_masks(config, after)) == density
+    after, _ = training_step.step(recipe, pruned, StepInputs(problem.train, jnp.arange(16), KEY, HYPER))
+    assert masks.density(method.ticket_masks(after)) == density
 
 
 @pytest.mark.parametrize("phase", ["search", "ticket"])

@@ -25,8 +25,8 @@ QUICK = (
 )
 
 LOST = (
-    "train.py: error: another process of this run has ended or is out of reach; start all of them again with the same "
-    "command, and the run goes on from its last checkpoint"
+    "train.py: error: another process of this run has ended or cannot be reached; start all processes again with the "
+    "same command to resume from the last checkpoint"
 )
 """JAX may have more to say after it."""
 
@@ -142,8 +142,8 @@ def test_processes_that_were_started_differently_are_refused_by_name(tmp_path: P
     for process in both:
         line = said(process)[-1]
         assert process.returncode == 2
-        assert line.startswith("train.py: error: --lr: process 1 on host ")
-        assert line.endswith("has 0.1; wanted the same in every process")
+        assert line.startswith("train.py: error: --lr 0.2 in process 1 on host ")
+        assert ": must be the same in every process, but is 0.1 in process 0 on host " in line
     assert not (tmp_path / "run").exists()
 
 
@@ -154,16 +154,16 @@ def test_a_coordinator_that_nobody_answers_for_is_told_in_time(tmp_path: Path) -
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1].startswith(
-        "train.py: error: --coordinator: not all processes have met at 127."
-    )
+    line = ended.stderr.splitlines()[-1]
+    assert line.startswith("train.py: error: --coordinator 127.0.0.1:")
+    assert line.endswith(": not all processes connected within 1 s; start all processes, able to reach this address")
 
 
 def test_an_environment_that_names_no_coordinator_is_refused(tmp_path: Path) -> None:
     words = [TRAIN, *QUICK, "--coordinator", "auto"]
     ended = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
-    message = "train.py: error: --coordinator: got auto, but no SLURM, Open MPI, Kubernetes or TPU pod has started"
+    message = "train.py: error: --coordinator auto: requires a process started by SLURM, Open MPI, Kubernetes or a TPU"
     assert ended.stderr.startswith(message)
     assert not list(tmp_path.iterdir())
 
@@ -171,22 +171,23 @@ def test_an_environment_that_names_no_coordinator_is_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--processes 2", "--processes: got 2 alone, wanted --coordinator HOST:PORT of the first process too"),
-        ("--process-id 0", "--process-id: got 0 alone, wanted --coordinator"),
+        ("--processes 2", "^--processes 2: requires --coordinator HOST:PORT of the first process$"),
+        ("--process-id 0", "^--process-id 0: requires --coordinator HOST:PORT of the first process$"),
     ],
 )
 def test_words_that_lack_a_coordinator_are_refused(words: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        parser.pop_processes(words.split())
+        parser.parse_train(words.split())
 
 
 @pytest.mark.parametrize(
     ("coordinator", "count", "index", "message"),
     [
-        ("host", 2, 0, "--coordinator: got 'host', wanted HOST:PORT of the first process, with a port of 1 to 65535"),
-        ("host:65536", 2, 0, "--coordinator: got 'host:65536', wanted HOST:PORT of the first process, with a port"),
-        ("host:1", None, 0, "--processes: got none, wanted how many run together"),
-        ("host:1", 2, 2, "--process-id: got 2, wanted 0 to 1, another one in each process"),
+        ("host", 2, 0, "--coordinator 'host': must be HOST:PORT of the first process, with a port of 1 to 65535"),
+        ("host:65536", 2, 0, "--coordinator 'host:65536': must be HOST:PORT of the first process, with a port"),
+        ("host:1", None, 0, "--coordinator host:1: requires --processes and --process-id"),
+        ("host:1", 0, 0, "--processes 0: must be at least 1"),
+        ("host:1", 2, 2, "--process-id 2: must be 0 to 1, different in each process"),
     ],
 )
 def test_a_job_that_cannot_start_is_refused(coordinator: str, count: int, index: int, message: str) -> None:

@@ -31,10 +31,11 @@ from cs_jax.experiment.storage.paths import LOG_FILE, TICKET_FILE
 from cs_jax.layers.masked import MaskedConv, MaskedDense
 from cs_jax.methods.controls import DENSE
 from cs_jax.models import BatchNorm
-from cs_jax.sweep import autotune, scheduler
+from cs_jax.sweep import autotune, storage
 from cs_jax.sweep.autotune import Trial
-from cs_jax.sweep.scheduler import Place, Watcher, run_sweep
-from cs_jax.sweep.spec import Planned, make_spec
+from cs_jax.sweep.devices import Device
+from cs_jax.sweep.scheduler import SweepObserver, run_sweep
+from cs_jax.sweep.spec import PlannedRun, make_spec
 from cs_jax.sweep.tickets import Job, run_jobs
 from cs_jax.tickets.ticket import load_ticket
 from cs_jax.training import compiled as compiled_programs
@@ -292,34 +293,36 @@ def test_runs_share_programs_unless_they_differ_in_what_is_built_in() -> None:
 
 def test_how_many_at_once_is_as_asked_or_as_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     several_alike = [small.SEARCH] * 5
-    assert autotune.how_many(several_alike, 3) == (3, "3 runs in one program, as asked")
-    assert autotune.how_many(several_alike, 9) == (5, "5 runs in one program, as asked")
-    assert autotune.how_many(several_alike, 1) == (1, "one after another, as asked")
-    assert autotune.how_many(several_alike[:1], 9) == autotune.how_many(several_alike[:1], None) == (1, "")
-    assert autotune.how_many(several_alike, None) == (1, "one after another, as always on a CPU")
+    assert autotune.choose_run_count(several_alike, 3) == (3, "3 runs in one program, as --tickets says")
+    assert autotune.choose_run_count(several_alike, 9) == (5, "5 runs in one program, as --tickets says")
+    assert autotune.choose_run_count(several_alike, 1) == (1, "one after another")
+    assert (
+        autotune.choose_run_count(several_alike[:1], 9) == autotune.choose_run_count(several_alike[:1], None) == (1, "")
+    )
+    assert autotune.choose_run_count(several_alike, None) == (1, "one after another, the default on a CPU")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for at_once, count, told in (
-        (0.0125, 5, "in one program: a step of 5 runs takes 12.5 ms at once, 20 ms in turn"),
-        (0.0212, 1, "one after another: a step of 5 runs takes 21.2 ms at once, 20 ms in turn"),
-        (float("inf"), 1, "one after another: a step of 5 runs takes more memory than there is at once, 20 ms in turn"),
+        (0.0125, 5, "in one program: a step of 5 runs takes 12.5 ms in one program, 20 ms one after another"),
+        (0.0212, 1, "one after another: a step of 5 runs takes 21.2 ms in one program, 20 ms one after another"),
+        (float("inf"), 1, "one after another: too little memory for 5 runs in one program"),
     ):
-        monkeypatch.setattr(autotune, "_found", {})
+        monkeypatch.setattr(autotune, "_trials", {})
         monkeypatch.setattr(autotune, "measure", lambda settings, runs, at_once=at_once: Trial(runs, at_once, 0.02))
-        assert autotune.how_many(several_alike, None) == (count, told)
+        assert autotune.choose_run_count(several_alike, None) == (count, told)
         monkeypatch.setattr(autotune, "measure", None)  # once is enough
         others = [dataclasses.replace(settings, lr=0.3, seed=7) for settings in several_alike]
-        assert autotune.how_many(others, None)[0] == count
+        assert autotune.choose_run_count(others, None)[0] == count
         with pytest.raises(TypeError):  # another number of runs, or another method, is another question
-            autotune.how_many(several_alike[1:], None)
+            autotune.choose_run_count(several_alike[1:], None)
         with pytest.raises(TypeError):
-            autotune.how_many([dataclasses.replace(settings, method="imp") for settings in several_alike], None)
+            autotune.choose_run_count([dataclasses.replace(settings, method="imp") for settings in several_alike], None)
 
 
 def test_a_trial_times_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = parser.parse([*QUICK, "--batch-size", "400"])
     began = time.perf_counter()
     found = autotune.measure(settings, 2)
-    assert found.runs == 2 and 0 < found.at_once < time.perf_counter() - began > found.in_turn > 0
+    assert found.runs == 2 and 0 < found.batched < time.perf_counter() - began > found.sequential > 0
 
 
 QUICK = "--model lenet300100 --rounds 1 --epochs 2 --rewind-epoch 1 --lr-schedule 1 --lr-drops 0.1 --no-report".split()
@@ -388,25 +391,25 @@ SPEC = {
 NAMES = ["imp-density0.1-seed0", "imp-density0.1-seed1", "wild-density0.1-seed0", "wild-density0.1-seed1"]
 
 
-class Notes(Watcher):
+class Notes(SweepObserver):
     """Keeps what happens, and kills the worker at an epoch of a run."""
 
     def __init__(self, directory: Path, kill_at: tuple[str, int] | None = None) -> None:
         self._directory, self._kill_at = directory, kill_at
         self.happened: list[tuple[str, int, str]] = []
 
-    def on_start(self, worker: int, run: Planned) -> None:
+    def on_start(self, worker: int, run: PlannedRun) -> None:
         self.happened.append(("start", worker, run.name))
 
-    def on_back(self, worker: int, run: Planned) -> None:
+    def on_requeue(self, worker: int, run: PlannedRun) -> None:
         self.happened.append(("back", worker, run.name))
 
-    def on_epoch(self, worker: int, run: Planned, epoch: int) -> None:
+    def on_epoch(self, worker: int, run: PlannedRun, epoch: int) -> None:
         if (run.name, epoch) == self._kill_at:
-            lock = scheduler.folder_of(self._directory, run) / "run.lock"
+            lock = storage.folder_of(self._directory, run) / "run.lock"
             os.kill(json.loads(lock.read_text())["process"], signal.SIGKILL)
 
-    def on_end(self, worker: int, run: Planned, ticket: Any, failure: str) -> None:
+    def on_end(self, worker: int, run: PlannedRun, ticket: Any, failure: str) -> None:
         self.happened.append(("done" if ticket else "failed", worker, run.name))
 
 
@@ -420,19 +423,19 @@ def test_a_sweep_whose_worker_takes_several_at_once_is_killed_fails_and_goes_on(
 ) -> None:
     spec = make_spec("many", SPEC)
     killed = Notes(tmp_path, kill_at=(NAMES[1], 2))
-    failures = run_sweep(spec, tmp_path, [Place((), {})], killed, tickets=8)
+    failures = run_sweep(spec, tmp_path, [Device((), {})], killed, tickets=8)
     assert killed.happened[:4] == [("start", 0, name) for name in NAMES]
     assert failures.keys() == set(NAMES)
     assert all("exit code -9" in failures[name] for name in NAMES[:2])
     again = Notes(tmp_path)
-    failures = run_sweep(spec, tmp_path, [Place((), {})], again, tickets=3)
+    failures = run_sweep(spec, tmp_path, [Device((), {})], again, tickets=3)
     assert again.happened[:3] == [("start", 0, name) for name in NAMES[:3]]
     assert sorted(again.happened[3:6]) == [("done", 0, NAMES[0]), ("done", 0, NAMES[1]), ("failed", 0, NAMES[2])]
     assert again.happened[6:] == [("start", 0, NAMES[3]), ("failed", 0, NAMES[3])]
     assert failures.keys() == set(NAMES[2:]) and all("loss is" in reason for reason in failures.values())
     for name in NAMES[:2]:
         log = (tmp_path / "logs" / f"{name}.txt").read_text()
-        assert "4 runs in one program, as asked\n" in log and "3 runs in one program, as asked\n" in log
+        assert all(f"{count} runs in one program, as --tickets says\n" in log for count in (4, 3))
         assert "goes on from search 0, epoch 1" in log
         assert run_directory.read_summary(tmp_path / "runs" / name) is not None
 
@@ -441,7 +444,7 @@ def test_a_worker_gives_back_what_it_is_slower_with(tmp_path: Path, on_cores: No
     """This one has no accelerator after all. Places share what waits."""
     spec = make_spec("many", {**SPEC, "methods": ["imp"], "method": {}, "seeds": [0, 1, 2]})
     notes = Notes(tmp_path)
-    assert run_sweep(spec, tmp_path, [Place((), {}, accelerator=True)], notes) == {}
+    assert run_sweep(spec, tmp_path, [Device((), {}, accelerator=True)], notes) == {}
     of_first = [what for what, _, name in notes.happened if name == "imp-density0.1-seed0"]
     of_last = [what for what, _, name in notes.happened if name == "imp-density0.1-seed2"]
     assert of_first == ["start", "done"]
@@ -455,7 +458,7 @@ def test_tickets_of_one_command_are_those_of_their_seeds(
     asked = [*QUICK, "--seed", "4"]
     assert train.main([*asked, "--tickets", "2"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("one after another, as always on a CPU\n1 of 2  digits-seed4: density ")
+    assert shown.startswith("one after another, the default on a CPU\n1 of 2  digits-seed4: density ")
     folders = [tmp_path / "runs" / f"digits-seed{seed}" for seed in (4, 5)]
     assert sorted((tmp_path / "runs").iterdir()) == folders
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
@@ -478,7 +481,7 @@ def test_tickets_of_one_command_are_those_of_their_seeds(
 def test_tickets_of_one_command_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(autotune, "how_many", lambda settings, tickets: (2, "2 at once"))
+    monkeypatch.setattr(autotune, "choose_run_count", lambda settings, tickets: (2, "2 at once"))
     out = tmp_path / "out"
     assert train.main([*QUICK, "--controls", "--tickets", "3", "--out", str(out)]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["digits-seed0", "digits-seed1", "digits-seed2"]
@@ -492,16 +495,21 @@ def test_tickets_of_one_command_at_once(
 @pytest.mark.parametrize(
     "words, told",
     [
-        (["--tickets", "0"], "--tickets: got 0, wanted a number of at least 1"),
-        (["--tickets=-1"], "--tickets: got -1, wanted a number of at least 1"),
-        (["--tickets", "auto"], "--tickets: got auto, wanted a number of at least 1"),
-        (["--tickets"], "--tickets: got nothing, wanted a number"),
-        (["--tickets", "2", "--tickets", "3"], "--tickets: got 2 of them, wanted one"),
-        (["--tickets", "2", "--resume", "there"], "--tickets: got 2 beside --resume, wanted the command that began"),
-        (["--tickets", "2", "--seed", "4294967295"], "--tickets: got 2, wanted at most 1 from --seed 4294967295 on"),
-        (["--tickets", "2", "--val-set-size", "9999"], "--val-set-size: got 9999, wanted less than the 1437 "),
+        (["--tickets", "0"], "--tickets 0: must be at least 1"),
+        (["--tickets=-1"], "--tickets -1: must be at least 1"),
+        (["--tickets", "auto"], "--tickets auto: must be a whole number"),
+        (["--tickets"], "--tickets: expected one argument"),
+        (
+            ["--tickets", "2", "--resume", "there"],
+            "--tickets 2: excludes --resume; repeat the command that",
+        ),
+        (["--tickets", "2", "--seed", "4294967295"], "--tickets 2: must be at most 1 with --seed 4294967295"),
+        (["--tickets", "2", "--val-set-size", "9999"], "--val-set-size 9999: must be less than 1437, the number "),
         (["--tickets", "2", "--out", "file"], "--out: got file/digits-seed0, "),
-        (["--tickets", "2", "--out", "run"], "--out: got run, which holds one run, wanted a folder for all"),
+        (
+            ["--tickets", "2", "--out", "run"],
+            "--out run: is a run directory; choose a parent directory for --tickets 2",
+        ),
         (["--tickets", "2", "--out", "full"], "--out: got full/digits-seed1, which is not empty and holds no run"),
     ],
 )

@@ -13,8 +13,9 @@ from cs_jax.data.images import ImageSet
 from cs_jax.models import ResNet
 from cs_jax.training import compiled, executor
 from cs_jax.training import step as training_step
+from cs_jax.training.epoch import Epoch
 from cs_jax.training.executor import Executor
-from cs_jax.training.step import Hyperparams, Recipe, TrainState
+from cs_jax.training.step import Hyperparams, Recipe, StepInputs, TrainState
 
 KEY = jax.random.key(7)
 
@@ -66,7 +67,7 @@ def test_a_step_is_nesterov_with_decay_on_weights_and_without_on_scores(lenet: R
         score_v = jax.tree.map(lambda v, g: 0.9 * v + g, score_v, score_g)
         params = jax.tree.map(lambda p, g, v: p - 0.1 * (g + 0.9 * v), params, weight_g, weight_v)
         scores = jax.tree.map(lambda s, g, v: s - 0.5 * (g + 0.9 * v), scores, score_g, score_v)
-        state, _ = compiled.compiled_step(recipe, state, synthetic, np.arange(16), KEY, hyper)
+        state, _ = compiled.compiled_step(recipe, state, StepInputs(synthetic, np.arange(16), KEY, hyper))
     assert int(state.step) == 2
     for ours, expected in ((state.params, params), (state.scores, scores)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), ours, expected)
@@ -76,7 +77,7 @@ def test_the_loss_is_cross_entropy_plus_penalty(lenet: Recipe, synthetic: ImageS
     state = search_state(lenet, synthetic)
     entries = sum(leaf.size for leaf in jax.tree.leaves(state.scores))
     hyper = hyperparams(temperature=1.0)
-    _, metrics = compiled.compiled_step(lenet, state, synthetic, np.arange(16), KEY, hyper)
+    _, metrics = compiled.compiled_step(lenet, state, StepInputs(synthetic, np.arange(16), KEY, hyper))
     assert float(metrics.penalty) == pytest.approx(1e-3 * entries, rel=1e-5)
     assert float(metrics.loss) == pytest.approx(float(metrics.cross_entropy) + float(metrics.penalty), rel=1e-6)
 
@@ -84,7 +85,7 @@ def test_the_loss_is_cross_entropy_plus_penalty(lenet: Recipe, synthetic: ImageS
 def test_fixed_masks_stay_and_masked_weights_only_decay(lenet: Recipe, synthetic: ImageSet) -> None:
     state = ticket_state(lenet, synthetic)
     before = copy((state.params, state.masks))
-    state, _ = compiled.compiled_step(lenet, state, synthetic, np.arange(16), KEY, hyperparams())
+    state, _ = compiled.compiled_step(lenet, state, StepInputs(synthetic, np.arange(16), KEY, hyperparams()))
     assert equal(state.masks, before[1])
     assert state.scores == {}
     for layer, mask in state.masks.items():
@@ -100,7 +101,7 @@ def test_new_hyperparameters_do_not_retrace(lenet: Recipe, synthetic: ImageSet) 
     step = jax.jit(lambda *arguments: traces.append(1) or training_step.step(lenet, *arguments))
     for temperature, rate in ((1.0, 0.1), (14.0, 0.1), (200.0, 0.001)):
         hyper = hyperparams(temperature=temperature, learning_rate=rate, penalty_weight=rate)
-        state, _ = step(state, synthetic, np.arange(16), KEY, hyper)
+        state, _ = step(state, StepInputs(synthetic, np.arange(16), KEY, hyper))
     assert len(traces) == 1
 
 
@@ -110,7 +111,8 @@ def epoch(
     """Steps done after each call, the last state, and the figures of all steps."""
     calls, figures = [], []
     last = state
-    for done, last, metrics in Executor().train_epoch(recipe, state, data, order, KEY, hyperparams(), **options):  # noqa: B007
+    one_pass = Epoch(data, order, KEY, hyperparams(), **options)
+    for done, last, metrics in Executor().train_epoch(recipe, state, one_pass):  # noqa: B007
         calls.append(done)
         figures.append(jax.tree.map(np.atleast_1d, metrics))
     return calls, last, jax.tree.map(lambda *calls: np.concatenate(calls), *figures) if figures else None
@@ -130,7 +132,7 @@ def test_an_epoch_takes_every_example_once_and_the_last_batch_is_smaller(lenet: 
     assert calls == [1, 2, 3]
     again, losses = search_state(lenet, synthetic), []
     for indices in (np.arange(16), np.arange(16, 32), np.arange(32, 37)):
-        again, one = compiled.compiled_step(lenet, again, synthetic, indices, KEY, hyperparams())
+        again, one = compiled.compiled_step(lenet, again, StepInputs(synthetic, indices, KEY, hyperparams()))
         losses.append(float(one.loss))
     assert metrics.loss.tolist() == losses
     assert equal(state, again)
@@ -151,10 +153,8 @@ def test_a_step_keeps_every_dtype_and_has_its_loss_in_float32_at_least(
         model = ResNet(num_classes=4, stage_sizes=(1,), widths=(2,), dtype=dtype, param_dtype=param_dtype)
         recipe = Recipe(model)
         state = jax.eval_shape(lambda: search_state(recipe, synthetic))
-        indices = jnp.arange(5)
-        after, metrics = jax.eval_shape(
-            lambda state: training_step.step(recipe, state, synthetic, indices, KEY, hyperparams()), state
-        )
+        inputs = StepInputs(synthetic, jnp.arange(5), KEY, hyperparams())
+        after, metrics = jax.eval_shape(lambda state: training_step.step(recipe, state, inputs), state)
         assert jax.tree.map(lambda leaf: leaf.dtype, after) == jax.tree.map(lambda leaf: leaf.dtype, state)
         assert {metrics.cross_entropy.dtype, metrics.penalty.dtype} <= {np.dtype(np.float32), np.dtype(np.float64)}
 
@@ -186,9 +186,9 @@ def test_an_epoch_goes_on_from_any_step_to_the_same_bits(
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     if backend == "gpu" and first % 3 and first < 7:
         first += 3 - first % 3  # calls of an accelerator end there
-    arguments = (synthetic, np.arange(37), KEY, hyperparams())
+    whole = Epoch(synthetic, np.arange(37), KEY, hyperparams(), batch_size=5)
     start = last = search_state(lenet, synthetic)
-    for done, last, _ in Executor().train_epoch(lenet, last, *arguments, batch_size=5):  # noqa: B020
+    for done, last, _ in Executor().train_epoch(lenet, last, whole):  # noqa: B020
         start = jax.tree.map(np.array, last) if done == first else start
     calls, resumed, _ = epoch(lenet, start, synthetic, np.arange(37), batch_size=5, first_step=first)
     assert calls == {"cpu": [*range(first + 1, 9)], "gpu": [end for end in (3, 6, 7, 8) if end > first]}[backend]

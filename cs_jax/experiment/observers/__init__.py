@@ -1,1 +1,1 @@
-"""Observers of a run: terminal, trackers, health checks, signals."""
+"""Observers of a run: terminal output, warnings about the search, trackers, and signals."""

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM that are not lost, and end a run where it can be saved."""
+"""Signals that stop a run: SIGINT, SIGTERM and SIGHUP end it at a step, where its state can be saved."""
 
 import contextlib
 import os
@@ -14,10 +14,10 @@ from cs_jax.training import processes
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 AGREE_STEPS = 10
-"""Steps between two looks of several processes, which wait for each other there, and for their devices."""
+"""Steps between two checks in a run of several processes. A check waits for all processes and their devices."""
 
-PATIENCE = 1.0
-"""Seconds after which a person is told that the signal was heard."""
+MESSAGE_DELAY = 1.0
+"""Seconds between a signal and the message that the run is stopping, if it is still running then."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -26,43 +26,43 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = signal.Signals(number)
-        self.hint = ""  # how to go on, once that is known
+        self.hint = ""  # appended to the message: how to resume
 
     @property
     def exit_code(self) -> int:
-        """128 and the signal's number, as a shell has it: 130 for SIGINT, 143 for SIGTERM."""
+        """128 plus the signal's number, as in a shell: 130 for SIGINT, 143 for SIGTERM."""
         return 128 + self.number
 
 
 class Interrupts(Observer):
-    """Raises `Stopped` on SIGINT, SIGTERM and SIGHUP; while a run is `held`, at its next step instead.
+    """Raises `Stopped` on SIGINT, SIGTERM and SIGHUP: at once, or at the next step inside `held`.
 
-    A second signal, if it is SIGINT, ends the process at once.
-    Elsewhere Python raises the exception wherever it is, which may be inside a callback of a library that lets none
-    through; then it comes again at the next step.
+    A second signal ends the process at once if it is SIGINT.
+    Outside `held`, Python raises the exception at any line, which may be in a library's callback that swallows it. The
+    exception is then raised again at the next step.
 
     Args:
-        of_all: of the main thread, which waits for several runs in threads of their own; this is one run's, and raises
-            what that has heard. Signals come to the main thread alone.
+        main: the `Interrupts` of the main thread, for a run in another thread: only the main thread receives signals.
+            This object then raises the signals that `main` has received.
     """
 
-    def __init__(self, of_all: "Interrupts | None" = None) -> None:
-        self._of_all = of_all
-        self._asked: int | None = None
+    def __init__(self, main: "Interrupts | None" = None) -> None:
+        self._main = main
+        self._received: int | None = None
         self._held = False
         self._installed = False
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
             self._installed = True
-            heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as with nohup
-            self._before = {number: signal.signal(number, self._handle) for number in heard}
+            numbers = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores
+            self._before = {number: signal.signal(number, self._handle) for number in numbers}
             self._read_fd, write_fd = os.pipe()
             os.set_blocking(write_fd, False)
             self._wakeup_before = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
             self._write_fd = write_fd
-            os.register_at_fork(after_in_child=lambda: _forget(write_fd))
-            threading.Thread(target=_exit_at_the_second, args=(self._read_fd,), daemon=True).start()
+            os.register_at_fork(after_in_child=lambda: _reset_wakeup_fd(write_fd))
+            threading.Thread(target=_exit_on_second_sigint, args=(self._read_fd,), daemon=True).start()
         return self
 
     def __exit__(
@@ -70,13 +70,13 @@ class Interrupts(Observer):
     ) -> None:
         if self._installed:
             signal.set_wakeup_fd(self._wakeup_before)
-            os.close(self._write_fd)  # which ends the thread
+            os.close(self._write_fd)  # ends the thread
             for number, handler in self._before.items():
                 signal.signal(number, handler)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Signals are answered at steps and batches alone, where the run's state is whole."""
+        """Context in which signals only raise at steps and batches, where the state of the run is consistent."""
         self._held = True
         try:
             yield
@@ -88,7 +88,7 @@ class Interrupts(Observer):
             self.check()
 
     def on_batch(self) -> None:
-        if not processes.are_several():  # which agree at steps: an evaluation is short
+        if not processes.are_several():  # several processes agree at steps only; evaluations are short
             self.check()
 
     def on_epoch_end(self, record: EpochRecord, progress: Progress) -> None:
@@ -98,46 +98,46 @@ class Interrupts(Observer):
         self.check()
 
     def check(self) -> None:
-        """Raises `Stopped` if a signal came, to this process or to another of the run."""
-        if self._of_all is not None:
-            self._of_all.check()
-        asked = processes.agree(self._asked or 0)
-        if asked:
-            raise Stopped(asked)
+        """Raises `Stopped` if this process, or another process of the run, has received a signal."""
+        if self._main is not None:
+            self._main.check()
+        number = processes.agree(self._received or 0)
+        if number:
+            raise Stopped(number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._asked = self._asked or number
+        self._received = self._received or number
         if not self._held:
-            raise Stopped(self._asked)
+            raise Stopped(self._received)
 
 
-def _forget(write_fd: int) -> None:
-    """In a forked child, which a terminal's Ctrl-C reaches too: it is not to be heard twice."""
+def _reset_wakeup_fd(write_fd: int) -> None:
+    """Disconnects a forked child from the pipe: Ctrl-C of a terminal reaches the child too, and must count once."""
     current = signal.set_wakeup_fd(-1)
     if current not in (write_fd, -1):
         signal.set_wakeup_fd(current)
 
 
-def _exit_at_the_second(ears: int) -> None:
-    """Ends the process at a SIGINT that follows another signal, even while the main thread waits for a computation.
+def _exit_on_second_sigint(read_fd: int) -> None:
+    """Thread that ends the process at a SIGINT after another signal, even while the main thread waits for a device.
 
-    Python's own handlers run only once that is done; the wakeup pipe has a byte, the signal's number, at once.
+    Python's signal handlers run only after that wait. The wakeup pipe receives a byte at once, the signal's number.
     """
-    heard, told = b"", False
+    received, is_message_printed = b"", False
     while True:
-        if heard and not told and not select.select([ears], [], [], PATIENCE)[0]:
-            told = True
-            _tell(b"stopping as soon as this step or compilation is done; Ctrl-C again ends at once, unsaved\n")
-        part = os.read(ears, 16)
+        if received and not is_message_printed and not select.select([read_fd], [], [], MESSAGE_DELAY)[0]:
+            is_message_printed = True
+            _print_error(b"stopping after this step or compilation; press Ctrl-C again to end at once without saving\n")
+        part = os.read(read_fd, 16)
         if not part:
             break
-        heard += bytes(number for number in part if number in SIGNALS)
-        if signal.SIGINT in heard[1:]:
-            _tell(b"ended at once; the same command goes on from the last checkpoint\n")
+        received += bytes(number for number in part if number in SIGNALS)
+        if signal.SIGINT in received[1:]:
+            _print_error(b"ended at once; run the same command to resume from the last checkpoint\n")
             os._exit(128 + signal.SIGINT)
-    os.close(ears)
+    os.close(read_fd)
 
 
-def _tell(line: bytes) -> None:
+def _print_error(line: bytes) -> None:
     with contextlib.suppress(OSError):  # the terminal may be gone
         os.write(2, line)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar on a terminal, plain lines elsewhere, and the table at the end."""
+"""Terminal output of a run: a progress bar on a terminal, plain lines elsewhere, and tables of results."""
 
 import contextlib
 import statistics
@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 
 from cs_jax.core.errors import CsJaxWarning
-from cs_jax.experiment.config import Config
 from cs_jax.experiment.progress import EpochRecord, Observer, Progress
 
 REFRESH_SECONDS = 0.5
@@ -25,34 +24,36 @@ _HEADER = "phase     epoch     loss      lr   temp  density  val soft  val hard 
 
 
 class Terminal(Console):
-    """A console that tells when nobody reads on, as with `| head`, instead of ending the process."""
+    """A console that raises BrokenPipeError if its reader has ended, as with `| head`. Rich would end the process."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
 
 def print_line(terminal: Console, line: str) -> None:
-    """Prints a line as it is."""
+    """Prints a line without markup, highlighting or wrapping."""
     terminal.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 _shown_by_thread: dict[int, Callable[..., None]] = {}
-"""How the warnings of a thread are shown that runs one of several runs; those of other threads are the main one's."""
+"""Functions that show the warnings of threads with a run each. The main thread shows all other warnings."""
 
 
 @contextlib.contextmanager
 def warnings_as_lines(console: Console) -> Iterator[None]:
-    """Shows warnings as lines between those of the epochs: those of this package every time, but no layer twice.
+    """Context in which warnings are printed as lines.
 
-    In a thread that is not the main one, its own warnings alone; the main thread has to be inside one of these too.
+    Warnings of this package are printed every time; a warning about layers only if one of its layers is new. In a
+    thread other than the main thread, the context prints the warnings of that thread only, and the main thread must be
+    in such a context as well.
     """
-    told: set[str] = set()
+    seen_layers: set[str] = set()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         layers = getattr(message, "layers", ())
-        if not layers or not told.issuperset(layers):
+        if not layers or not seen_layers.issuperset(layers):
             console.print(f"warning: {message}", markup=False, highlight=False, soft_wrap=True)
-        told.update(layers)
+        seen_layers.update(layers)
 
     thread = threading.get_ident()
     if thread != threading.main_thread().ident:
@@ -66,15 +67,15 @@ def warnings_as_lines(console: Console) -> Iterator[None]:
     def dispatch(*warning: Any, **options: Any) -> None:
         _shown_by_thread.get(threading.get_ident(), show)(*warning, **options)
 
-    with warnings.catch_warnings():  # which is the whole process's
+    with warnings.catch_warnings():  # changes the whole process
         warnings.simplefilter("always", CsJaxWarning)
-        warnings.filterwarnings("ignore", "Corrupt EXIF data")  # in some photographs, whose pixels are whole
+        warnings.filterwarnings("ignore", "Corrupt EXIF data")  # the pixels are not affected
         warnings.showwarning = dispatch
         yield
 
 
 def progress_bars(console: Console, *, width: int) -> bars.Progress:
-    """Bars that are drawn on a terminal alone, with what has gone by and what is left, and vanish at the end."""
+    """Progress bars with elapsed and remaining time. Shown on a terminal only, and removed at the end."""
     return bars.Progress(
         bars.TextColumn("{task.description}"),
         bars.BarColumn(bar_width=width),
@@ -90,17 +91,25 @@ def progress_bars(console: Console, *, width: int) -> bars.Progress:
 
 
 class ProgressDisplay(Observer):
-    """Prints a line an epoch and, on a terminal, a bar below with the current step.
+    """Prints a line for each epoch and, on a terminal, a progress bar with the current step.
 
-    A context manager, so that the bar is gone at the end.
+    A context manager, which removes the bar at the end.
+
+    Args:
+        console: where the lines and the bar are printed.
+        total_epochs: int > 0, of all phases together.
+        epochs_done: int >= 0, epochs that earlier processes have done.
+        labels: names of the phases in their order; phases without a label have their own name.
     """
 
-    def __init__(self, config: Config, console: Console) -> None:
-        self._config, self._console = config, console
+    def __init__(
+        self, console: Console, *, total_epochs: int, epochs_done: int = 0, labels: Sequence[str] = ()
+    ) -> None:
+        self._console, self._done = console, epochs_done
+        self._labels, self._label = iter(labels), ""
         self._next_refresh = 0.0
         self._bar = progress_bars(console, width=16)
-        phases = config.search_rounds + len(config.retrainings)
-        self._task = self._bar.add_task("starting", total=config.epochs * phases)
+        self._task = self._bar.add_task("starting", total=total_epochs)
 
     def __enter__(self) -> "ProgressDisplay":
         self._print(_HEADER)
@@ -113,23 +122,24 @@ class ProgressDisplay(Observer):
         self._bar.stop()
 
     def on_phase_start(self, progress: Progress) -> None:
-        if not self._bar.tasks[0].completed:  # what an earlier process did says nothing of the time left
-            self._bar.reset(self._task, completed=progress.epochs_done(self._config))
+        self._label = next(self._labels, progress.phase_name())
+        if not self._bar.tasks[0].completed:  # the speed of earlier processes does not predict the time left
+            self._bar.reset(self._task, completed=self._done)
 
     def on_steps(self, progress: Progress, total: int) -> None:
         if self._bar.disable or time.monotonic() < self._next_refresh:
             return
-        loss = np.asarray(progress.figures[-2:][0].loss).flat[-1]  # of the call before, which has been computed
+        loss = np.asarray(progress.figures[-2:][0].loss).flat[-1]  # of the previous call: the last one may still run
         self._next_refresh = time.monotonic() + REFRESH_SECONDS
-        description = f"{progress.phase_name()} epoch {progress.epoch} step {progress.step}/{total} loss {loss:.4f}"
-        completed = progress.epochs_done(self._config) + progress.step / total
-        self._bar.update(self._task, completed=completed, description=description)
+        description = f"{self._label} epoch {progress.epoch} step {progress.step}/{total} loss {loss:.4f}"
+        self._bar.update(self._task, completed=self._done + progress.step / total, description=description)
 
     def on_epoch_end(self, record: EpochRecord, progress: Progress) -> None:
-        self._bar.update(self._task, completed=progress.epochs_done(self._config))
+        self._done += 1
+        self._bar.update(self._task, completed=self._done)
         temperature = "-" if record.temperature is None else f"{record.temperature:.1f}"
         self._print(
-            f"{progress.phase_name():<9} {record.epoch:>5} {record.loss:>8.4f} {record.learning_rate:>7g} "
+            f"{self._label:<9} {record.epoch:>5} {record.loss:>8.4f} {record.learning_rate:>7g} "
             f"{temperature:>6} {record.density:>8.2%} {percent(record.soft_accuracy):>9} "
             f"{percent(record.hard_accuracy):>9} {record.seconds:>8.1f}"
         )
@@ -139,7 +149,12 @@ class ProgressDisplay(Observer):
 
 
 def print_result(console: Console, summary: dict[str, Any]) -> None:
-    """What each round did, and the ticket beside the dense network where that was trained."""
+    """Prints tables of the search rounds and of the trained networks: ticket, dense network and controls.
+
+    Args:
+        console: output.
+        summary: content of summary.json.
+    """
     rounds = _table("Search", "round", "density", "val soft", "val hard")
     for record in summary["search"]:
         accuracies = (percent(record["soft_accuracy"]), percent(record["hard_accuracy"]))
@@ -152,16 +167,21 @@ def print_result(console: Console, summary: dict[str, Any]) -> None:
     for table in (rounds, networks) if summary["search"] else (networks,):
         console.print(table, width=max(60, console.width), crop=False)
     if "multiply_adds" in ticket:
-        few, all_of_them = ticket["multiply_adds"], ticket["dense_multiply_adds"]
-        line = f"Made smaller, the ticket computes {few:,} of {all_of_them:,} multiply-adds ({few / all_of_them:.2%})."
+        shrunk, dense_count = ticket["multiply_adds"], ticket["dense_multiply_adds"]
+        line = f"The shrunk ticket computes {shrunk:,} of {dense_count:,} multiply-adds ({shrunk / dense_count:.2%})."
         console.print(line, highlight=False, soft_wrap=True)
     if ticket["density"] == 0:
-        dials = "--target-density or, without it, --mask-initial-value or --score-lr"
-        console.print(f"The ticket is empty: no maskable weight is left. Raise {dials}.", soft_wrap=True)
+        settings = "--target-density or, without a target, a higher --mask-initial-value or --score-lr"
+        console.print(f"The ticket is empty: no maskable weight is left. Use a higher {settings}.", soft_wrap=True)
 
 
 def print_tickets(console: Console, summaries: Sequence[dict[str, Any]]) -> None:
-    """A line for each of several tickets that differ in their seeds, and their mean and standard deviation."""
+    """Prints a line for each of several tickets that differ in their seeds, and the mean and standard deviation.
+
+    Args:
+        console: output.
+        summaries: content of each run's summary.json.
+    """
     table = _table("Tickets", "seed", "density", "test", "dense test")
     rows = [
         (
@@ -199,4 +219,5 @@ def _network_row(network: dict[str, Any]) -> list[str]:
 
 
 def percent(share: float | None) -> str:
+    """A share as a percentage with two decimals; "-" for None."""
     return "-" if share is None else f"{share:.2%}"

@@ -1,6 +1,6 @@
-"""Figures of a run as they come: for TensorBoard, and for any tracker of one's own.
+"""Experiment tracking: metrics and score histograms of every epoch, for TensorBoard and for other trackers.
 
-A tracker is told once an epoch, so it costs a step nothing.
+Trackers are called once per epoch, so they do not slow down the steps.
 """
 
 import contextlib
@@ -23,46 +23,47 @@ HISTOGRAM_BUCKETS = 64
 
 
 class TrackerWarning(CsJaxWarning):
-    """A tracker failed, and the run goes on without it."""
+    """A tracker failed, and the run continues without this tracker."""
 
 
 class TrackingError(OSError):
-    """A tracker failed, and the run is not to go on without it."""
+    """A tracker failed, and the run must not continue without this tracker."""
 
 
 class Tracker(Protocol):
-    """Where figures go: the interface for Weights & Biases, MLflow and anything else.
+    """Interface of trackers, for Weights & Biases, MLflow and others.
 
-    Subclass it, and leave out what is of no use. Where a method raises, the run warns once and goes on without this
+    Subclasses override the methods that they need. If a method raises, the run warns once and continues without this
     tracker, which is not called again. A `TrackingError` ends the run instead.
     """
 
     def log(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, np.ndarray]) -> None:
-        """Takes all figures of an epoch, at its end; called on the thread of the run, which waits.
+        """Receives the metrics of an epoch at its end. The thread of the run waits for the call.
 
         Args:
-            step: epochs over all phases that were done before, so from 0. It grows by 1 from call to call, and begins
-                with the epoch that a resumed run goes on with, which the run may have logged before.
-            scalars: finite numbers by tag, such as "search/loss"; a figure without a meaning is absent.
-            histograms: float64 arrays by tag, such as "search/scores/conv0/kernel"; any shapes, free to be kept.
+            step: number of earlier epochs over all phases, so from 0. It grows by 1 per call. A resumed run starts with
+                the epoch that it resumes, which it may have logged before.
+            scalars: finite numbers by tag, such as "search/loss". A metric that does not apply is absent.
+            histograms: float64 arrays by tag, such as "search/scores/conv0/kernel"; any shapes. The tracker may keep
+                them.
         """
 
     def close(self) -> None:
-        """Called once, when the run ends in whatever way."""
+        """Called once, when the run ends, fails or is interrupted."""
 
 
 class Tracking(Observer):
-    """Tells trackers of every epoch. A context manager, so that they are closed.
+    """Passes the metrics of every epoch to trackers. A context manager, which closes them.
 
     Args:
-        config: of the run.
-        trackers: each is told by itself; one that fails does not keep the others from it.
+        config: settings of the run.
+        trackers: called one after another. A tracker that fails does not affect the others.
 
     Raises:
-        TrackingError: a tracker raised it.
+        TrackingError: a tracker raised this error.
 
     Warns:
-        TrackerWarning: a tracker raised anything else, and is told nothing more.
+        TrackerWarning: a tracker raised another error, and is not called again.
     """
 
     def __init__(self, config: Config, trackers: Iterable[Tracker]) -> None:
@@ -76,7 +77,7 @@ class Tracking(Observer):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for tracker in list(self._trackers):
-            with self._surviving(tracker):
+            with self._warn_if_failed(tracker):
                 tracker.close()
 
     def on_epoch_end(self, record: EpochRecord, progress: Progress) -> None:
@@ -85,30 +86,29 @@ class Tracking(Observer):
         step = progress.epochs_done(self._config) - 1
         scalars, entries = scalars_of(record), histograms_of(progress)
         for tracker in list(self._trackers):
-            with self._surviving(tracker):
+            with self._warn_if_failed(tracker):
                 tracker.log(step, scalars, entries)
 
     @contextlib.contextmanager
-    def _surviving(self, tracker: Tracker) -> Iterator[None]:
+    def _warn_if_failed(self, tracker: Tracker) -> Iterator[None]:
         try:
             yield
         except TrackingError:
             raise
-        except Exception as error:  # of a server or a library that this package knows nothing of
+        except Exception as error:  # any error of a server or library
             self._trackers = [other for other in self._trackers if other is not tracker]
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             warnings.warn(
-                f"the run goes on without {type(tracker).__name__}, which failed with {reason}",
+                f"{type(tracker).__name__} failed with {reason}; the run continues without it",
                 TrackerWarning,
                 stacklevel=3,
             )
 
 
 def scalars_of(record: EpochRecord) -> dict[str, float]:
-    """Every number of an epoch by its tag, which is its phase and its name in metrics.jsonl; None is left out.
+    """Numbers of an epoch by tag: the phase, a slash, and the name in metrics.jsonl. None is left out.
 
-    Beside those are the cross-entropy, which is the loss less the penalty, and the density of each layer under
-    `layer_density`.
+    Further tags are `cross_entropy`, which is the loss minus the penalty, and `layer_density/LAYER`.
     """
     figures = record._asdict()
     figures.pop("phase")
@@ -119,24 +119,23 @@ def scalars_of(record: EpochRecord) -> dict[str, float]:
 
 
 def histograms_of(progress: Progress) -> dict[str, np.ndarray]:
-    """The scores of each masked array by its tag, copied in float64; nothing where masks are fixed."""
+    """Scores of each masked array by tag, as float64 copies; empty if the masks are fixed."""
     leaves = trees.leaves_by_path(progress.state.scores)
-    # in float32 there may be no room for buckets between scores that are nearly equal
+    # float32 cannot represent bucket edges between nearly equal scores
     return {f"{progress.phase}/scores/{trees.name(path)}": on_host(leaf).astype(float) for path, leaf in leaves.items()}
 
 
 class TensorBoard(Tracker):
     """Writes event files for TensorBoard, without TensorFlow.
 
-    Each process writes a file of its own, which begins with the first figures: nothing is left behind by a run that
-    fails before. When `log` returns, figures are on the disk. Those that an earlier file has of a step that comes
-    again do not show.
+    Each process writes one file, created with the first metrics: a run that fails earlier leaves no file. Metrics
+    are on disk when `log` returns. If a resumed run repeats steps, TensorBoard shows the new values only.
 
     Args:
-        folder: where event files go; made with the first of them.
+        folder: directory for event files; created with the first file.
 
     Raises:
-        TrackingError: a file cannot be written, as on a full disk.
+        TrackingError: a file cannot be written, for example on a full disk.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -146,49 +145,49 @@ class TensorBoard(Tracker):
     def log(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, np.ndarray]) -> None:
         values: list[dict[str, Any]] = [{"tag": tag, "simple_value": value} for tag, value in scalars.items()]
         values += [{"tag": tag, "histo": _histogram(entries)} for tag, entries in histograms.items()]
-        with self._telling_errors():
+        with self._as_tracking_error():
             if self._writer is None:
                 self._writer = _open(self._folder)
                 self._write(file_version="brain.Event:2")
-                self._write(step=step, session_log={"status": "START"})  # voids what older files have from here on
+                self._write(step=step, session_log={"status": "START"})  # hides later steps of older files
             self._write(step=step, summary={"value": values})
             self._writer.flush()
 
     def close(self) -> None:
         if self._writer is not None:
-            with self._telling_errors():
+            with self._as_tracking_error():
                 self._writer.close()
 
     def _write(self, **content: Any) -> None:
         from tensorboardX.proto import event_pb2
 
-        messages: Any = event_pb2  # made as it is loaded, so that no type checker knows what it holds
+        messages: Any = event_pb2  # created at import, so type checkers do not know its content
         self._writer.write(messages.Event(wall_time=time.time(), **content).SerializeToString())
 
     @contextlib.contextmanager
-    def _telling_errors(self) -> Iterator[None]:
+    def _as_tracking_error(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             writer, self._writer = self._writer, None
             if writer is not None:
-                with contextlib.suppress(OSError):  # what it still holds cannot be written either
+                with contextlib.suppress(OSError):  # its buffer cannot be written either
                     writer.close()
-            reason = f"{error.strerror}: figures for TensorBoard cannot be written"
+            reason = f"{error.strerror}: metrics for TensorBoard cannot be written"
             raise TrackingError(error.errno, reason, str(self._folder)) from error
 
 
 def _open(folder: Path) -> Any:
-    """A writer of records to a new file, which writes at once: in the thread of `SummaryWriter` errors are lost."""
-    from tensorboardX import RecordWriter  # loads for a while, and not every run wants it
+    """A record writer for a new file. It writes in the calling thread: `SummaryWriter` loses errors in its thread."""
+    from tensorboardX import RecordWriter  # slow to import, and not needed by every run
 
     folder.mkdir(parents=True, exist_ok=True)
-    number = len(list(folder.iterdir()))  # of the file: two of one second would have one name without it
+    number = len(list(folder.iterdir()))  # keeps two files of the same second apart
     return RecordWriter(str(folder / f"events.out.tfevents.{time.time():.0f}.{number}"))
 
 
 def _histogram(entries: np.ndarray) -> dict[str, Any]:
-    """TensorBoard's histogram of all entries: counts in buckets of equal width, by their upper limits."""
+    """TensorBoard's histogram of an array: counts in buckets of equal width, and the upper limits of the buckets."""
     flat = np.asarray(entries, float).ravel()
     least, most = flat.min(), flat.max()
     counts, edges = np.histogram(flat, HISTOGRAM_BUCKETS if least < most else 1)

@@ -11,7 +11,6 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from cs_jax import methods
 from cs_jax.core import files, trees
 from cs_jax.core.arrays import on_host
 from cs_jax.core.errors import ConfigError
@@ -35,6 +34,7 @@ from cs_jax.experiment.storage.paths import (
 )
 from cs_jax.experiment.storage.score_histograms import SCORE_EDGES, score_counts
 from cs_jax.experiment.storage.versions import cores, versions
+from cs_jax.methods import METHODS
 from cs_jax.tickets.ticket import TicketError, load_ticket, save_ticket
 from cs_jax.training import processes
 
@@ -90,7 +90,7 @@ def _is_left_over(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def opened(config: Config, *, new: bool) -> Iterator["RunDirectory"]:
+def open_run_directory(config: Config, *, new: bool) -> Iterator["RunDirectory"]:
     """A run's directory, locked for this process: an empty one to begin in, or that of a run to go on with.
 
     Raises:
@@ -105,7 +105,7 @@ def opened(config: Config, *, new: bool) -> Iterator["RunDirectory"]:
                 with contextlib.suppress(OSError):
                     path.rmdir()
             raise ConfigError(f"--out: got {path}, which not every process sees, wanted a folder that all hosts share")
-        yield RunDirectory(config) if processes.is_leader() else Followed(config)
+        yield RunDirectory(config) if processes.is_leader() else FollowerRunDirectory(config)
 
 
 def _enter(path: Path, stack: contextlib.ExitStack, *, new: bool) -> None:
@@ -118,6 +118,11 @@ def _enter(path: Path, stack: contextlib.ExitStack, *, new: bool) -> None:
         raise ConfigError(f"--out: got {path}, where another process has just begun a run")
     for entry in filter(files.is_temporary, path.iterdir()):
         entry.unlink()
+
+
+def list_files(path: Path) -> list[str]:
+    """Names of the files and folders in a run directory, without the lock."""
+    return sorted(entry.name for entry in path.glob("[!.]*") if entry.name != LOCK_FILE)
 
 
 class RunDirectory(Observer):
@@ -166,7 +171,7 @@ class RunDirectory(Observer):
             if began["versions"].get(name) != now[name]
         }
 
-    def go_on_from(self, progress: Progress | None) -> None:
+    def truncate_to(self, progress: Progress | None) -> None:
         """Takes back what was written after a checkpoint: those epochs come again.
 
         Raises:
@@ -185,15 +190,15 @@ class RunDirectory(Observer):
             file.truncate(sum(map(len, lines)))
         if progress is None:
             self._write_rounds([])
-        elif methods.of(self._config).learns_masks and len(self._rounds()) <= (progress.round or 0):
+        elif METHODS[self._config.method].learns_masks and len(self._rounds()) <= (progress.round or 0):
             raise ConfigError(
                 f"{self.path}: its {SCORES_FILE} lacks rounds that are done; remove {CHECKPOINTS_FOLDER} there to "
                 "start anew"
             )
 
-        self._check_beside(progress)
+        self._check_other_files(progress)
 
-    def _check_beside(self, progress: Progress | None) -> None:
+    def _check_other_files(self, progress: Progress | None) -> None:
         """Refuses files that lack what phases before have found, which nothing could make again."""
         if progress is None:
             return
@@ -244,7 +249,7 @@ class RunDirectory(Observer):
         """Adds the masks that a round has ended with, after those of the rounds before it."""
         number = progress.number(self._config)
         arrays = self._read_masks() if number else {}
-        found = trees.leaves_by_path(progress.kept)
+        found = trees.leaves_by_path(progress.packed_masks)
         arrays |= {f"{number}/{trees.name(leaf)}": on_host(bits) for leaf, bits in found.items()}
         files.write_whole(self.path / MASKS_FILE, safetensors.numpy.save(arrays))
 
@@ -271,10 +276,6 @@ class RunDirectory(Observer):
         epochs = map(json.loads, (self.path / METRICS_FILE).read_text().splitlines())
         return sum(epoch["seconds"] for epoch in epochs if not phases or epoch["phase"] in phases)
 
-    def files(self) -> list[str]:
-        """Names of what is there."""
-        return sorted(path.name for path in self.path.glob("[!.]*") if path.name != LOCK_FILE)
-
     def write_ticket(self, **content: Any) -> None:
         """Writes the ticket: the keywords of `save_ticket`."""
         save_ticket(self.path / TICKET_FILE, **content)
@@ -300,7 +301,7 @@ class RunDirectory(Observer):
         files.write_whole(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
 
-class Followed(RunDirectory):
+class FollowerRunDirectory(RunDirectory):
     """The directory of a run as those processes have it that do not lead: they read the ticket, and write nothing."""
 
     def seconds(self, *phases: str) -> float:

@@ -1,0 +1,63 @@
+"""Settings of training: batches, precision, epochs, learning rates, devices."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from cs_jax.core.arrays import DTYPES
+from cs_jax.core.settings import COUNT, DEVICES, POSITIVE, RUNTIME, Settings, at_least, steps_up
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(Settings):
+    """Settings that every training reads: search rounds, retraining and controls."""
+
+    batch_size: Annotated[int, COUNT] = 128
+    """Examples per step; the last batch of an epoch may be smaller."""
+
+    accumulate: Annotated[int, COUNT] = 1
+    """Parts in which a batch is computed one after another, to save memory; must divide --batch-size. Their gradients
+    are averaged for one update; BatchNorm statistics are per part."""
+
+    remat: bool = False
+    """Keep only the inputs of the network's blocks for the backward pass and recompute the rest: less memory, more
+    time."""
+
+    dtype: str = "float32"
+    """Type in which the network computes: float32 or bfloat16. Weights, their momentum, BatchNorm statistics, masks,
+    logits and the loss are float32 in both."""
+
+    epochs: Annotated[int, COUNT] = 85
+    """Epochs in each search round, and again in the ticket's retraining."""
+
+    lr: Annotated[float, RUNTIME, POSITIVE] = 0.1
+    """Learning rate of the weights at the start of each round (SGD with Nesterov momentum 0.9)."""
+
+    lr_schedule: Annotated[tuple[int, ...], RUNTIME] = (56, 71)
+    """Epochs of a round at which both learning rates drop, increasing; those after the last epoch have no effect."""
+
+    lr_drops: Annotated[tuple[float, ...], RUNTIME] = (0.1, 0.1)
+    """Factors of the drops, one for each epoch of --lr-schedule; without them, the preset's last factor each time."""
+
+    decay: Annotated[float, at_least(0)] = 1e-4
+    """L2 weight decay of all weights, including BatchNorm and biases; scores do not decay."""
+
+    data_parallel: Annotated[int | None, DEVICES, COUNT] = None
+    """Devices that share the examples of each batch, which must divide evenly; None is 1, or all devices where several
+    processes run together. Every number of devices computes the same step, up to rounding."""
+
+    model_parallel: Annotated[int, DEVICES, COUNT] = 1
+    """Devices that share each large weight array with its scores and momentum, for networks too large for one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        divides = self.batch_size % self.accumulate == 0
+        self._check("accumulate", divides, f"must divide --batch-size {self.batch_size}")
+        self._check_choice("dtype", DTYPES)
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        increasing = steps_up(self.lr_schedule) and min(self.lr_schedule, default=0) >= 0
+        self._check("lr_schedule", increasing, "must be increasing epochs from 0")
+        self._check("lr_drops", all(map(POSITIVE.holds, self.lr_drops)), "must be finite numbers above 0")
+        count = len(self.lr_schedule)
+        self._check("lr_drops", len(self.lr_drops) == count, f"must be {count} factors, one per epoch of --lr-schedule")

@@ -14,7 +14,6 @@ import small
 
 from cs_jax.commands import parser
 from cs_jax.core.errors import ConfigError
-from cs_jax.data.images import ImageSet
 from cs_jax.data.load import Data
 from cs_jax.experiment import pipeline, search
 from cs_jax.experiment import run as commands
@@ -52,14 +51,6 @@ def counts(some_masks: Any) -> list[int]:
 
 def values(some_masks: Any) -> set[float]:
     return {float(value) for mask in jax.tree.leaves(some_masks) for value in np.unique(mask)}
-
-
-@pytest.fixture
-def problem(problem: Problem, synthetic: ImageSet) -> Problem:
-    """Epochs of two batches, both of 16, so that a step is compiled once."""
-    images = synthetic.replace(images=synthetic.images[:32], labels=synthetic.labels[:32])
-    recipe = dataclasses.replace(problem.recipe, augment="none")
-    return dataclasses.replace(problem, recipe=recipe, train=images, validation=images)
 
 
 @pytest.fixture(params=["imp", "cs"])

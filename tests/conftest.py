@@ -73,13 +73,12 @@ def x64() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def synthetic() -> ImageSet:
-    """37 grey 6x6 images of four classes that a linear layer can tell apart."""
+def four_classes(count: int) -> ImageSet:
+    """Grey 6x6 images of four classes that a linear layer can tell apart."""
     rng = np.random.default_rng(0)
-    labels = np.arange(37) % 4
-    images = rng.integers(0, 60, (37, 6, 6, 1))
-    images[np.arange(37), labels] += 150
+    labels = np.arange(count) % 4
+    images = rng.integers(0, 60, (count, 6, 6, 1))
+    images[np.arange(count), labels] += 150
     return ImageSet(
         images=jnp.asarray(images, jnp.uint8),
         labels=jnp.asarray(labels, jnp.int32),
@@ -89,10 +88,18 @@ def synthetic() -> ImageSet:
 
 
 @pytest.fixture
+def synthetic() -> ImageSet:
+    """37 images: the last batch of an epoch is a smaller one."""
+    return four_classes(37)
+
+
+@pytest.fixture
 def lenet() -> Recipe:
     return Recipe(LeNet300100(num_classes=4), augment="flip-crop", decay=1e-3)
 
 
 @pytest.fixture
-def problem(lenet: Recipe, synthetic: ImageSet) -> Problem:
-    return Problem(lenet, synthetic, validation=synthetic, key=jax.random.key(3))
+def problem(lenet: Recipe) -> Problem:
+    """Epochs of three batches of 16: a step is compiled once."""
+    images = four_classes(48)
+    return Problem(lenet, images, validation=images, key=jax.random.key(3))

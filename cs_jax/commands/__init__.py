@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `COMMAND ARGUMENTS` and returns the exit code.
 
     Args:
-        arguments: by default those of this process.
+        arguments: words after the module name; by default the words of this process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):

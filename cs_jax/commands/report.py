@@ -89,6 +89,6 @@ def describe(found: Mapping[str, Any]) -> RenderableType:
     accuracies = " and ".join(f"{child['test_accuracy']:.2%}" for child in found["children"])
     children = f"children: test accuracy {accuracies}"
     barrier = f"barrier: {100 * found['barrier']:.2f} points of error, {found['loss_barrier']:.4f} of loss"
-    note = barrier_note(found["points"])
+    note = barrier_note(*([point[name] for point in found["points"]] for name in ("error", "loss")))
     barrier += note and f"; {note}"
     return Group(table, children, barrier)

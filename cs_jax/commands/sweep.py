@@ -60,10 +60,10 @@ class _Sweep:
 
 
 def sweep(arguments: Sequence[str], *, prog: str) -> None:
-    """run a grid of methods, densities and seeds from a TOML file, or resume it"""
+    """run or resume a sweep: a grid of methods, densities and seeds"""
     parser = _sweep_parser(prog, sweep)
     parser.add_argument("--jobs", type=int, help="worker processes (default: one per GPU; without a GPU, one per core)")
-    parser.add_argument("--tickets", metavar="N", help="runs in one program, or auto: measure what is faster (auto)")
+    parser.add_argument("--tickets", metavar="N", help="runs in one program (default: auto, the faster number)")
     given = parser.parse_args(arguments)
     if given.jobs is not None and given.jobs < 1:
         raise ConfigError(f"--jobs {given.jobs}: must be at least 1")

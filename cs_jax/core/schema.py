@@ -45,7 +45,7 @@ def convert(value: Any, kind: type[Kind], source: str) -> Kind:
     """
     try:
         return msgspec.convert(value, kind, dec_hook=_decode)
-    except (msgspec.ValidationError, OverflowError, RecursionError) as error:
+    except (msgspec.ValidationError, OverflowError, RecursionError, UnicodeEncodeError) as error:
         raise ConfigError(f"{source}: {printable(_one_line(str(error), value, kind))}") from error
 
 
@@ -128,7 +128,7 @@ def _one_line(message: str, value: Any, kind: Any) -> str:
 
 
 def _rule(problem: str, kind: Any) -> str:
-    """What is wrong, in words."""
+    """The broken rule, in words."""
     if problem.startswith("Invalid enum value"):
         choices = [str(choice) for option in (kind, *typing.get_args(kind)) for choice in _choices(option)]
         return f"must be one of {', '.join(choices)}" if choices else "not an allowed value"
@@ -147,7 +147,7 @@ def _choices(kind: Any) -> tuple[Any, ...]:
 def _fits(value: Any, kind: Any) -> bool:
     try:
         msgspec.convert(value, kind, dec_hook=_decode)
-    except (msgspec.ValidationError, OverflowError, RecursionError):
+    except (msgspec.ValidationError, OverflowError, RecursionError, UnicodeEncodeError):
         return False
     return True
 

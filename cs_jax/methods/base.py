@@ -176,7 +176,7 @@ def track_target(config: MethodConfig, state: TrainState, round: int) -> PyTree:
 def ticket_of(
     config: MethodConfig, scores: PyTree, target: float | None, channels: Channels | None, init_value: float | None
 ) -> PyTree:
-    """Masks of the highest scores, exactly as many as the target says, or of the scores above 0.
+    """Masks of the highest scores, in the exact number that the target requires, or of the scores above 0.
 
     Args:
         config: its scope, whether layers may become empty, and whether the target is a share of multiply-adds.
@@ -198,7 +198,7 @@ def ticket_of(
 
 
 def keep_highest(config: MethodConfig, ranks: PyTree, density: float, channels: Channels | None = None) -> PyTree:
-    """Masks of 1 for the highest ranks, exactly as many as the density says, and of 0 for the others.
+    """Masks of 1 for the highest ranks, in the exact number that the density requires, and of 0 for the others.
 
     Among equal ranks the first are kept, in the order of array names and of entries. Each array keeps at least one,
     unless the config allows empty layers.

@@ -10,11 +10,11 @@ from cs_jax.training.step import Hyperparams, TrainState, expand
 
 
 class ContinuousSparsification(Method):
-    """Masks are sigmoids of scores times a temperature that rises in each round; weights and scores learn together.
+    """Continuous Sparsification: a mask is the sigmoid of a score times a temperature that rises during each round.
 
-    Between rounds scores are reset, and weights and momentum carry over. With a target density, scores are held at it
-    from epoch to epoch, and the ticket has it exactly; otherwise it keeps the scores above 0. So it is with a target of
-    multiply-adds, where scores stand for channels.
+    Weights and scores are trained together. Between rounds scores are reset; weights and momentum carry over. With a
+    target density, scores are shifted after every epoch to track it, and the ticket meets it exactly. Without one, the
+    ticket keeps the scores above 0. A target of multiply-adds works the same way, with one score per channel.
 
     References:
         Savarese, Silva and Maire, "Winning the Lottery with Continuous Sparsification", NeurIPS 2020,
@@ -23,7 +23,7 @@ class ContinuousSparsification(Method):
 
     learns_masks = True
     remark_on_rounds = (
-        "Soft masks are those of the round's temperature; hard masks keep a weight or not, as the ticket does."
+        "Soft masks are computed at the round's final temperature; hard masks are 0 or their scale, as in the ticket."
     )
     anneals = True
     takes_channels = True
@@ -38,10 +38,10 @@ class ContinuousSparsification(Method):
         return state.replace(scores=track_target(self.config, state, round))
 
     def begin_round(self, problem: Problem, state: TrainState, snapshot: Snapshot | None) -> TrainState:
-        """Scores reset, all else as it is.
+        """State with reset scores.
 
-        `paper` resets with the temperature that the round ended on. `released` resets with temperature 1, as the
-        authors' script does, because it has set it back before: there pruned entries can come back.
+        `paper` resets with the last temperature of the round. `released` resets with temperature 1, as the authors'
+        script does, which sets the temperature back before the reset; pruned entries can then come back.
         """
         last = schedules.temperature(self.config.epochs - 1, self.config.epochs, self.config.final_temp)
         temperature = last if self.config.reset == "paper" else 1.0
@@ -59,11 +59,11 @@ class ContinuousSparsification(Method):
         return expand(state.channels, masks.hard_mask(state.wide_scores, init_value=hyper.init_value))
 
     def ticket_masks(self, state: TrainState) -> PyTree:
-        """Hard masks of the target density, or of the scores above 0.
+        """Hard masks that meet the target, or hard masks of the scores above 0 without a target.
 
         Warns:
-            CollapsedLayerWarning: the ticket leaves a layer without weights.
-            UnfinishedSearchWarning: a target density cuts through masks that are still soft.
+            CollapsedLayerWarning: a layer of the ticket has no weights.
+            UnfinishedSearchWarning: the masks at the target density are still soft.
         """
         if self.config.target is not None:
             target_density.warn_if_soft(

@@ -1,6 +1,7 @@
-"""Networks trained beside a ticket, each with one thing about it changed: what the ticket owes to that.
+"""Controls: networks trained like the ticket, with one property of the ticket changed.
 
-Beside a ticket that is fine-tuned, those of `FRESH` weights have the whole schedule all the same.
+Controls in `FRESH` start from new weights, so they use the whole learning rate schedule even if the ticket is
+fine-tuned.
 """
 
 from collections.abc import Callable
@@ -16,13 +17,13 @@ from cs_jax.training.step import expand
 
 
 def dense(problem: Problem, ticket: Ticket) -> Ticket:
-    """The dense network as a ticket that keeps every weight, unscaled, from its initialisation."""
+    """The initial dense network, as a ticket that keeps every weight with mask 1."""
     del ticket
     return problem.init_ticket()
 
 
 def reinit(problem: Problem, ticket: Ticket) -> Ticket:
-    """The ticket's masks over other initial weights: whether the masks alone make it.
+    """The ticket's masks with new initial weights: tests whether the masks alone explain the accuracy.
 
     References:
         Frankle and Carbin, ICLR 2019, arXiv:1803.03635, section 2.
@@ -31,9 +32,9 @@ def reinit(problem: Problem, ticket: Ticket) -> Ticket:
 
 
 def shuffled(problem: Problem, ticket: Ticket) -> Ticket:
-    """The ticket's weights under its masks shuffled within each layer: whether the layers' densities alone make it.
+    """The ticket's weights with masks shuffled within each layer: tests whether layer densities explain the accuracy.
 
-    These are random masks with the ticket's own density in each layer.
+    The masks are random, with the ticket's density in each layer.
 
     References:
         Frankle, Dziugaite, Roy and Carbin, "Pruning Neural Networks at Initialization: Why are We Missing the Mark?",
@@ -50,7 +51,7 @@ def shuffled(problem: Problem, ticket: Ticket) -> Ticket:
 
 
 def random(problem: Problem, ticket: Ticket) -> Ticket:
-    """The ticket's weights under random masks of its density over all layers: whether its density alone makes it."""
+    """The ticket's weights with random masks of the same overall density: tests whether density explains accuracy."""
     leaves = trees.leaves_by_path(ticket.masks)
     values = jnp.concatenate([mask.ravel() for mask in leaves.values()])
     ranks = trees.leaves_by_path(random_ranks(problem.key_for("random"), ticket.masks))
@@ -64,7 +65,7 @@ def random(problem: Problem, ticket: Ticket) -> Ticket:
 DENSE, REINIT = "dense", "reinit"
 
 FRESH = (DENSE, REINIT)
-"""Controls whose weights are new."""
+"""Controls with new initial weights."""
 
 CONTROLS: dict[str, Callable[[Problem, Ticket], Ticket]] = {
     DENSE: dense,
@@ -72,4 +73,4 @@ CONTROLS: dict[str, Callable[[Problem, Ticket], Ticket]] = {
     "shuffled": shuffled,
     "random": random,
 }
-"""What `--controls` can name: the network to train from config, problem and ticket."""
+"""Controls by their name after `--controls`: functions from problem and ticket to the network to train."""

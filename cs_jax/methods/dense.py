@@ -4,9 +4,9 @@ from cs_jax.methods.base import AtInitialization
 
 
 class Dense(AtInitialization):
-    """The dense network, trained from its initialisation for as many epochs as a ticket is.
+    """No pruning: trains the dense network from its initialisation, with the epochs of a ticket.
 
-    As a control, beside another method, it is trained within the same run.
+    As a control of another method, the dense network is trained in the same run.
     """
 
     wants_target = False

@@ -7,14 +7,14 @@ from cs_jax.methods.magnitude import magnitudes
 from cs_jax.training.step import TrainState
 
 PRUNING_SHARE = 0.75
-"""Of the search's epochs, after which the target is reached; the rest lets the network recover."""
+"""Share of the search's epochs after which the target is reached; the network recovers in the remaining epochs."""
 
 
 class GradualMagnitudePruning(Method):
-    """Prunes the smallest weights at every epoch's end, many at first and few later, while training goes on.
+    """Gradual magnitude pruning: removes the smallest weights after every epoch, many at first and few later.
 
     The density is `target + (1 - target) * (1 - t)**3` with t from 0 to 1 over the first three quarters of all epochs
-    of the search. The learning rate starts again in each round; ask for one round to have a single schedule.
+    of the search. The learning rate schedule restarts in each round; `rounds=1` gives a single schedule.
 
     References:
         Zhu and Gupta, "To prune, or not to prune", 2017, arXiv:1710.01878, equation 1, pruning once an epoch.
@@ -23,8 +23,8 @@ class GradualMagnitudePruning(Method):
     wants_target = True
     takes_channels = True
     remark_on_rounds = (
-        "Weights are pruned at the end of every epoch, until the target is reached three quarters through the search. "
-        "An epoch's accuracy is that of the network just after."
+        "Weights are pruned at the end of every epoch, until the target is reached after three quarters of the search. "
+        "The accuracy of an epoch is measured right after pruning."
     )
 
     def density(self, round: int) -> float | None:

@@ -7,20 +7,20 @@ from cs_jax.training.problem import Problem, Snapshot
 from cs_jax.training.step import TrainState
 
 DEFAULT_RATE = 0.2
-"""Of the paper, for fully connected and residual networks."""
+"""Prune rate of the paper for fully connected and residual networks."""
 
 
 class IterativeMagnitudePruning(Method):
-    """A round trains, prunes the smallest of the weights that are left, and puts the others back to early values.
+    """Iterative magnitude pruning: each round trains, prunes the smallest remaining weights, and rewinds the others.
 
-    The rate is the same in each round: the config's prune rate, or the rate that reaches the target in the last round.
-    The early values are those of the snapshot: initialisation where that is taken at epoch 0. The learning rate starts
-    again with every round, from epoch 0 also where the values are later ones, as it does for every method here.
+    Each round prunes the same share of the remaining weights: the config's prune rate, or the share that reaches the
+    target in the last round. Weights are rewound to the snapshot, which is the initialisation if it is taken at epoch
+    0. The learning rate schedule restarts at epoch 0 in every round, as for every method in this package.
 
     References:
         Frankle and Carbin, "The Lottery Ticket Hypothesis", ICLR 2019, arXiv:1803.03635; Frankle et al., "Linear Mode
-        Connectivity and the Lottery Ticket Hypothesis", ICML 2020, arXiv:1912.05671, for early values that are not
-        the initial ones.
+        Connectivity and the Lottery Ticket Hypothesis", ICML 2020, arXiv:1912.05671, for rewinding
+        to an early epoch.
     """
 
     takes_rate = True
@@ -41,15 +41,15 @@ class IterativeMagnitudePruning(Method):
 
     def begin_round(self, problem: Problem, state: TrainState, snapshot: Snapshot | None) -> TrainState:
         assert snapshot is not None
-        early = problem.executor.copy(snapshot)  # the state is donated, and the snapshot is wanted again
+        early = problem.executor.copy(snapshot)  # the state is donated, and later rounds need the snapshot again
         return step.init_state(problem.recipe, *early, scores={}, masks=state.masks)
 
 
 class ContinuedMagnitudePruning(IterativeMagnitudePruning):
-    """Iterative magnitude pruning whose weights, BatchNorm state and momentum carry over from round to round.
+    """Iterative magnitude pruning without rewinding: weights, BatchNorm state and momentum carry over between rounds.
 
     References:
-        Savarese, Silva and Maire, NeurIPS 2020, arXiv:1912.04427, section 5, where it is IMP-C.
+        Savarese, Silva and Maire, NeurIPS 2020, arXiv:1912.04427, section 5, where the method is called IMP-C.
     """
 
     def begin_round(self, problem: Problem, state: TrainState, snapshot: Snapshot | None) -> TrainState:

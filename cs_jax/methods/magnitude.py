@@ -1,4 +1,4 @@
-"""Magnitude pruning in one shot, and what all pruning by magnitude ranks."""
+"""One-shot magnitude pruning, and the ranks that all magnitude pruning uses."""
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,11 @@ from cs_jax.training.step import TrainState
 
 
 class OneShotMagnitudePruning(Method):
-    """Trains the dense network over all rounds, and keeps its largest weights at the end.
+    """One-shot magnitude pruning: trains the dense network in all rounds, and keeps its largest weights at the end.
 
     References:
         Han, Pool, Tran and Dally, "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015,
-        arXiv:1506.02626, with one threshold for all layers unless the scope is the layer.
+        arXiv:1506.02626, with one threshold for all layers unless `scope` is "layer".
     """
 
     wants_target = True
@@ -28,13 +28,13 @@ class OneShotMagnitudePruning(Method):
 
 
 def magnitudes(state: TrainState) -> PyTree:
-    """Absolute values of the masked weights that are left, by the structure of the masks; -1 for those pruned.
+    """Absolute values of the remaining masked weights, in a tree like the masks; -1 for pruned weights.
 
-    Where scores stand for channels, the mean over each channel, over that of the layer's channels that are left: layers
-    have weights of other sizes, and the one with the smallest would lose all of them first.
+    With one score per channel: mean absolute value of each channel, divided by the mean over the layer's remaining
+    channels. Without this division, the layer with the smallest weights would lose all its channels first.
 
     References:
-        Molchanov et al., 2016, arXiv:1611.06440, section 2.2, who normalise within layers by another norm.
+        Molchanov et al., 2016, arXiv:1611.06440, section 2.2, who normalise within layers by the L2 norm.
     """
     weights = trees.leaves_by_path(state.params)
 

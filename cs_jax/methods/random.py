@@ -9,10 +9,10 @@ from cs_jax.training.problem import Problem
 
 
 class RandomPruning(AtInitialization):
-    """Keeps weights drawn at random before any training: what every other method has to beat.
+    """Random pruning at initialisation, the baseline for every other method.
 
-    The ticket's weights are the initial ones. Over all layers, each has the target density but for chance; with the
-    layer as scope, exactly.
+    The ticket has the initial weights. With the global scope, the density of a layer is the target density up to
+    chance; with the layer scope it is exact.
     """
 
     wants_target = True
@@ -26,5 +26,5 @@ class RandomPruning(AtInitialization):
 
 
 def random_ranks(key: jax.Array, masks: PyTree) -> PyTree:
-    """Independent uniform numbers in [0, 1) in place of every entry."""
+    """Independent uniform numbers in [0, 1), in arrays with the shapes of the masks."""
     return trees.map_with_keys(lambda key, mask: jax.random.uniform(key, mask.shape), key, masks)

@@ -15,14 +15,14 @@ from cs_jax.training.problem import Problem
 from cs_jax.training.step import Recipe
 
 MAX_BATCHES = 10
-"""Batches whose gradients are added up: one, as in the paper, ranks many weights by chance."""
+"""Maximum number of batches whose gradients are added; with one batch, as in the paper, many ranks are noise."""
 
 
 class Snip(AtInitialization):
-    """Keeps the weights whose removal would change the loss most at initialisation: `|weight * gradient|`.
+    """SNIP: keeps the weights with the largest `|weight * gradient|` at initialisation.
 
-    The gradient, with respect to masks of one, is that of the mean loss over the first batches of an epoch, at most
-    `MAX_BATCHES` of them, without augmentation. The ticket's weights are the initial ones.
+    This is the absolute gradient of the loss with respect to masks of one, summed over the first batches of an epoch,
+    at most `MAX_BATCHES`, without augmentation. The ticket has the initial weights.
 
     References:
         Lee, Ajanthan and Torr, "SNIP: Single-shot Network Pruning based on Connection Sensitivity", ICLR 2019,
@@ -46,7 +46,7 @@ class Snip(AtInitialization):
 
 @functools.partial(jax.jit, static_argnames="recipe")
 def _mask_gradient(recipe: Recipe, variables: dict[str, PyTree], data: ImageSet, indices: jax.Array) -> PyTree:
-    """Gradient of the mean loss with respect to the masks: `weight * gradient of the weight` where they are one."""
+    """Gradient of the mean loss with respect to the masks; at masks of one it is weight * gradient of the weight."""
 
     def loss(masks: PyTree, images: jax.Array, labels: jax.Array) -> jax.Array:
         inputs = normalize(images, data.mean, data.std)

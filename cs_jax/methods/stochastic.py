@@ -15,15 +15,16 @@ from cs_jax.training.problem import Problem, Snapshot
 from cs_jax.training.step import Hyperparams, Recipe, TrainState
 
 PRUNED = -1e4
-"""Score of a weight that is gone: its probability and the gradient of that are 0 in every float type."""
+"""Score of a pruned weight: its probability and the gradient of the probability are 0 in every float type."""
 
 
 class IterativeStochasticSparsification(Method):
-    """Masks are drawn anew in every step, 1 with the probability `sigmoid(score)`; weights and scores learn together.
+    """Iterative Stochastic Sparsification: each step draws masks, 1 with probability `sigmoid(score)`, else 0.
 
-    The gradient passes straight through the draw to the probability. A round ends by pruning, for good, the weights
-    with the lowest scores, as many as the target density asks for; without one, those whose score has fallen below
-    its initial value. The scores of the others start again in the next round; weights and momentum carry over.
+    Weights and scores are trained together, with the straight-through gradient of the probability. At the end of a
+    round the weights with the lowest scores are pruned permanently, down to the target density of the round. Without a
+    target, weights are pruned whose score is below its initial value. The scores of the remaining weights are reset
+    between rounds; weights and momentum carry over.
 
     References:
         Savarese, Silva and Maire, NeurIPS 2020, arXiv:1912.04427, section 5, the stochastic counterpart of Continuous
@@ -32,12 +33,12 @@ class IterativeStochasticSparsification(Method):
 
     learns_masks = True
     remark_on_rounds = (
-        "Soft masks are the means of those that steps draw, sigmoid(score). Hard masks keep what has not been "
-        "pruned, whole, which no step has trained with: their accuracy may be that of guessing."
+        "Soft masks are sigmoid(score), the mean of the masks that steps draw. Hard masks keep all unpruned weights. "
+        "No step trains with these masks, so their accuracy may be as low as guessing."
     )
     remark_on_scores = (
-        "In each step a weight is kept with the probability sigmoid(score). At the end of a round those with the "
-        "lowest scores are pruned for good: they are at the left edge."
+        "In each step a weight is kept with probability sigmoid(score). Weights with the lowest scores are pruned "
+        "permanently at the end of a round; they are at the left edge."
     )
     cuts_at_zero = False
 
@@ -73,7 +74,7 @@ class IterativeStochasticSparsification(Method):
 
     @staticmethod
     def soft_masks(state: TrainState, hyper: Hyperparams) -> PyTree | None:
-        """The masks' means."""
+        """Means of the random masks."""
         return jax.tree.map(jax.nn.sigmoid, state.wide_scores)
 
     @staticmethod
@@ -82,10 +83,10 @@ class IterativeStochasticSparsification(Method):
         return _left(state.scores)
 
     def ticket_masks(self, state: TrainState) -> PyTree:
-        """Masks of the weights that are left.
+        """Masks of the remaining weights.
 
         Warns:
-            CollapsedLayerWarning: a layer has none, which a target density has told of before.
+            CollapsedLayerWarning: a layer has no weights, without a target density; with one, `end_epoch` warns.
         """
         ticket = _left(state.scores)
         if self.config.target_density is None:
@@ -94,21 +95,21 @@ class IterativeStochasticSparsification(Method):
 
 
 def draw_masks(scores: PyTree, hyper: Hyperparams, key: jax.Array) -> PyTree:
-    """Masks of 0 and 1, 1 with the probability `sigmoid(score)`, whose gradient is that of the probability."""
+    """Random masks, 1 with probability `sigmoid(score)`, else 0; their gradient is the gradient of the probability."""
     del hyper
 
     def draw(key: jax.Array, score: jax.Array) -> jax.Array:
         probability = jax.nn.sigmoid(score)
         drawn = jax.random.bernoulli(key, probability).astype(score.dtype)
-        return drawn + (probability - lax.stop_gradient(probability))  # exactly what was drawn
+        return drawn + (probability - lax.stop_gradient(probability))  # its value is exactly `drawn`
 
     return trees.map_with_keys(draw, key, scores)
 
 
 def _left(scores: PyTree) -> PyTree:
-    """Masks of the weights that are left."""
+    """Masks of the remaining weights."""
     return jax.tree.map(lambda score: _is_left(score).astype(jnp.promote_types(score.dtype, jnp.float32)), scores)
 
 
 def _is_left(score: jax.Array) -> jax.Array:
-    return score > jnp.asarray(PRUNED, score.dtype)  # as it was stored: bfloat16 rounds it
+    return score > jnp.asarray(PRUNED, score.dtype)  # rounded like a stored score, which may be bfloat16

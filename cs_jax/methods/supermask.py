@@ -1,4 +1,4 @@
-"""Supermasks: masks learned over weights that never move."""
+"""Supermasks: masks that are trained over frozen weights."""
 
 import dataclasses
 
@@ -9,13 +9,14 @@ from cs_jax.training.step import Recipe
 
 
 class Supermask(ContinuousSparsification):
-    """Continuous Sparsification of a network whose weights stay at their initial values.
+    """Continuous Sparsification with frozen weights: only scores are trained.
 
-    All weights do, masked or not; BatchNorm keeps its running statistics. The masked network is the result.
+    All weights keep their initial values, masked or not; BatchNorm updates its running statistics. The result is the
+    masked network, without retraining.
 
     References:
         Zhou, Lan, Liu and Yosinski, "Deconstructing Lottery Tickets: Zeros, Signs, and the Supermask", NeurIPS 2019,
-        arXiv:1905.01067; Savarese, Silva and Maire, NeurIPS 2020, arXiv:1912.04427, section 5, for their comparison.
+        arXiv:1905.01067; Savarese, Silva and Maire, NeurIPS 2020, arXiv:1912.04427, section 5, compare both.
     """
 
     retrainings = (NONE,)
@@ -27,10 +28,10 @@ class Supermask(ContinuousSparsification):
 
 
 class StochasticSupermask(IterativeStochasticSparsification):
-    """Iterative Stochastic Sparsification of a network whose weights stay at their initial values.
+    """Iterative Stochastic Sparsification with frozen weights: only scores are trained.
 
     References:
-        Zhou, Lan, Liu and Yosinski, NeurIPS 2019, arXiv:1905.01067, section 5, where masks are drawn as here.
+        Zhou, Lan, Liu and Yosinski, NeurIPS 2019, arXiv:1905.01067, section 5, which draws masks in the same way.
     """
 
     retrainings = (NONE,)

@@ -26,7 +26,7 @@ RESERVED = {
     "seed": "list seeds above the tables",
     "method": "list methods above the tables",
     "out": "give --out to the command",
-    "resume": "give the same command again to resume",
+    "resume": "run the same command to resume",
 }
 """Settings that no table may set, because the grid or the command sets them, and what to do instead."""
 

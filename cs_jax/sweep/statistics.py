@@ -19,7 +19,7 @@ TOLERANCE = 1e-6
 HEADER = ("method", "control", "target", "n", "density", "test accuracy", "epochs", "training FLOPs", "seconds",
         "difference", "p (Holm)")  # fmt: skip
 ABSENT = "-"  # in place of a figure that does not exist
-CONTROL_EPOCHS_NOTE = "Controls are trained for the epochs of the retraining only, not for those of the search."
+CONTROL_EPOCHS_NOTE = "Controls are trained for the epochs of the retraining only, without the search epochs."
 
 
 class Result(NamedTuple):
@@ -82,7 +82,7 @@ def summarize(results: Sequence[Result], *, reference: str = "imp") -> list[Cell
 
     A ticket is compared with the reference method's ticket at the same target. A control is compared with the ticket of
     its own method, target and initial score. Differences are taken over the seeds that both have. A ticket without a
-    target is not compared, because its density differs from that of the reference.
+    target is not compared, because its density differs from the reference's density.
 
     With fewer than two pairs there is no interval and no p. If all differences are 0, p is 1. If all differences are
     equal and not 0, there is no interval and no p: their sample variance is 0, so that t would be infinite.
@@ -177,7 +177,7 @@ def epoch_ratios(cells: Sequence[Cell], is_control: bool) -> dict[str, list[floa
 
     Args:
         cells: of one sweep.
-        is_control: if true, the ratios of controls, which lack the epochs of the search; else those of tickets.
+        is_control: if true, the ratios of controls, which lack the epochs of the search; else the ratios of tickets.
     """
     found: dict[str, list[float]] = {}
     for cell in cells:
@@ -197,7 +197,7 @@ def to_markdown(cells: Sequence[Cell]) -> str:
     """Cells as a Markdown table in GitHub's format, one row each.
 
     Accuracies are mean ± standard deviation; so are densities that differ between seeds. A difference is followed by
-    its 95% interval in brackets and by the network it is compared with. Epochs are followed by those of that network if
+    its 95% interval in brackets and by the network it is compared with. Epochs are followed by that network's epochs if
     they differ. Missing figures are "-". "no spread" means that all differences are equal, so that no test is possible.
     """
     rows = [HEADER, ["---"] * len(HEADER), *(_row(cell, cells) for cell in cells)]
@@ -220,7 +220,7 @@ def shown_p(p: float | None) -> str:
 
 
 def shown_epochs(cell: Cell, cells: Sequence[Cell]) -> str:
-    """Epochs of a cell, followed by those of the compared network if they differ: "60 (imp 180)"."""
+    """Epochs of a cell, followed by the compared network's epochs if they differ: "60 (imp 180)"."""
     other = counterpart(cell, cells)
     compared = f" ({cell.compared_with} {other.epochs:,.6g})" if other and other.epochs != cell.epochs else ""
     return f"{cell.epochs:,.6g}{compared}"

@@ -140,7 +140,7 @@ def train(config: Config, tickets: int, write_report: Callable[[Path], object] |
                     failures |= _run_with_display(waiting[first : first + count], display, reason, write_report)
             watch.check()
         except Stopped as stop:
-            stop.hint = "; unfinished tickets are saved; give the same command again to resume"
+            stop.hint = "; unfinished tickets are saved; run the same command to resume"
             raise
     summaries = [run_directory.read_summary(run.config.run_directory) for run in runs]
     done = [summary for summary in summaries if summary is not None]

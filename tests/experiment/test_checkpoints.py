@@ -42,7 +42,7 @@ CONFIG = dataclasses.replace(
     checkpoint_seconds=0.0,
 )
 STEPS = 3
-"""In an epoch of 37 images."""
+"""In an epoch of 48 images."""
 
 
 class Stop(Exception):

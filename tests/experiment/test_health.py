@@ -167,7 +167,7 @@ def test_a_resumed_run_is_not_told_again() -> None:
 
 
 def run(config: Config, problem: Problem) -> None:
-    health = Health(config, 37)
+    health = Health(config, 48)
     start = search.begin_search(search.init_state(config, problem))
     ticket, _ = search.search_ticket(config, problem, start, health)
     search.retrain(config, problem, search.begin_retraining(problem, ticket), health)

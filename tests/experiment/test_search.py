@@ -126,19 +126,20 @@ def test_each_round_starts_its_schedules_again(problem: Problem) -> None:
     assert {(record.phase, record.round, record.temperature) for record in retrained} == {("ticket", None, None)}
 
 
-def test_records_hold_what_the_state_gives(problem: Problem, synthetic: ImageSet, lenet: Recipe) -> None:
+def test_records_hold_what_the_state_gives(problem: Problem, lenet: Recipe) -> None:
+    assert problem.validation is not None
     _, _, history = run(CONFIG, problem)
     for record, state in history.epochs:
         fixed = record.phase == "ticket"
         hard = state.masks if fixed else masks.hard_mask(state.scores, init_value=0.02)
         assert record.density == masks.density(hard)
         variables = {"params": state.params, "batch_stats": {}, "masks": hard}
-        right = share_right(lenet, variables, synthetic)
+        right = share_right(lenet, variables, problem.validation)
         assert record.hard_accuracy == (right if record.density > 0 else None)
         soft = None
         if not fixed:
             soft_masks = masks.soft_mask(state.scores, record.temperature, init_value=0.02)
-            soft = share_right(lenet, variables | {"masks": soft_masks}, synthetic)
+            soft = share_right(lenet, variables | {"masks": soft_masks}, problem.validation)
         assert record.soft_accuracy == soft
     penalties = [record.penalty for record in history.records if record.phase == "ticket"]
     kept = sum(int((leaf > 0).sum()) for leaf in jax.tree.leaves(history.ends[2][2].masks))
@@ -186,7 +187,7 @@ def test_a_repeated_run_is_identical_and_another_seed_is_not(problem: Problem) -
 
 def test_an_epoch_has_every_example_once_and_every_epoch_its_own_order(problem: Problem) -> None:
     orders = [np.asarray(problem.epoch_order(phase, epoch)) for phase in range(2) for epoch in range(2)]
-    assert all(sorted(order) == list(range(37)) for order in orders)
+    assert all(sorted(order) == list(range(48)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
 
 
@@ -224,7 +225,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(problem: Pro
 
 def test_an_update_that_is_not_finite_stops_the_run_even_if_it_is_the_last(problem: Problem) -> None:
     """One step, whose loss is fine; what it makes of the weights is not."""
-    config = dataclasses.replace(CONFIG, lr=3e38, epochs=1, rounds=1, rewind_epoch=0, batch_size=37)
+    config = dataclasses.replace(CONFIG, lr=3e38, epochs=1, rounds=1, rewind_epoch=0, batch_size=48)
     problem = dataclasses.replace(problem, recipe=dataclasses.replace(problem.recipe, decay=100.0))
     with pytest.raises(search.NonFiniteLossError, match="no longer finite in round 0, epoch 0, after step 0$"):
         search.search_ticket(config, problem, begin(config, problem), Observer())

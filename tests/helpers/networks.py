@@ -26,7 +26,7 @@ def masked(model: nn.Module, image_shape: tuple[int, ...], *, scale: float = 1.9
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *image_shape))))
     rng, dtype = np.random.default_rng(0), model.param_dtype  # pyright: ignore[reportAttributeAccessIssue]
 
-    def fill(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def fill(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         noise = rng.standard_normal(leaf.shape)
         match path[0].key, path[-1].key:
             case "masks", _:
@@ -38,7 +38,7 @@ def masked(model: nn.Module, image_shape: tuple[int, ...], *, scale: float = 1.9
                 noise = 1 + 0.1 * noise
             case _, "kernel":
                 noise /= np.sqrt(math.prod(leaf.shape[:-1]))
-        return jnp.asarray(noise, dtype)
+        return np.asarray(noise, dtype)  # of NumPy: nothing is compiled
 
     return jax.tree.map_with_path(fill, dict(shapes))
 

@@ -150,7 +150,7 @@ def test_equal_differences_have_no_p_whatever_the_rounding(dtype):
     assert (cell.interval, cell.p, cell.p_adjusted) == (None, None, None)
 
 
-def test_controls_stand_beside_the_ticket_of_their_own_method_target_and_dial():
+def test_controls_are_compared_with_the_ticket_of_their_own_method_target_and_initial_score():
     results = [
         *IMP,
         *trio("cs", (0.5, 0.5, 0.5), target=0.2),
@@ -178,7 +178,7 @@ def test_tickets_without_a_target_or_a_reference_at_it_are_not_compared():
     assert [cell.compared_with for cell in statistics.summarize([*IMP, *CS], reference="cs")] == ["cs", ""]
 
 
-def test_a_reference_without_a_dial_stands_beside_every_dial():
+def test_a_reference_without_an_initial_score_is_compared_with_every_initial_score():
     cells = statistics.summarize([*IMP, *trio("cs", (0.9, 0.92, 0.9), initial_score=0.05)])
     assert cells[1].compared_with == "imp"
     assert statistics.counterpart(cells[1], cells) == cells[0]
@@ -361,7 +361,7 @@ def test_the_terminals_table_tells_the_reference_from_what_cannot_be_tested_and_
         "p: paired t-test over at least two seeds, adjusted by Holm's method; * below 0.05. "
         "no spread: all differences are equal.",
         "Trained for different numbers of epochs: magnitude 1,500 (imp 180).",
-        "Controls are trained for the epochs of the retraining only, not for those of the search.",
+        "Controls are trained for the epochs of the retraining only, without the search epochs.",
     ]
 
 
@@ -489,7 +489,7 @@ def test_cost_says_that_budgets_differ():
 
 
 def test_cost_says_once_that_controls_are_trained_as_long_as_the_retraining():
-    retrained = "Controls are trained for the epochs of the retraining only, not for those of the search."
+    retrained = "Controls are trained for the epochs of the retraining only, without the search epochs."
     controls = [
         *trio("cs", (0.9, 0.9, 0.9), control="random", epochs=15),
         *trio("imp", (0.9, 0.9, 0.9), control="random", epochs=15),
@@ -502,7 +502,7 @@ def test_cost_says_once_that_controls_are_trained_as_long_as_the_retraining():
         f"Ratio of epochs, search and retraining together: snip vs imp 0.33. {retrained}"
     )
     assert cost(built([*CS, *controls[:3]])) == retrained
-    assert cost(built(CS)) == "No networks are compared. Epochs are those of search and retraining together."
+    assert cost(built(CS)) == "No networks are compared. Epochs: search and retraining together."
 
 
 def test_seeds_and_targets_that_are_missing_are_listed():

@@ -262,14 +262,17 @@ BASE = 'methods = ["cs", "imp"]\nseeds = [0]\n'
         ),
         (BASE + "initial_scores = [inf]", "initial_scores[0] inf: must be a number < *"),
         (BASE + "initial_scores = [nan]", "initial_scores[0] nan: must be a number > -*"),
-        (BASE + "[settings]\nepochs = 'x'", "cs-seed0: settings have epochs 'x', wanted a whole number"),
-        (BASE + "[settings]\nepochs = 0", "cs-seed0: --epochs: got 0, wanted at least 1"),
-        (BASE + "[method.imp]\ncontrols = 'x'", "imp-seed0: settings have controls 'x', wanted names"),
+        (BASE + "[settings]\nepochs = 'x'", "cs-seed0: settings: epochs 'x': must be a whole number"),
+        (BASE + "[settings]\nepochs = 0", "cs-seed0: --epochs 0: must be at least 1"),
+        (BASE + "[method.imp]\ncontrols = 'x'", "imp-seed0: settings: controls 'x': must be a list"),
         (
             "methods = ['cs', 'supermask']\nseeds = [3]\n[settings]\nafter = 'finetune'",
-            "supermask-seed3: --after: got finetune, wanted none with --method supermask, whose weights are frozen",
+            "supermask-seed3: --after finetune: --method supermask allows none only, because its weights are frozen",
         ),
-        ("methods = ['imp', 'gmp']\nseeds = [0]", "gmp-seed0: --target-density: got nothing, wanted a share above 0 *"),
+        (
+            "methods = ['imp', 'gmp']\nseeds = [0]",
+            "gmp-seed0: --target-density: required by --method gmp; give a share above 0 and at most 1",
+        ),
         (BASE + "[settings", "not valid TOML: *"),
         ("methods = ['cs']\nmethods = ['imp']", "not valid TOML: Cannot overwrite a value (at *"),
     ],
@@ -297,13 +300,13 @@ def test_a_spec_that_cannot_be_used_is_refused_in_one_line(
         (["latin.toml"], "latin.toml: not valid TOML: 'utf-8' codec can't decode byte 0xe9"),
         (["good.toml", "--jobs", "0"], "--jobs 0: must be at least 1"),
         (["good.toml", "--jobs", "two"], "argument --jobs: invalid int value: 'two'"),
-        (["good.toml", "--tickets", "0"], "--tickets: got 0, wanted a number of at least 1 or auto"),
-        (["good.toml", "--tickets", "all"], "--tickets: got all, wanted a number of at least 1 or auto"),
+        (["good.toml", "--tickets", "0"], "--tickets 0: must be auto or a whole number of at least 1"),
+        (["good.toml", "--tickets", "all"], "--tickets all: must be auto or a whole number of at least 1"),
         (["good.toml", "--job"], "argument --jobs: expected one argument"),
         ([], "the following arguments are required: SPEC"),
         (["good.toml", "--out", "full"], "--out full: not empty and not a sweep directory; choose an empty or new one"),
         (["good.toml", "--out", "good.toml"], "--out good.toml: is a file; choose a directory"),
-        (["huge.toml"], "--val-set-size: got 99999, "),
+        (["huge.toml"], "--val-set-size 99999: must be less than 1437, "),
     ],
 )
 def test_words_that_cannot_be_used_are_refused_in_one_line(
@@ -519,7 +522,7 @@ def test_failures_and_killed_workers_do_not_stop_the_other_runs_and_are_tried_ag
     told = f"1 of 3 runs failed, first wild-density0.1-seed0: see {log}; {resume}"
     assert log.read_text().endswith(f"\nfailed: {failures['wild-density0.1-seed0']}\n")
     assert shown.err == f"python -m cs_jax sweep: error: {told}\n"
-    assert "goes on from search 0, epoch " in (out / "logs" / "slow-density0.1-seed0.txt").read_text()
+    assert "resuming search 0 at epoch " in (out / "logs" / "slow-density0.1-seed0.txt").read_text()
     assert (out / "runs" / "random-density0.1-seed0" / TICKET_FILE).stat().st_mtime_ns == before
     assert commands.main(["pareto", str(spec), "--out", str(out)]) == 0
     told = f"not finished: wild-density0.1-seed0 failed: {failures['wild-density0.1-seed0']}\n"

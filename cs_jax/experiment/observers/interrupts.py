@@ -133,7 +133,7 @@ def _exit_on_second_sigint(read_fd: int) -> None:
             break
         received += bytes(number for number in part if number in SIGNALS)
         if signal.SIGINT in received[1:]:
-            _print_error(b"ended at once; give the same command again to resume from the last checkpoint\n")
+            _print_error(b"ended at once; run the same command to resume from the last checkpoint\n")
             os._exit(128 + signal.SIGINT)
     os.close(read_fd)
 

@@ -36,7 +36,7 @@ def print_line(terminal: Console, line: str) -> None:
 
 
 _shown_by_thread: dict[int, Callable[..., None]] = {}
-"""Functions that show the warnings of threads with a run each. The main thread shows those of other threads."""
+"""Functions that show the warnings of threads with a run each. The main thread shows all other warnings."""
 
 
 @contextlib.contextmanager

@@ -88,7 +88,7 @@ def run(
 def _run_to_end(
     config: Config, trackers: Sequence[Tracker], terminal: Console, executor: Executor | None, watch: Interrupts
 ) -> dict[str, Any]:
-    """Trains what is missing of a run, and writes summary.json."""
+    """Runs the unfinished phases of a run, and writes summary.json."""
     path = config.run_directory
     is_new = processes.from_leader(lambda: not directory_checks.holds_run(path))
     with contextlib.ExitStack() as stack:

@@ -363,7 +363,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, capsys: pytest.
 def test_an_unknown_flag_ends_the_process_with_exit_code_2(tmp_path: Path) -> None:
     result = run_script("--epoch", "3", cwd=tmp_path)
     assert result.returncode == 2
-    assert result.stderr.startswith("train.py: error: Unrecognized options: --epoch, 3 Perhaps you meant: --epochs INT")
+    assert result.stderr.startswith("train.py: error: --epoch: unknown flag (did you mean --epochs?)")
     assert result.stderr.count("\n") == 1
     assert (result.stdout, list(tmp_path.iterdir())) == ("", [])
 
@@ -377,5 +377,5 @@ def test_an_interrupt_ends_the_process_with_one_line(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert error == "train.py: interrupted by SIGINT; saved: go on with --resume run\n"
+    assert error == "train.py: interrupted by SIGINT; saved: resume with --resume run\n"
     assert len(read_metrics(tmp_path / "run")) >= 1

@@ -70,8 +70,8 @@ def test_both_ends_are_exact_to_the_bit_and_equal_entries_stay(dtype: Any) -> No
     [
         ({"a": np.ones(2)}, 1.1, r"share 1\.1: must be in \[0, 1\]"),
         ({"a": np.ones(2)}, float("nan"), r"share nan: must be in \[0, 1\]"),
-        ({"a": np.ones(3)}, 0.0, r"others 'a': got shape \(3,\), wanted shape \(2,\)"),
-        ({}, 1.0, r"others 'a': got nothing, wanted shape \(2,\)"),
+        ({"a": np.ones(3)}, 0.0, r"others 'a' of shape \(3,\): must have shape \(2,\)"),
+        ({}, 1.0, r"others 'a': missing; must have shape \(2,\)"),
         ({"a": np.ones(2, np.float32)}, 0.5, "others 'a' of dtype float32: must have dtype float64"),
         ({"a": np.ones(2, int)}, 0.5, "weights 'a' of dtype int64: must have a float dtype"),
     ],
@@ -304,7 +304,7 @@ def test_ends_of_two_networks_are_refused_by_name() -> None:
     one = normalized_end(1.0, 0.0, 0.0, 1.0)
     other = one._replace(batch_stats={"norm": {"mean": jnp.zeros(2), "var": jnp.ones(3)}})
     images = pixels([[1, 1]], [0])
-    with pytest.raises(ConfigError, match=r"^others 'norm/var': got shape \(3,\), wanted shape \(2,\)$"):
+    with pytest.raises(ConfigError, match=r"^others 'norm/var' of shape \(3,\): must have shape \(2,\)$"):
         connectivity.connect(Line(Normalized(), (one, other), {}), images, images, batch_size=1)
 
 

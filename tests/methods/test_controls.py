@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import small
 
-from cs_jax.commands import parser
+from cs_jax.commands import parser, train
 from cs_jax.core.errors import ConfigError
 from cs_jax.data.load import Data
 from cs_jax.experiment import pipeline, search
-from cs_jax.experiment import run as commands
 from cs_jax.experiment.config import Config
 from cs_jax.experiment.experiment import Experiment
 from cs_jax.experiment.progress import Observer, Observers, Progress
@@ -241,5 +240,5 @@ def test_a_control_of_ones_own_is_in_the_report(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(CONTROLS, "first-half", first_half)
     words = "--model lenet300100 --method snip --target-density 0.2 --epochs 2 --rewind-epoch 0 --lr 0.01 --controls"
     settings = parser.parse([*words.split(), "first-half", "--out", str(tmp_path / "run")])
-    commands.run(settings)
+    train.run(settings)
     assert "first-half" in (tmp_path / "run" / "report.html").read_text()

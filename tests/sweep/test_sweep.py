@@ -522,7 +522,7 @@ def test_failures_and_killed_workers_do_not_stop_the_other_runs_and_are_tried_ag
     told = f"1 of 3 runs failed, first wild-density0.1-seed0: see {log}; {resume}"
     assert log.read_text().endswith(f"\nfailed: {failures['wild-density0.1-seed0']}\n")
     assert shown.err == f"python -m cs_jax sweep: error: {told}\n"
-    assert "goes on from search 0, epoch " in (out / "logs" / "slow-density0.1-seed0.txt").read_text()
+    assert "resuming search 0 at epoch " in (out / "logs" / "slow-density0.1-seed0.txt").read_text()
     assert (out / "runs" / "random-density0.1-seed0" / TICKET_FILE).stat().st_mtime_ns == before
     assert commands.main(["pareto", str(spec), "--out", str(out)]) == 0
     told = f"not finished: wild-density0.1-seed0 failed: {failures['wild-density0.1-seed0']}\n"

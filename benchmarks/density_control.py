@@ -4,7 +4,7 @@
 
 Dual ascent follows Gallego-Posada et al., 2022 (arXiv:2208.04425): after every step the penalty weight grows by `rate`
 times the excess of the mean mask (unscaled) over the target density of the round. The penalty weight may be negative
-here, because a search of this preset without a penalty can end below the target. Other settings are those of the
+here, because a search of this preset without a penalty can end below the target. Other settings come from the
 preset; its constant penalty is used only with shifted scores. All tickets meet the target exactly and are retrained in
 the same way. Columns: share of scores above 0 at the end of the search (equal to the target if the search met it),
 validation accuracy of the searched weights with the ticket's masks before the rewind, and test accuracy.

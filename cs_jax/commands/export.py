@@ -1,4 +1,4 @@
-"""The commands `export` and `import`."""
+"""Commands `export` and `import`: tickets in the formats of other programs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,20 +16,18 @@ from cs_jax.tickets.ticket import load_ticket, save_ticket
 
 
 def export(arguments: Sequence[str], *, prog: str) -> None:
-    """write a ticket for PyTorch, ONNX, StableHLO or SciPy, without the channels that no longer matter"""
-    from cs_jax.tickets import (
-        export as formats,  # SciPy's sparse arrays load for a while, and only these commands want them
-    )
+    """export a ticket to PyTorch, ONNX, StableHLO or SciPy; removes channels without effect"""
+    from cs_jax.tickets import export as formats  # imports SciPy's sparse arrays, which is slow
 
     parser = command_parser(prog, export)
     parser.add_argument("file", type=Path, metavar="TICKET", help="ticket.safetensors of a run")
     parser.add_argument("--to", required=True, metavar="FORMAT", help=", ".join(formats.FORMATS))
-    parser.add_argument("--out", type=Path, help="file to write (TICKET with the ending of the format)")
-    parser.add_argument("--keep-shapes", action="store_true", help="take no channels out")
+    parser.add_argument("--out", type=Path, help="file to write (TICKET with the suffix of the format)")
+    parser.add_argument("--keep-shapes", action="store_true", help="do not remove channels")
     parser.add_argument("--fold", action="store_true", help="fold BatchNorm into the convolutions before it")
     given = parser.parse_args(arguments)
     if given.to not in formats.FORMATS:
-        raise ConfigError(f"--to: got {given.to!r}, wanted {one_of(given.to, formats.FORMATS)}")
+        raise ConfigError(f"--to {given.to}: must be {one_of(given.to, formats.FORMATS)}")
     out = given.out or given.file.with_suffix(formats.FORMATS[given.to].suffix)
     files.check_out(out, source=given.file)
     loaded = load_ticket(given.file)
@@ -38,31 +36,29 @@ def export(arguments: Sequence[str], *, prog: str) -> None:
     share = found.size / found.dense_size
     print_line(
         Console(),
-        f"{out}: {found.size:,} bytes, {share:.1%} of the dense weights' {found.dense_size:,}; read back, its logits "
-        f"differ by {found.difference:.1e} of the largest",
+        f"{out}: {found.size:,} bytes, {share:.1%} of the dense weights ({found.dense_size:,} bytes); logits differ "
+        f"by {found.difference:.1e} of the largest",
     )
-    if found.served.normalization is None:
-        print_line(
-            Console(), "the ticket has no normalization: the file takes images as the network does, not 0 to 255"
-        )
+    if found.network.normalization is None:
+        print_line(Console(), "the ticket has no normalization: the file needs normalized images, not pixel values")
 
 
 def import_state_dict(arguments: Sequence[str], *, prog: str) -> None:
-    """make a ticket of a PyTorch state dict in a safetensors file"""
+    """convert a PyTorch state dict in a safetensors file to a ticket"""
     from cs_jax.tickets.export import state_dict
 
     parser = command_parser(prog, import_state_dict)
-    parser.add_argument("file", type=Path, metavar="FILE", help="safetensors file of a state dict")
+    parser.add_argument("file", type=Path, metavar="FILE", help="safetensors file with a state dict")
     parser.add_argument("--model", required=True, help=", ".join(MODELS))
     parser.add_argument("--out", required=True, type=Path, help="ticket to write")
     sizes = {"type": int, "nargs": 3, "metavar": ("HEIGHT", "WIDTH", "CHANNELS")}
-    parser.add_argument("--image-shape", help="of an image (as the file says, if export has written it)", **sizes)
-    for name, what in (("mean", "mean of the pixels"), ("std", "their deviation")):
-        about = f"{what} by channel, 0 to 255 (as the file says)"
+    parser.add_argument("--image-shape", help="size of an image (from the file, if export wrote it)", **sizes)
+    for name, what in (("mean", "mean"), ("std", "standard deviation")):
+        about = f"{what} of pixels by channel, 0 to 255 (from the file)"
         parser.add_argument(f"--{name}", type=float, nargs="+", metavar="NUMBER", help=about)
     given = parser.parse_args(arguments)
     if (given.mean is None) != (given.std is None):
-        raise ConfigError("--mean and --std: got one of them, wanted both or none")
+        raise ConfigError("--mean and --std: must be given together")
     files.check_out(given.out, source=given.file, kind="state dict")
     with error_in_file(given.file):
         tensors, about = state_dict.read(given.file)
@@ -76,17 +72,17 @@ def import_state_dict(arguments: Sequence[str], *, prog: str) -> None:
 
 
 def _check_normalization(metadata: dict[str, Any]) -> None:
-    """Raises unless there is a mean and a deviation above 0 for every channel."""
+    """Raises unless there are one mean and one deviation above 0 for all channels or for each."""
     channels = metadata["model"]["image_shape"][-1]
     for name, values in metadata.get("normalization", {}).items():
         if len(values) not in (1, channels):
-            raise ConfigError(f"--{name}: got {len(values)} numbers, wanted one for each of the {channels} channels")
+            raise ConfigError(f"--{name}: {len(values)} numbers; must be one for each of the {channels} channels")
         if name == "std" and min(values) <= 0:
-            raise ConfigError(f"--std: got {min(values):g}, wanted numbers above 0")
+            raise ConfigError(f"--std {min(values):g}: must be above 0")
 
 
 def _metadata(name: str, model: Any, about: Mapping[str, Any]) -> dict[str, Any]:
-    """What a ticket says of the network of a state dict."""
+    """Metadata of a ticket for the network of a state dict."""
     entry = {"name": name, "num_classes": model.num_classes, "image_shape": about["image_shape"]}
     if model.features:
         entry["features"] = dict(model.features)

@@ -57,7 +57,7 @@ def connect(arguments: Sequence[str], *, prog: str) -> None:
     with (
         Interrupts() as watch,
         warnings_as_lines(terminal),
-        run_directory.opened(config, new=False) as directory,
+        run_directory.open_run_directory(config, new=False) as directory,
     ):
         problem, data = prepare(config)
         directory.check_same_data(fingerprint(data))
@@ -89,6 +89,6 @@ def describe(found: Mapping[str, Any]) -> RenderableType:
     accuracies = " and ".join(f"{child['test_accuracy']:.2%}" for child in found["children"])
     children = f"children: test accuracy {accuracies}"
     barrier = f"barrier: {100 * found['barrier']:.2f} points of error, {found['loss_barrier']:.4f} of loss"
-    note = barrier_note(found["points"])
+    note = barrier_note(*([point[name] for point in found["points"]] for name in ("error", "loss")))
     barrier += note and f"; {note}"
     return Group(table, children, barrier)

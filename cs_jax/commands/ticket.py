@@ -1,4 +1,4 @@
-"""The commands `ticket`, `verify`, `shrink` and `speed`: what can be done with a ticket's file."""
+"""Commands on ticket files: `ticket`, `verify`, `shrink` and `speed`."""
 
 import math
 import os
@@ -32,19 +32,19 @@ from cs_jax.training.executor import Executor
 
 
 def measure_test_accuracy(config: Config, ticket: LoadedTicket, name: str) -> float:
-    """Share of a data set's test examples that a saved ticket classifies right, in [0, 1].
+    """Test accuracy of a ticket on a data set, in [0, 1].
 
     Args:
-        config: its data set, folder and batch size count.
-        ticket: with its model, and the statistics that its images were normalised by.
-        name: of its file, for messages.
+        config: settings of the data set and the batch size; other settings are ignored.
+        ticket: a ticket with a model and the normalisation of its images.
+        name: name of the ticket file, for error messages.
 
     Raises:
         ConfigError: the data set cannot be read, or the ticket is for other images or classes.
     """
     normalization = ticket.metadata.get("normalization")
     if ticket.model is None or normalization is None:
-        raise ConfigError(f"{name}: is of a model of its maker's own, wanted a ticket that train.py wrote")
+        raise ConfigError(f"{name}: custom model or no normalization; this command supports tickets of train.py only")
     about = ticket.metadata["model"]
     images, classes = load_test(config, normalization["mean"], normalization["std"])
     for what, got, wanted in (
@@ -52,21 +52,21 @@ def measure_test_accuracy(config: Config, ticket: LoadedTicket, name: str) -> fl
         ("classes", about["num_classes"], len(classes)),
     ):
         if got != wanted:
-            raise ConfigError(f"{name}: is for {what} {got}, but {config.dataset} has {what} {wanted}")
+            raise ConfigError(f"{name}: ticket for {what} {got}; {config.dataset} has {what} {wanted}")
     logits = Executor().predict(ticket.model, ticket.variables, images, batch_size=config.batch_size)
     return share_right(logits, images)
 
 
 ROUNDING = 0.002
-"""Difference in accuracy that another device's rounding explains."""
+"""Largest difference in accuracy that rounding on another device can explain."""
 
 
 class AccuracyError(ArithmeticError):
-    """A ticket does not classify as it did when it was made."""
+    """The test accuracy of a ticket differs from the recorded one."""
 
 
 def ticket(arguments: Sequence[str], *, prog: str) -> None:
-    """print what is in a ticket's file"""
+    """print the content of a ticket file: model, density, layers, versions"""
     parser = command_parser(prog, ticket)
     parser.add_argument("file", type=Path, metavar="FILE", help="ticket.safetensors of a run")
     path = parser.parse_args(arguments).file
@@ -75,10 +75,10 @@ def ticket(arguments: Sequence[str], *, prog: str) -> None:
 
 
 def verify(arguments: Sequence[str], *, prog: str) -> None:
-    """check a ticket's file, and measure its accuracy on the test set of a data set"""
+    """check a ticket file and measure its test accuracy on a data set"""
     parser = command_parser(prog, verify)
     parser.add_argument("file", type=Path, metavar="FILE", help="ticket.safetensors of a run")
-    parser.add_argument("dataset", metavar="DATASET", help="of a preset, or a name in TensorFlow Datasets")
+    parser.add_argument("dataset", metavar="DATASET", help="preset or name in TensorFlow Datasets")
     parser.add_argument("--data-dir", type=Path, help="folder of prepared data sets")
     parser.add_argument("--batch-size", type=int, default=128, help="images per call (128)")
     given = parser.parse_args(arguments)
@@ -87,39 +87,39 @@ def verify(arguments: Sequence[str], *, prog: str) -> None:
     dataset = PRESETS[given.dataset].dataset if given.dataset in PRESETS else given.dataset
     can_stream = source_of(dataset).can_stream
     size = _image_size(made_with) if can_stream else None
-    asked = Config(
+    config = Config(
         dataset=dataset,
         data_dir=given.data_dir,
         batch_size=given.batch_size,
         image_size=size,
         stream=can_stream and (size is not None or made_with.get("stream") is True),
     )
-    found = measure_test_accuracy(asked, loaded, str(given.file))
+    found = measure_test_accuracy(config, loaded, str(given.file))
     recorded = (loaded.metadata.get("accuracy") or {}).get("test_accuracy")
-    line = f"{given.file}: whole; density {loaded.density:.2%}, accuracy on the test set of {dataset} {found:.2%}"
+    line = f"{given.file}: undamaged; density {loaded.density:.2%}, test accuracy on {dataset} {found:.2%}"
     if loaded.metadata.get("dataset") != dataset or recorded is None:
         return print_line(Console(), line)
     print_line(Console(), f"{line}, recorded {recorded:.2%}")
     if abs(found - recorded) > ROUNDING:
-        raise AccuracyError(f"{given.file}: accuracy {found:.2%} is not the recorded one, {recorded:.2%}")
+        raise AccuracyError(f"{given.file}: test accuracy {found:.2%} differs from the recorded {recorded:.2%}")
 
 
 def _image_size(made_with: Mapping[str, Any]) -> int | None:
-    """Of the settings that a ticket was made with, the side that its images were cut to."""
+    """Setting `image_size` of the run that wrote a ticket; None if it has none."""
     size = made_with.get("image_size")
     return size if type(size) is int and size > 0 else None
 
 
 def shrink(arguments: Sequence[str], *, prog: str) -> None:
-    """take out of a ticket the channels, units and heads that no longer matter: a smaller network that does the same"""
+    """remove channels, units and heads without effect from a ticket: a smaller network with the same outputs"""
     parser = command_parser(prog, shrink)
     parser.add_argument("file", type=Path, metavar="FILE", help="ticket.safetensors of a run")
-    parser.add_argument("--out", type=Path, help="file of the smaller ticket (FILE-shrunk.safetensors)")
+    parser.add_argument("--out", type=Path, help="file to write (FILE-shrunk.safetensors)")
     given = parser.parse_args(arguments)
     out = given.out or given.file.with_name(f"{given.file.stem}-shrunk.safetensors")
     files.check_out(out, source=given.file)
     loaded = load_ticket(given.file)
-    with error_in_file(given.file, TypeError, ValueError):  # of a model whose wiring is missing or wrong
+    with error_in_file(given.file, TypeError, ValueError):  # the model has no wiring, or a wrong one
         smaller = shrinking.shrink_ticket(loaded)
     save_ticket(out, **smaller.variables, metadata=smaller.metadata)
     terminal = Console()
@@ -129,25 +129,25 @@ def shrink(arguments: Sequence[str], *, prog: str) -> None:
 
 
 def speed(arguments: Sequence[str], *, prog: str) -> None:
-    """measure a ticket's forms on this device, dense, masked and shrunk, and say which one to serve"""
+    """time a ticket as dense, masked and shrunk network on this device, and recommend one"""
     parser = command_parser(prog, speed)
     parser.add_argument("file", type=Path, metavar="FILE", help="ticket.safetensors of a run")
     parser.add_argument(
-        "--batch-sizes", type=int, nargs="+", default=[1, 128], metavar="N", help="images of a call (1 128)"
+        "--batch-sizes", type=int, nargs="+", default=[1, 128], metavar="N", help="images per call (1 128)"
     )
-    parser.add_argument("--repeats", type=int, default=15, help="turns, over which figures are medians (15)")
+    parser.add_argument("--repeats", type=int, default=15, help="timed turns; figures are medians over turns (15)")
     given = parser.parse_args(arguments)
     for name, values in (("--batch-sizes", given.batch_sizes), ("--repeats", [given.repeats])):
         for value in values:
             if value < 1:
-                raise ConfigError(f"{name}: got {value}, wanted at least 1")
+                raise ConfigError(f"{name} {value}: must be at least 1")
     loaded = load_ticket(given.file)
-    with error_in_file(given.file, TypeError, ValueError):  # of a model whose wiring is missing or wrong
+    with error_in_file(given.file, TypeError, ValueError):  # the model has no wiring, or a wrong one
         forms = speeds.forms(loaded)
     shape, terminal = loaded.metadata["model"]["image_shape"], Console()
     if loaded.metadata["model"].get("features"):
         print_line(
-            terminal, "the ticket was made smaller before: dense is here the smaller network, and not its family's"
+            terminal, "the ticket was shrunk before: dense means the shrunk network, not the full network of its family"
         )
     device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}"
     for size in given.batch_sizes:
@@ -156,15 +156,15 @@ def speed(arguments: Sequence[str], *, prog: str) -> None:
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
             if not isinstance(error, MemoryError) and not out_of_memory(error):
                 raise
-            raise ConfigError(f"--batch-sizes: got {size}, wanted fewer images: there is no memory for them") from error
+            raise ConfigError(f"--batch-sizes {size}: does not fit into memory; choose a smaller one") from error
         Console(width=max(terminal.width, 110)).print(_speeds(rows, f"batch {size}, {given.repeats} turns; {device}"))
         print_line(terminal, speeds.recommend(rows))
 
 
 def _speeds(rows: Sequence[Measured], title: str) -> Table:
-    """Figures of every form."""
+    """Table of the measurements of all forms."""
     table = Table("form", title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for name in ("ms", "of dense's time", "memory, MB", "file, kB", "multiply-adds", "differs by"):
+    for name in ("ms", "ratio to dense", "memory, MB", "file, kB", "multiply-adds", "difference"):
         table.add_column(name, justify="right")
     for row in rows:
         ratio = f"{row.ratio:.2f} ({row.lowest:.2f} to {row.highest:.2f})"
@@ -174,9 +174,9 @@ def _speeds(rows: Sequence[Measured], title: str) -> Table:
 
 
 def _what_changed(before: LoadedTicket, after: LoadedTicket) -> Table:
-    """Sizes of a ticket's dense network, of the ticket and of the smaller one: in all, and of every layer that differs.
+    """Table of total size and changed layers of the dense network, the ticket and the shrunk ticket.
 
-    The dense network is that of the family: a ticket that was shrunk before has less than it.
+    The dense network is the model of the family before any shrinking.
     """
     table = Table("", "dense", "before", "after", "of dense", box=box.SIMPLE_HEAD)
     table.columns[0].overflow = "fold"
@@ -196,7 +196,7 @@ _TOTALS = ("weights", "multiply-adds")
 
 
 def _sizes(model: nn.Module, image_shape: tuple[int, ...]) -> dict[str, int]:
-    """A network's weights, multiply-adds, and the output features (or heads) of its layers."""
+    """Weights and multiply-adds of a network, and the output features or heads of its layers."""
     shapes = {name: shape for name, (shape, _) in shapes_of(model, image_shape).items()}
     weights = {tuple(name.split("/")[1:]): shape for name, shape in shapes.items() if name.startswith("params/")}
     counts = (sum(map(math.prod, weights.values())), multiply_adds(model, image_shape))

@@ -45,7 +45,7 @@ def convert(value: Any, kind: type[Kind], source: str) -> Kind:
     """
     try:
         return msgspec.convert(value, kind, dec_hook=_decode)
-    except (msgspec.ValidationError, OverflowError, RecursionError) as error:
+    except (msgspec.ValidationError, OverflowError, RecursionError, UnicodeEncodeError) as error:
         raise ConfigError(f"{source}: {printable(_one_line(str(error), value, kind))}") from error
 
 
@@ -147,7 +147,7 @@ def _choices(kind: Any) -> tuple[Any, ...]:
 def _fits(value: Any, kind: Any) -> bool:
     try:
         msgspec.convert(value, kind, dec_hook=_decode)
-    except (msgspec.ValidationError, OverflowError, RecursionError):
+    except (msgspec.ValidationError, OverflowError, RecursionError, UnicodeEncodeError):
         return False
     return True
 

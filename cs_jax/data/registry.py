@@ -8,7 +8,7 @@ from cs_jax.data.source import Source
 SOURCES: dict[str, Source] = {
     "digits": Source(digits.opened),
 }
-"""Data sets with a source of their own."""
+"""Sources by name of the data set; `FALLBACK` reads every other name."""
 
 FALLBACK = Source(functools.partial(tfds.opened, other_names=tuple(SOURCES)), can_stream=True)
 """Source of every other name: TensorFlow Datasets."""

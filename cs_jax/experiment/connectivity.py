@@ -129,17 +129,14 @@ def error_barrier(errors: Sequence[float]) -> float:
     return max(errors) - (errors[0] + errors[-1]) / 2
 
 
-def barrier_note(points: Sequence[Mapping[str, Any]]) -> str:
+def barrier_note(errors: Sequence[float], losses: Sequence[float]) -> str:
     """Note on barriers that only come from different ends: the error or loss is highest at an end; "" without one.
 
     Args:
-        points: "error" and "loss" along the line, both ends included.
+        errors: along the line, both ends included.
+        losses: at the same points.
     """
-    found = []
-    for name in ("error", "loss"):
-        values = [point[name] for point in points]
-        if max(values) in (values[0], values[-1]):
-            found.append(name)
+    found = [name for name, values in (("error", errors), ("loss", losses)) if max(values) in (values[0], values[-1])]
     if not found:
         return ""
     if len(found) == 1:

@@ -44,7 +44,7 @@ def of_epoch(
     soft_masks, hard_masks = (
         _search_masks(type(config.pruning_method), state, hyper) if searching else (None, state.masks)
     )
-    counts, kept, flips = _mask_figures(hard_masks, progress.kept if searching else None)
+    counts, kept, flips = _mask_figures(hard_masks, progress.packed_masks if searching else None)
     layer_density = _layer_density(hard_masks, counts)
     size = sum(mask.size for mask in jax.tree.leaves(hard_masks))
     density = sum(int(rows.sum()) for rows in jax.tree.leaves(counts)) / size

@@ -40,8 +40,8 @@ def prepare(config: Config, executor: Executor | None = None) -> tuple[Problem, 
         executor.mesh_layout.check_batch(config.batch_size)
     loaded = load_data(config)
     if config.batch_size > len(loaded.train):
-        examples = len(loaded.train)
-        raise ConfigError(f"--batch-size {config.batch_size}: must be at most {examples}, the training examples")
+        at_most = f"{len(loaded.train)}, the number of training examples"
+        raise ConfigError(f"--batch-size {config.batch_size}: must be at most {at_most}")
     train, validation, test = map(executor.place_everywhere, (loaded.train, loaded.validation, loaded.test))
     data = Data(train, validation, test, loaded.classes)
     recipe = make_recipe(config, len(data.classes))

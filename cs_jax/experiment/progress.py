@@ -1,4 +1,4 @@
-"""Where a run stands, what it reports, and who is told."""
+"""Position of a run, metrics of an epoch, and the observers of a run."""
 
 from typing import NamedTuple
 
@@ -10,78 +10,84 @@ from cs_jax.training.step import StepMetrics, TrainState
 
 
 class EpochRecord(NamedTuple):
-    """What is reported of an epoch, at its end; one line of metrics.jsonl. None where a figure has no meaning."""
+    """Metrics of one epoch; one line of metrics.jsonl. None where a metric is not defined."""
 
     phase: str  # search, ticket or a control
-    round: int | None  # of the search, from 0
-    epoch: int  # inside the round or phase, from 0
-    temperature: float | None  # of the search's masks, where the method learns them
+    round: int | None  # round of the search, from 0
+    epoch: int  # epoch in the round or phase, from 0
+    temperature: float | None  # of the soft masks; search only, and only if the method anneals
     learning_rate: float  # of the weights
-    loss: float  # mean over the epoch's examples, penalty included
-    penalty: float  # weighted, mean over the epoch's examples
-    density: float  # of the hard masks
-    layer_density: dict[str, float]  # of each masked array, by name
-    flip_rate: float | None  # share of the hard masks that differ from those an epoch before; search alone
-    soft_accuracy: float | None  # on the validation set, with the masks of this epoch; search alone
-    hard_accuracy: float | None  # on the validation set, with hard masks; None while the search's are empty
-    images_per_second: float  # in the steps alone
+    loss: float  # mean over the epoch's training examples, penalty included
+    penalty: float  # weighted mask penalty, mean over the epoch's training examples
+    density: float  # of the hard masks, in [0, 1]
+    layer_density: dict[str, float]  # of each masked array, by name, in [0, 1]
+    flip_rate: float | None  # share of hard mask entries that changed since the previous epoch; search only
+    soft_accuracy: float | None  # validation accuracy with soft masks, in [0, 1]; search only
+    hard_accuracy: float | None  # validation accuracy with hard masks, in [0, 1]; None while the hard masks are empty
+    images_per_second: float  # in the training steps only
     seconds: float  # training and evaluation
 
 
 class Progress(NamedTuple):
-    """Where a run stands, with all that decides how it goes on: what is saved to go on later."""
+    """Position of a run, with everything needed to resume it; the content of a checkpoint."""
 
     phase: str  # search, ticket or a control
-    round: int | None  # of the search, from 0
-    epoch: int  # epochs of this round or phase that are done
-    step: int  # steps done of the epoch after those; all of them while it is evaluated
+    round: int | None  # round of the search, from 0
+    epoch: int  # finished epochs of this round or phase
+    step: int  # finished steps of the current epoch; all its steps during its evaluation
     state: TrainState  # donated to the next step
-    snapshot: Snapshot | None  # to rewind to, or what the ticket's retraining began with; None before, and in controls
-    round_ends: tuple[EpochRecord, ...] = ()  # the last epoch of every round that is done
-    figures: tuple[StepMetrics, ...] = ()  # of the epoch's steps so far
-    seconds: float = 0.0  # that they took
-    kept: PyTree = None  # hard masks of the search's last epoch, as packed bits; None before there are any, and later
+    snapshot: (
+        Snapshot | None
+    )  # search: for the rewind, None before it is taken; ticket: initial weights; controls: None
+    round_ends: tuple[EpochRecord, ...] = ()  # last epoch of every finished round
+    figures: tuple[StepMetrics, ...] = ()  # loss and penalty of the current epoch's steps, one entry per compiled call
+    seconds: float = 0.0  # duration of the current epoch's steps
+    packed_masks: PyTree = None  # search: hard masks of the last epoch, one bit per entry; None before, and later
 
     def phase_name(self) -> str:
-        """The phase in words: "search 0", "ticket"."""
+        """The phase and round, for example "search 0" or "ticket"."""
         return self.phase if self.round is None else f"{self.phase} {self.round}"
 
     def number(self, config: Config) -> int:
-        """Of the phase, counted from 0: the rounds, the ticket, the controls."""
+        """Number of the phase, from 0: rounds of the search first, then the ticket, then the controls."""
         return config.search_rounds + config.retrainings.index(self.phase) if self.round is None else self.round
 
     def epochs_done(self, config: Config) -> int:
-        """Over all phases."""
+        """Number of finished epochs in all phases."""
         return self.number(config) * config.epochs + self.epoch
 
 
 class Observer:
-    """What wants to know how a run goes on. Every method may be left out; what one raises ends the run.
+    """Base class of observers, whose methods are called during a run. By default they do nothing.
 
-    The state inside a progress is donated to the next step: copy what is to be kept beyond a call.
+    An exception that a method raises ends the run. `progress.state` is donated to the next step: copy the arrays that
+    are needed after the call.
     """
 
     def on_phase_start(self, progress: Progress) -> None:
-        """Before the first epoch of a search round, of the ticket or of a control, or where it is resumed."""
+        """Called before the first epoch of a search round, the ticket or a control, and when a phase is resumed."""
 
     def on_steps(self, progress: Progress, total: int) -> None:
-        """After every compiled call: `progress.step` of the epoch's `total` steps are done.
+        """Called after every compiled call.
 
-        The newest of `progress.figures` may not have been computed yet; to read it is to wait.
+        Args:
+            progress: `progress.step` steps of the epoch are done. The last of `progress.figures` may still be running
+                on the device: reading it waits.
+            total: number of steps in the epoch.
         """
 
     def on_batch(self) -> None:
-        """Between the batches of an evaluation: a moment to stop at, and nothing else has changed."""
+        """Called between the batches of an evaluation, so that an observer can stop the run there."""
 
     def on_epoch_end(self, record: EpochRecord, progress: Progress) -> None:
-        """After an epoch and its evaluation."""
+        """Called after an epoch and its evaluation."""
 
     def on_phase_end(self, progress: Progress) -> None:
-        """After the last epoch, before any reset; again where a run goes on from just there."""
+        """Called after the last epoch of a phase, before any reset; again if a run is resumed at this point."""
 
 
 class Observers(Observer):
-    """Several observers as one, told in order."""
+    """Several observers as one; each method calls them in order."""
 
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers

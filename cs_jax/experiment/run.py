@@ -96,10 +96,10 @@ def _run_to_end(
         tracking = stack.enter_context(Tracking(config, [figures, *trackers]))
         if is_new:
             problem, data, data_hash = _prepare(config, executor)  # before anything is written
-            directory = stack.enter_context(run_directory.opened(config, new=True))
+            directory = stack.enter_context(run_directory.open_run_directory(config, new=True))
             processes.from_leader(lambda: directory.begin(data_hash))
         else:
-            directory = stack.enter_context(run_directory.opened(config, new=False))
+            directory = stack.enter_context(run_directory.open_run_directory(config, new=False))
             problem, data, data_hash = _prepare(config, executor)
             changed = processes.from_leader(lambda: directory.check_same_data(data_hash))
             for name, (before, now) in changed.items():
@@ -143,7 +143,7 @@ def resume(experiment: Experiment, watch: Interrupts, terminal: Console, *, new:
     metrics = directory.path / paths.METRICS_FILE
     with Checkpoints(config, experiment.problem, folder, metrics) as checkpoints, watch.held():
         progress = checkpoints.restore()
-        processes.from_leader(lambda: directory.go_on_from(progress))
+        processes.from_leader(lambda: directory.truncate_to(progress))
         if progress is not None:
             at_end = progress.epoch == config.epochs
             where = "at its end" if at_end else f"at epoch {progress.epoch}, step {progress.step}"

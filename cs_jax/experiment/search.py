@@ -162,7 +162,9 @@ def _epoch(config: Config, problem: Problem, progress: Progress, observer: Obser
     epoch, ends = progress.epoch + 1, progress.round_ends
     if progress.phase == SEARCH and epoch == config.epochs:
         ends = (*ends, record)
-    progress = progress._replace(epoch=epoch, step=0, state=state, round_ends=ends, figures=(), seconds=0.0, kept=kept)
+    progress = progress._replace(
+        epoch=epoch, step=0, state=state, round_ends=ends, figures=(), seconds=0.0, packed_masks=kept
+    )
     observer.on_epoch_end(record, progress)
     return progress
 

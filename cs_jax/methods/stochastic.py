@@ -33,8 +33,8 @@ class IterativeStochasticSparsification(Method):
 
     learns_masks = True
     remark_on_rounds = (
-        "Soft masks are sigmoid(score), the mean of the masks that steps draw. Hard masks keep all weights that are not "
-        "pruned. No step trains with these masks, so their accuracy may be as low as guessing."
+        "Soft masks are sigmoid(score), the mean of the masks that steps draw. Hard masks keep all unpruned weights. "
+        "No step trains with these masks, so their accuracy may be as low as guessing."
     )
     remark_on_scores = (
         "In each step a weight is kept with probability sigmoid(score). Weights with the lowest scores are pruned "

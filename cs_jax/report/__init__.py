@@ -19,7 +19,8 @@ __all__ = ["SweepResults", "write_pareto", "write_report"]
 def write_report(run: Path) -> list[Path]:
     """Writes report.html and its plots as PNG files into a run directory.
 
-    The report of an unfinished run, or of a run that lacks files, shows what there is and names what is missing.
+    The report of an unfinished run, or of a run without some files, shows the available results and names the missing
+    ones.
 
     Args:
         run: the run directory.

@@ -71,7 +71,7 @@ def accuracy_by_density(curves: Curves, *, floor: float | None = None) -> Figure
     axes.set_ylim(bottom, min(top, 1 + 0.03 * (1 - bottom)))
     axes.xaxis.set_major_formatter(FuncFormatter(percent_tick))
     axes.yaxis.set_major_formatter(FuncFormatter(percent_tick))
-    axes.set_xlabel("density (weights kept)")
+    axes.set_xlabel("density (share of weights kept)")
     axes.set_ylabel("test accuracy")
     handles = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
     figure.legend(

@@ -1,6 +1,7 @@
-"""A run's figures by epoch."""
+"""Metrics of a run by epoch: loss, accuracy, density and temperature."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -8,18 +9,19 @@ import numpy as np
 from cs_jax.experiment.config import SEARCH, TICKET
 from cs_jax.experiment.storage.paths import METRICS_FILE
 from cs_jax.report import plots
-from cs_jax.report.pages import Plot, Section, describe_lines, numbers, plot
+from cs_jax.report.pages import Plot, Section, describe_lines, plot
 from cs_jax.report.plots import Line, Span, YAxis
 from cs_jax.report.read_run import Run
 
 AFTERWARDS = ("retraining", "controls")
-"""What the span behind the search is called."""
+"""Labels of the epochs after the search: with a retraining of the ticket, and without."""
 
 
 def curves(run: Run) -> Section:
+    """Section with a plot for each metric."""
     section = Section("Epoch by epoch")
     if not run.epochs:
-        section.notes.append(f"{METRICS_FILE} is missing or has no epochs yet: there is nothing to draw.")
+        section.notes.append(f"{METRICS_FILE} is missing or has no epochs yet.")
         return section
     search = {SEARCH: ("search", plots.BLUE, "-")}
     ticket = {TICKET: ("ticket", plots.ORANGE, "-")}
@@ -38,19 +40,29 @@ def curves(run: Run) -> Section:
     ]
     section.parts.extend(plot for plot in drawn if plot is not None)
     if not soft + hard:
-        section.notes.append("No epoch has a validation accuracy: the run set no validation examples aside.")
+        section.notes.append("There is no validation accuracy: the run has no validation set.")
     return section
 
 
 def by_epoch(run: Run, key: str, looks: Mapping[str, tuple[str, str, str]]) -> list[Line]:
-    """A field of the metrics by epoch; retraining goes on where the search ends."""
+    """Curves of a metric, one for each phase; phases after the search start at the next epoch.
+
+    Args:
+        run: the run.
+        key: field of `Epoch`.
+        looks: label, colour and dashes of the curves, by phase.
+    """
     lines = []
     for phase, (label, color, dashes) in looks.items():
         epochs = run.phase(phase)
         before = 0 if phase == SEARCH else len(run.phase(SEARCH))
         places = [before + 1.0 + index for index in range(len(epochs))]
-        lines.append(Line(label, places, numbers(epochs, key), color, dashes))
+        lines.append(Line(label, places, [_number(getattr(epoch, key)) for epoch in epochs], color, dashes))
     return [line for line in lines if np.isfinite(line.y).any()]
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
 
 
 def curve(run: Run, y_axis: YAxis, remark: str, lines: Sequence[Line]) -> Plot | None:
@@ -63,10 +75,10 @@ def curve(run: Run, y_axis: YAxis, remark: str, lines: Sequence[Line]) -> Plot |
 
 
 def spans(run: Run) -> list[Span]:
-    """Rounds on the x axis, and the retraining behind them."""
+    """Parts of the x axis: the rounds of the search, then the epochs after the search."""
     spans = []
     start = 1
-    for number, group in itertools.groupby(run.phase(SEARCH), key=lambda epoch: epoch["round"]):
+    for number, group in itertools.groupby(run.phase(SEARCH), key=lambda epoch: epoch.round):
         length = len(list(group))
         spans.append(Span(f"round {number}", start, start + length - 1))
         start += length

@@ -23,7 +23,7 @@ class Matrix:
 
 
 def bars(names: Sequence[str], shares: Sequence[float]) -> Figure:
-    """A share in [0, 1] for each layer, first layer on top."""
+    """Bar chart of a share in [0, 1] for each layer, first layer at the top."""
     many = len(names) > MANY_LAYERS
     figure, axes = new_axes(1.0 + len(names) * (0.07 if many else 0.24))
     places = np.arange(len(names))
@@ -38,18 +38,24 @@ def bars(names: Sequence[str], shares: Sequence[float]) -> Figure:
     axes.grid(visible=False, axis="y")
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(percent_tick))
-    axes.set_xlabel("weights kept")
+    axes.set_xlabel("density (share of weights kept)")
     return figure
 
 
 def layer_labels(names: Sequence[str]) -> list[str]:
-    """Layers' names, without the end that all have: where each is the kernel of something, of what."""
+    """Names of layers as labels, without the suffix "/kernel" if all of several names have it."""
     alike = len(names) > 1 and all(name.endswith("/kernel") for name in names)
     return short([name.removesuffix("/kernel") if alike else name for name in names], kind="layer")
 
 
 def heat(names: Sequence[str], shares: np.ndarray, spans: Sequence[Span]) -> Figure:
-    """Shares in [0, 1], (layers, epochs), as colours; epochs are counted from 1."""
+    """Heat map of shares in [0, 1], shape (layers, epochs); epochs are counted from 1.
+
+    Args:
+        names: of the layers, from the top.
+        shares: NaN where unknown.
+        spans: rounds on the x axis.
+    """
     many = len(names) > MANY_LAYERS
     figure, axes = new_axes(1.4 + len(names) * (0.07 if many else 0.24))
     top = max(float(np.nanmax(shares, initial=0)), 1e-9)
@@ -67,10 +73,10 @@ def heat(names: Sequence[str], shares: np.ndarray, spans: Sequence[Span]) -> Fig
 
 
 def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
-    """Examples of each true class (rows) by predicted class (columns); colour is the share of the row."""
+    """Confusion matrix: counts by true class (rows) and predicted class (columns); colour is the share of the row."""
     figure, axes = new_axes(5.2)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    # A root, or the few mistakes of a good network would not be seen beside what is right.
+    # Square root scale: on a linear scale the few mistakes of a good network would be invisible.
     axes.imshow(shares, cmap="Blues", norm=colors.PowerNorm(0.5, 0, 1), interpolation="nearest")
     labels = short(names, length=14)
     places = np.arange(len(names))
@@ -82,8 +88,8 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
             color = "white" if shares[row, column] > 0.4 else INK
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=8.5)
     axes.grid(visible=False)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
     return figure
 
 

@@ -1,4 +1,4 @@
-"""What a run's page says of masks: the layers' densities, their flips, the overlap of rounds, and scores."""
+"""Sections of a run on its masks: density of layers, flip rate, overlap of rounds, line between retrainings, scores."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,27 +17,30 @@ from cs_jax.report.read_run import Epoch, Run
 from cs_jax.tickets import overlap as mask_overlap
 from cs_jax.tickets.overlap import Overlap
 
-LONG_TABLE = 12  # rows; longer ones are folded
-DECADES = 10.0  # from this ratio of the highest to the lowest on, a curve is drawn on a logarithmic scale
+LONG_TABLE = 12  # rows; longer tables are folded
+LOG_RATIO = 10.0  # a curve is drawn on a logarithmic scale from this ratio of its maximum to its minimum
 
 
 def layers(run: Run) -> Section:
+    """Density of each layer: in the ticket or the last epoch, and over the search."""
     section = Section("Layers")
-    of_ticket = [epoch for epoch in run.epochs if epoch["phase"] in (SEARCH, TICKET)]
+    of_ticket = [epoch for epoch in run.epochs if epoch.phase in (SEARCH, TICKET)]
     known = [(epoch, shares) for epoch in of_ticket if (shares := _layer_shares(epoch))]
     if not known:
-        section.notes.append(f"{METRICS_FILE} holds no densities by layer.")
+        section.notes.append(f"{METRICS_FILE} has no densities of layers.")
         return section
     last, shares = known[-1]
     empty = [name for name, share in shares.items() if share == 0]
     if empty:
         named = ", ".join(empty[:10]) + " …" * (len(empty) > 10)
-        section.notes.append(f"{len(empty)} of {len(shares)} layers keep no weight: {named}.")
-    title = "the ticket" if last["phase"] == TICKET or run.summary else f"round {last['round']}, epoch {last['epoch']}"
-    alt = f"Bars of the weights that {len(shares)} layers keep: {percent(min(shares.values()))} to "
-    alt += f"{percent(max(shares.values()))}."
+        section.notes.append(f"{len(empty)} of {len(shares)} layers keep no weights: {named}.")
+    title = "ticket" if last.phase == TICKET or run.summary else f"round {last.round}, epoch {last.epoch}"
+    ends = f"{percent(min(shares.values()))} to {percent(max(shares.values()))}"
+    alt = f"Bar chart of the density of {len(shares)} layers: {ends}."
     figure = heatmaps.bars([*shares], [*shares.values()])
-    section.parts.append(plot("layers", f"Density of each layer, {title}", "from input to output", alt, figure))
+    section.parts.append(
+        plot("layers", f"Density of each layer, {title}", "weights kept, from input to output", alt, figure)
+    )
     if run.phase(SEARCH):
         section.parts.append(_layers_by_epoch(run, [*shares]))
     section.parts.append(_layer_table(run, shares))
@@ -45,15 +48,15 @@ def layers(run: Run) -> Section:
 
 
 def _layer_shares(epoch: Epoch) -> dict[str, float]:
-    return {name: share for name, share in epoch.get("layer_density", {}).items() if share is not None}
+    return {name: share for name, share in epoch.layer_density.items() if share is not None}
 
 
 def _layers_by_epoch(run: Run, names: Sequence[str]) -> Plot:
     by_epoch = [_layer_shares(epoch) for epoch in run.phase(SEARCH)]
     table = np.array([[shares.get(name, math.nan) for shares in by_epoch] for name in names])
     figure = heatmaps.heat(names, table, [span for span in spans(run) if span.label not in AFTERWARDS])
-    alt = f"The density of {len(names)} layers as colours, over {len(by_epoch)} epochs of the search."
-    title, remark = "Density of each layer over the search", "hard masks; brighter keeps more"
+    alt = f"Heat map of the density of {len(names)} layers over {len(by_epoch)} epochs of the search."
+    title, remark = "Density of each layer over the search", "hard masks; brighter is denser"
     return plot("layers-by-epoch", title, remark, alt, figure)
 
 
@@ -65,48 +68,48 @@ def _layer_table(run: Run, shares: Mapping[str, float]) -> Table:
         return [name, kept, percent(shares[name])]
 
     folded = len(shares) > LONG_TABLE
-    return Table("All layers in figures", ("Layer", "Weights kept", "Density"), [*map(row, shares)], folded=folded)
+    return Table("Density of each layer", ("Layer", "Weights kept", "Density"), [*map(row, shares)], folded=folded)
 
 
 def masks(run: Run) -> Section:
-    """How masks moved over the search, and how far those of its rounds and of the ticket are the same."""
+    """Flip rate over the search, and overlap of the masks of the rounds and the ticket."""
     section = Section("Masks")
     flips = _flips(run)
     if flips is not None:
         section.parts.append(flips)
     if run.masks is None or not run.masks.rounds:
         if run.search_epochs:
-            section.notes.append(f"{MASKS_FILE} is missing: no round has ended, or the run is of an earlier version.")
+            section.notes.append(f"{MASKS_FILE} is missing: no round has finished, or an earlier version made the run.")
         else:
-            section.texts.append("The ticket's masks were made before any training: there is no search to follow.")
+            section.texts.append("The ticket's masks were chosen before training, without a search.")
         return section
     if run.masks.sizes is None:
-        section.notes.append("The sizes of layers are known once there is a ticket: rounds are not compared yet.")
+        section.notes.append("The sizes of layers are unknown until there is a ticket: rounds are not compared yet.")
         return section
     rows = _overlap_rows(run.masks, run.masks.sizes)
     if rows:
         section.texts.append(
-            "Both keep: weights that are in both masks; shared: their share of the smaller mask. By chance: what masks "
-            "share on average that are drawn at random and keep as many weights in each layer; z: how many standard "
-            "deviations these are above that. Flipped: weights that one of the two keeps alone."
+            "Both keep: number of weights kept by both masks. Shared: the same, as a share of the smaller mask. By "
+            "chance: expected share of random masks with the same number of weights in each layer. z: standard "
+            "deviations above that expectation. Flipped: share of all weights that only one of the masks keeps."
         )
-        head = ("Masks of", "And of", "Both keep", "Shared", "By chance", "z", "Flipped")
-        caption = "Overlap between the ends of rounds and the ticket"
+        head = ("Mask", "Other mask", "Both keep", "Shared", "By chance", "z", "Flipped")
+        caption = "Overlap of masks at the ends of rounds, and of the last round and the ticket"
         section.parts.append(Table(caption, head, rows, words=2, wide=True, folded=len(rows) > LONG_TABLE))
     return section
 
 
 def _flips(run: Run) -> Plot | None:
     epochs = run.phase(SEARCH)
-    rates = [rate if (rate := epoch.get("flip_rate")) is not None else math.nan for epoch in epochs]
+    rates = [math.nan if epoch.flip_rate is None else epoch.flip_rate for epoch in epochs]
     known = [rate for rate in rates if math.isfinite(rate)]
     if not known:
         return None
     flipped = [rate for rate in known if rate > 0]
-    log = bool(flipped) and max(flipped) >= DECADES * min(flipped)
-    remark = "share of weights that enter or leave the hard masks in an epoch" + ", on a logarithmic axis" * log
+    log = bool(flipped) and max(flipped) >= LOG_RATIO * min(flipped)
+    remark = "share of weights that enter or leave the hard masks in an epoch" + "; logarithmic axis" * log
     if log and len(flipped) < len(known):
-        remark += f"; {len(known) - len(flipped)} epochs without a flip have no point"
+        remark += f"; {len(known) - len(flipped)} epochs without a flip are not drawn"
         rates = [rate if rate > 0 else math.nan for rate in rates]
     line = Line("search", [1.0 + index for index in range(len(rates))], rates)
     figure = plots.curves([line], YAxis("flip rate", percent=True, log=log, from_zero=not log), spans(run))
@@ -115,7 +118,7 @@ def _flips(run: Run) -> Plot | None:
 
 
 def _overlap_rows(masks: Masks, sizes: Mapping[str, int]) -> list[list[str]]:
-    """Each two rounds, then the last round and the ticket."""
+    """Overlap of each pair of rounds, then of the last round and the ticket."""
     rounds = {f"round {number}": _unpacked(bits, sizes) for number, bits in masks.rounds.items()}
     pairs = [(line.name, line.other, line.overlap) for line in mask_overlap.overlap_table(rounds)]
     if masks.ticket is not None and rounds:
@@ -135,46 +138,48 @@ def _overlap_row(overlap: Overlap, size: int) -> list[str]:
 
 
 def shown_z(z: float | None) -> str:
-    """Standard deviations above chance, with their sign; "-" where chance leaves no choice."""
+    """Standard deviations above chance, with a sign; "-" if random masks have no variance."""
     return "-" if z is None else f"{z:+,.1f}".replace("-", "−")
 
 
 def connectivity(run: Run) -> Section | None:
-    """The line between two trainings of the ticket; None where it has not been measured."""
+    """The line between two retrainings of the ticket; None if it has not been measured."""
     found = run.connectivity
     if found is None:
         return None
     section = Section("Linear mode connectivity")
-    accuracies = " and ".join(percent(child["test_accuracy"]) for child in found["children"])
-    note = barrier_note(found["points"])
+    accuracies = " and ".join(percent(child.test_accuracy) for child in found.children)
+    shares, errors, losses = ([getattr(point, name) for point in found.points] for name in ("share", "error", "loss"))
+    note = barrier_note(errors, losses)
     section.texts.append(
-        "The ticket was trained twice more, with other batches and augmentation and all else alike; the children are "
-        f"right on {accuracies} of the test set. The barrier is how far the worst network on the line between them is "
-        f"above the mean of its ends: {100 * found['barrier']:.2f} points of error, {found['loss_barrier']:.4f} of "
-        f"loss{note and f' ({note})'}. With next to none, batches do not decide where the training of this ticket "
-        "ends."
+        "The ticket was retrained twice on different batches and augmentation; all else was equal. Test accuracy of "
+        f"the two networks: {accuracies}. Barrier: maximum on the line between the networks minus the mean of the two "
+        f"ends; {100 * found.barrier:.2f} points of error, {found.loss_barrier:.4f} of loss{note and f' ({note})'}. A "
+        "barrier near 0 means that the batches do not decide where the training of this ticket ends."
     )
-    shares, errors, losses = ([point[name] for point in found["points"]] for name in ("share", "error", "loss"))
-    told_errors = f"{percent(errors[0])} and {percent(errors[-1])} at the ends, {percent(max(errors))} at most"
-    alt = f"Test error and loss of {len(shares)} networks on the line: error {told_errors}; "
+    ends = f"{percent(errors[0])} and {percent(errors[-1])} at the ends, {percent(max(errors))} at most"
+    alt = f"Test error and loss of {len(shares)} networks on the line: error {ends}; "
     alt += f"loss {losses[0]:.4g} and {losses[-1]:.4g} at the ends, {max(losses):.4g} at most."
     figure = plots.line_between(shares, errors, losses)
-    title, remark = "Linear mode connectivity", "test set; dotted: mean of the two ends"
+    title, remark = (
+        "Linear mode connectivity",
+        "test set, with new BatchNorm statistics at every point; dotted line: mean of the two ends",
+    )
     section.parts.append(plot("connectivity", title, remark, alt, figure))
     return section
 
 
 def scores(run: Run) -> Section | None:
-    """How scores lie at each round's start and end; None where the method has none."""
-    if not run.found_by.learns_masks and not (run.scores and run.scores.rounds):
+    """Histogram of the scores at the start and end of each round; None for a method without scores."""
+    if not run.method.learns_masks and not (run.scores and run.scores.rounds):
         return None
     section = Section("Scores")
     if run.scores is None or not run.scores.rounds:
         section.notes.append(f"{SCORES_FILE} is missing or has no round yet.")
         return section
     section.texts.append(
-        f"{run.found_by.remark_on_scores} Before: at the round's start, after the reset. After: at its end, before the "
-        "next reset."
+        f"{run.method.remark_on_scores} Before: at the start of the round, after the reset. After: at its end, before "
+        "the next reset."
     )
     edges, rounds, _ = run.scores
     counts = [counts for entry in rounds for counts in (entry.before, entry.after) if counts is not None]
@@ -182,14 +187,16 @@ def scores(run: Run) -> Section | None:
     bins = (int(filled[0]), int(filled[-1])) if filled.size else (0, len(edges) - 2)
     for number, before, after in rounds:
         if after is None:
-            section.notes.append(f"Round {number} has not ended: its scores are those of its start.")
-        figure = plots.histogram(edges, before, after, bins, cut=run.found_by.cuts_at_zero)
-        alt = f"Histogram of {before.sum():,} scores in round {number}. {_kept(edges, before, after)}"
-        section.parts.append(plot(f"scores-round-{number}", f"Round {number}", "weights by score", alt, figure))
+            section.notes.append(f"Round {number} has not finished: only the scores at its start are shown.")
+        figure = plots.histogram(edges, before, after, bins, cut=run.method.cuts_at_zero)
+        alt = f"Histogram of {before.sum():,} scores in round {number}. {_share_above_zero(edges, before, after)}"
+        section.parts.append(
+            plot(f"scores-round-{number}", f"Round {number}", "number of weights by score", alt, figure)
+        )
     return section
 
 
-def _kept(edges: np.ndarray, before: np.ndarray, after: np.ndarray | None) -> str:
+def _share_above_zero(edges: np.ndarray, before: np.ndarray, after: np.ndarray | None) -> str:
     shares = [
         f"{percent(counts[edges[1:] > 0].sum() / max(1, counts.sum()))} above 0 {when}"
         for counts, when in ((before, "before"), (after, "after"))

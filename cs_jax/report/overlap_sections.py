@@ -1,4 +1,4 @@
-"""What a sweep's page says of masks: how far those of methods and seeds are the same, and where they keep weights."""
+"""Sections of a sweep on its masks: overlap between methods and seeds, and density of each layer."""
 
 import itertools
 import statistics
@@ -15,22 +15,22 @@ from cs_jax.sweep.results import SweptTicket
 from cs_jax.sweep.statistics import shown_target
 from cs_jax.tickets import overlap as mask_overlap
 
-LABEL = 16  # letters of a method beside a plot
+LABEL = 16  # maximum length of a method's name at a plot
 
 
 class Pairing(NamedTuple):
-    """Overlap of two methods' tickets at equal seeds, or of one method's between its seeds."""
+    """Overlap of the tickets of two methods at equal seeds, or of one method between its seeds."""
 
     method: str
     other: str
     pairs: int
-    shared: float  # means over the pairs
-    chance: float
-    zs: list[float]  # of the pairs that have one
+    shared: float  # mean over the pairs
+    chance: float  # mean over the pairs
+    zs: list[float]  # of the pairs with a defined z
 
 
 def sections(tickets: Sequence[SweptTicket]) -> list[Section]:
-    """Overlaps and layer densities at each target; empty without tickets of a target or an initial score."""
+    """Overlap and layer density at each target; empty if no ticket has a target or an initial score."""
     overlaps, densities = Section("Overlap of masks"), Section("Density of layers")
     tables = []
     for number, (target, group) in enumerate(_groups(tickets).items()):
@@ -38,29 +38,29 @@ def sections(tickets: Sequence[SweptTicket]) -> list[Section]:
         if found:
             overlaps.parts.append(_overlap_plot(f"overlap-{number}", target, _methods(group), found))
             rows = [_row(pairing) for pairing in found]
-            head = ("Method", "Beside", "Pairs", "Shared", "By chance", "z, lowest to highest")
-            caption = f"Overlap at {target}"
+            head = ("Method", "Other method", "Pairs", "Shared", "By chance", "z, minimum to maximum")
+            caption = f"Overlap, {target}"
             tables.append(Table(caption, head, rows, words=2, wide=True, folded=len(rows) > LONG_TABLE))
         densities.parts.append(_density_plot(f"layer-density-{number}", target, group))
-    overlaps.parts.extend(tables)  # behind the plots, which stand side by side where the page is wide
+    overlaps.parts.extend(tables)  # after the plots, which form a grid on a wide page
     if overlaps.parts:
         overlaps.texts.append(
-            "Shared is what two masks both keep, as a share of what the smaller one keeps: the mean over pairs. On the "
-            "diagonal they are of two seeds of one method, elsewhere of two methods at one seed, and so with the same "
-            "initial weights and batches. By chance is what it would be if each layer's kept weights were drawn at "
-            "random, as many as each mask keeps there; z is how many standard deviations a pair is above that."
+            "Shared: weights kept by both masks, as a share of the smaller mask; mean over pairs. Diagonal: two seeds "
+            "of one method. Other cells: two methods at the same seed, with the same initial weights and batches. By "
+            "chance: expected share of random masks with the same number of weights in each layer. z: standard "
+            "deviations of a pair above that expectation."
         )
-    densities.texts.append("Mean share of its weights that a layer keeps, over seeds. Colours are logarithmic.")
+    densities.texts.append("Share of weights kept in each layer, mean over seeds. Colours are logarithmic.")
     return [section for section in (overlaps, densities) if section.parts]
 
 
 def shown_share(share: float) -> str:
-    """A round share in percent, such as a target: "2%", "0.5%"."""
+    """A target in percent, without trailing zeros: "2%", "0.5%"."""
     return f"{100 * share:.4g}%"
 
 
 def _groups(tickets: Sequence[SweptTicket]) -> dict[str, list[SweptTicket]]:
-    """Tickets by their target and initial score in words, densest first; those that have neither are left out."""
+    """Tickets by target and initial score in words, densest first; without tickets that have neither."""
     axes = {(ticket.target, ticket.initial_score) for ticket in tickets} - {(None, None)}
     falling = sorted(axes, key=lambda axis: [np.inf if value is None else -value for value in axis])
     return {
@@ -78,7 +78,7 @@ def _methods(tickets: Sequence[SweptTicket]) -> list[str]:
 
 
 def _pairings(tickets: Sequence[SweptTicket]) -> Iterator[Pairing]:
-    """Each two methods once, and each with itself, where there are pairs of one network."""
+    """Each pair of methods, and each method with itself, if there are tickets of the same network to compare."""
     for method, other in itertools.combinations_with_replacement(_methods(tickets), 2):
         overlaps = [
             mask_overlap.overlap(one.masks, two.masks)
@@ -108,14 +108,14 @@ def _overlap_plot(name: str, target: str, methods: Sequence[str], found: Sequenc
             shares[place] = pairing.shared
             texts[place] = f"{_whole(pairing.shared)}\n({_whole(pairing.chance)})"
     labels = plots.short(methods, length=LABEL, kind="method")
-    told = [f"{one.method} and {one.other} {percent(one.shared)}, by chance {percent(one.chance)}" for one in found]
-    title, remark = f"Masks shared at {target}", "in brackets: by chance; diagonal: between seeds"
+    pairs = [f"{one.method} and {one.other} {percent(one.shared)}, by chance {percent(one.chance)}" for one in found]
+    title, remark = f"Mask overlap, {target}", "in brackets: by chance; diagonal: two seeds of one method"
     figure = heatmaps.matrix(Matrix(labels, labels, shares, texts), title=title)
-    return plot(name, title, remark, f"{title}: {'; '.join(told)}.", figure)
+    return plot(name, title, remark, f"{title}: {'; '.join(pairs)}.", figure)
 
 
 def _whole(share: float) -> str:
-    """In whole percent; more digits below one."""
+    """In whole percent; one significant digit below 1%."""
     return f"{100 * share:.0f}%" if share == 0 or share >= 0.0095 else f"{100 * share:.1g}%"
 
 
@@ -133,14 +133,14 @@ def _density_plot(name: str, target: str, tickets: Sequence[SweptTicket]) -> Plo
     shares = np.array([[_layer_density(tickets, method, layer) for method in methods] for layer in layers])
     texts = np.array([[_whole(share) for share in row] for row in shares], object)
     ends = [(float(np.nanmin(column)), float(np.nanmax(column))) for column in shares.T]
-    told = [f"{method} {percent(low)} to {percent(high)}" for method, (low, high) in zip(methods, ends, strict=True)]
+    ranges = [f"{method} {percent(low)} to {percent(high)}" for method, (low, high) in zip(methods, ends, strict=True)]
     labels = plots.short(methods, length=LABEL, kind="method")
-    title, remark = f"Layers at {target}", "weights kept, from input to output"
+    title, remark = f"Layer densities, {target}", "share of weights kept, from input to output"
     figure = heatmaps.matrix(Matrix(heatmaps.layer_labels(layers), labels, shares, texts), log=True, title=title)
-    return plot(name, title, remark, f"{title}, lowest to highest density: {'; '.join(told)}.", figure)
+    return plot(name, title, remark, f"{title}, minimum to maximum density: {'; '.join(ranges)}.", figure)
 
 
 def _layer_density(tickets: Sequence[SweptTicket], method: str, layer: str) -> float:
-    """Mean over the method's seeds; NaN where its network has no such layer."""
+    """Mean over the seeds of a method; NaN if its network has no such layer."""
     masks = [ticket.masks[layer] for ticket in tickets if ticket.method == method and layer in ticket.masks]
     return statistics.fmean(np.count_nonzero(mask) / max(1, mask.size) for mask in masks) if masks else np.nan

@@ -1,9 +1,9 @@
-"""What a report's page is made of, and its writing; every text in it is escaped."""
+"""Parts of a report page, and its HTML; all text is escaped."""
 
 import base64
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,20 +21,20 @@ from cs_jax.report.plots import Line
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text; the first cell of each heads it."""
+    """Table of text; the first cell of each row is its header."""
 
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
-    words: int = 1  # so many columns hold words, from the first; the others figures
-    wide: bool = False  # as wide as the page
-    folded: bool = False  # shown on demand
+    words: int = 1  # number of columns with words, from the left; the other columns have numbers
+    wide: bool = False  # full width of the page
+    folded: bool = False  # hidden until the reader opens it
 
 
 class Plot(NamedTuple):
-    """A figure, drawn as both kinds of image."""
+    """Figure as SVG and PNG image."""
 
-    name: str  # of the PNG file, without its ending
+    name: str  # of the PNG file, without the suffix
     title: str
     remark: str
     alt: str
@@ -43,9 +43,9 @@ class Plot(NamedTuple):
 
 
 class Example(NamedTuple):
-    """An image that the ticket gets wrong."""
+    """Test image that the ticket classifies wrong."""
 
-    number: int  # in the test set
+    number: int  # index in the test set
     png: bytes
     true: str
     predicted: str
@@ -53,7 +53,7 @@ class Example(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A figure that the eye should meet first."""
+    """Key result at the top of the page."""
 
     name: str
     figure: str
@@ -62,7 +62,7 @@ class Tile(NamedTuple):
 
 @dataclass
 class Section:
-    """A part of the page. Notes say what is missing."""
+    """Section of the page. `notes` are highlighted: missing files, unfinished phases, empty tickets."""
 
     title: str
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -73,7 +73,7 @@ class Section:
 
 
 class Page(NamedTuple):
-    """What a report shows."""
+    """Contents of a report."""
 
     title: str
     lead: str
@@ -82,22 +82,29 @@ class Page(NamedTuple):
 
 
 def write(folder: Path, page: Page) -> list[Path]:
-    """Writes the page and its plots: all of them, or none."""
+    """Writes report.html and the plots as PNG files: all files, or none.
+
+    Returns:
+        Paths of the files, report.html first.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
     made = [part for section in page.sections for part in section.parts if isinstance(part, Plot)]
     contents = {folder / REPORT_FILE: _html(page), **{folder / f"{plot.name}.png": plot.png for plot in made}}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in contents:
             if path.is_dir():
-                raise ConfigError(f"{path}: is a folder, wanted none, or a file that can be replaced")
+                raise ConfigError(f"{path}: is a folder; remove it, so that a file can be written there")
         files.write_all(contents)
     except OSError as error:
-        raise ConfigError(f"{folder}: the report cannot be written there: {error.strerror}") from error
+        raise ConfigError(f"{folder}: cannot write the report: {error.strerror}") from error
     return list(contents)
 
 
 def _html(page: Page) -> bytes:
-    """The page as one file. Every text is escaped; half of a surrogate pair becomes a question mark."""
+    """The page as one file. All text is escaped; a lone surrogate becomes a question mark."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -111,7 +118,7 @@ def plot(name: str, title: str, remark: str, alt: str, figure: Figure) -> Plot:
 
 
 def shown(value: Any) -> str:
-    """A setting as text."""
+    """A value of a setting as text."""
     if isinstance(value, list):
         return " ".join(map(shown, value)) or "none"
     names = {True: "yes", False: "no", None: "none"}
@@ -119,25 +126,21 @@ def shown(value: Any) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share in [0, 1] in percent; two digits after the point, more where they would all be zero."""
+    """A share in [0, 1] in percent, with two decimals, or with two significant digits below 0.1%; "-" for None."""
     if share is None:
         return "-"
     return f"{share:.2%}" if share == 0 or share >= 0.001 else f"{100 * share:.2g}%"
 
 
 def points(accuracy: float | None, reference: float | None) -> str:
-    """A difference of accuracies in percentage points, with its sign; empty where one is not known."""
+    """Difference of two accuracies in percentage points, with a sign; "" if one is None."""
     if accuracy is None or reference is None:
         return ""
     return f"{100 * (accuracy - reference):+.2f}".replace("-", "−")
 
 
-def numbers(epochs: Sequence[Mapping[str, Any]], key: str) -> list[float]:
-    return [math.nan if epoch[key] is None else float(epoch[key]) for epoch in epochs]
-
-
 def describe_lines(lines: Sequence[Line], *, percents: bool) -> str:
-    """Lines in words: where each starts and ends."""
+    """Start and end of each line in words, for the alternative text of a plot."""
     show = percent if percents else "{:.4g}".format
     parts = []
     for line in lines:

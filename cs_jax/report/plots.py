@@ -1,6 +1,6 @@
-"""Figures of numbers, drawn with matplotlib's objects: no window, no global state left behind, no files.
+"""Plots with matplotlib: no window, no files, and no change of global state after `style()`.
 
-Draw and render inside `style()`. Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
+Draw and render inside `style()`. Colours are from the palette of Okabe and Ito, which is safe for colour-blind readers.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 BLUE, SKY, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#56b4e9", "#d55e00", "#009e73", "#cc79a7", "#6b7280"
 
-WIDTH = 5.6  # inches: at 10.5 pt, text is still readable where the figure is shrunk to a telephone's width
+WIDTH = 5.6  # inches: text of 10.5 pt stays readable on the screen of a phone
 MARKERS = "os^DvPX*"
-LEGEND_COLUMNS = 4  # of names as long as "soft masks"
-MANY_LAYERS = 40  # from here on, bars are thin and not every layer is named
+LEGEND_COLUMNS = 4  # fit names as long as "soft masks"
+MANY_LAYERS = 40  # with more layers, bars are thin and only some layers have labels
 SOFT, INK, LINE = "#e5e7eb", "#1f2933", "#9aa5b1"
 
-_LEFT_ALONE = ("backend", "backend_fallback")  # of a window that the user may have open
+_KEPT = ("backend", "backend_fallback")  # the user may have a window open
 _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": LINE,
@@ -39,9 +39,9 @@ _STYLE: dict[Any, Any] = {
     "grid.color": SOFT,
     "legend.frameon": False,
     "lines.linewidth": 1.8,
-    "svg.hashsalt": "cs_jax",  # the same figure gives the same file
+    "svg.hashsalt": "cs_jax",  # equal figures give equal files
     "text.color": INK,
-    "text.parse_math": False,  # names are text, whatever they hold
+    "text.parse_math": False,  # names may contain "$"
     "xtick.color": LINE,
     "xtick.labelcolor": INK,
     "ytick.color": LINE,
@@ -50,7 +50,7 @@ _STYLE: dict[Any, Any] = {
 
 
 class Line(NamedTuple):
-    """A curve; NaN where there is no figure."""
+    """Curve; NaN where there is no value."""
 
     label: str
     x: Sequence[float]
@@ -70,7 +70,7 @@ class YAxis:
 
 
 class Span(NamedTuple):
-    """A part of the x axis with a name, such as a round's epochs."""
+    """Named part of the x axis, such as the epochs of a round."""
 
     label: str
     start: float
@@ -79,25 +79,28 @@ class Span(NamedTuple):
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """matplotlib's settings for all figures here, whatever the user's own are; put back at the end."""
+    """Sets the matplotlib settings of reports; restores the settings of the user at the end."""
     with matplotlib.rc_context():
         values: dict[Any, Any] = {**matplotlib.rcParamsDefault, **_STYLE}
-        matplotlib.rcParams.update({name: value for name, value in values.items() if name not in _LEFT_ALONE})
+        matplotlib.rcParams.update({name: value for name, value in values.items() if name not in _KEPT})
         yield
 
 
 def images(figure: Figure) -> tuple[bytes, bytes]:
-    """The figure as an SVG image that needs no font, and as a PNG image of 150 dots an inch."""
+    """The figure as SVG without fonts, and as PNG with 150 dots per inch."""
     svg, png = io.BytesIO(), io.BytesIO()
     FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})
-    figure.set_layout_engine("none")  # places are found once: that takes as long as drawing does
+    figure.set_layout_engine("none")  # keeps the layout of the SVG; computing it is as slow as drawing
     figure.set_dpi(150)
     FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
     return svg.getvalue(), png.getvalue()
 
 
 def short(names: Sequence[str], *, length: int = 24, kind: str = "class") -> list[str]:
-    """Names as labels: on one line, cut in front, and replaced by `kind` and number where the font cannot draw them."""
+    """Names as labels of one line, cut at the front to `length` letters.
+
+    A name that the font cannot draw becomes `kind` and its number.
+    """
     drawable = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
     labels = [" ".join(name.split()) for name in names]
     return [
@@ -145,14 +148,14 @@ def curves(lines: Sequence[Line], y_axis: YAxis, spans: Sequence[Span] = ()) -> 
 def histogram(
     edges: np.ndarray, before: np.ndarray, after: np.ndarray | None, shown: tuple[int, int], *, cut: bool
 ) -> Figure:
-    """Numbers of scores between edges, before a round and after it.
+    """Histogram of scores before and after a round.
 
     Args:
-        edges: (bins + 1,), increasing; drawn at equal distances.
-        before: (bins,) counts.
-        after: (bins,) counts; None where the round has not ended.
+        edges: shape (bins + 1,), increasing; drawn at equal distances.
+        before: counts of shape (bins,).
+        after: counts of shape (bins,); None if the round has not finished.
         shown: first and last bin on the x axis.
-        cut: whether scores above 0 are those that are kept: then they and the others have different colours.
+        cut: if weights with scores above 0 are kept; then kept and removed weights have different colours.
     """
     figure, axes = new_axes(2.9)
     places = np.arange(len(edges))
@@ -173,14 +176,14 @@ def histogram(
     axes.set_xlim(min(first, zero) - 1, max(last + 1, zero) + 1)
     ticks = _score_ticks(edges, axes.get_xlim())
     axes.set_xticks(np.interp(ticks, edges, places), [f"{tick:g}".replace("-", "−") for tick in ticks])
-    axes.set_xlabel("score (logarithmic on both sides of 0)")
-    axes.set_ylabel("weights")
+    axes.set_xlabel("score (logarithmic scale on both sides of 0)")
+    axes.set_ylabel("number of weights")
     figure.legend(loc="outside lower center", ncols=3, handlelength=1.2, columnspacing=1.2, fontsize=9.5)
     return figure
 
 
 def _score_ticks(edges: np.ndarray, limits: tuple[float, float]) -> list[float]:
-    """0 and powers of ten on both sides, as many as their labels have room for."""
+    """0, and powers of ten on both sides with enough room for their labels."""
     gap = (limits[1] - limits[0]) / 9
     ticks = [0.0]
     for step in range(12, 0, -1):
@@ -196,7 +199,7 @@ def _score_ticks(edges: np.ndarray, limits: tuple[float, float]) -> list[float]:
 
 
 def line_between(shares: Sequence[float], errors: Sequence[float], losses: Sequence[float]) -> Figure:
-    """Error and loss on the line between two networks, one above the other, with the means of the two ends."""
+    """Error (top) and loss (bottom) on the line between two networks, with the mean of the two ends dotted."""
     figure = Figure(figsize=(WIDTH, 4.2))
     top, bottom = figure.subplots(2, 1, sharex=True)
     for axes, label, values in ((top, "test error", errors), (bottom, "test loss", losses)):
@@ -205,7 +208,7 @@ def line_between(shares: Sequence[float], errors: Sequence[float], losses: Seque
         axes.set_ylabel(label)
         axes.margins(y=0.15)
     top.yaxis.set_major_formatter(FuncFormatter(percent_tick))
-    bottom.set_xlabel("share of child 2 in the weights")
+    bottom.set_xlabel("share of the second network in the weights")
     bottom.xaxis.set_major_locator(MaxNLocator(6))
     return figure
 
@@ -220,14 +223,14 @@ def percent_tick(share: float, _: int | None = None) -> str:
 
 
 def _log_scale(axes: Axes, *, percent: bool = False) -> None:
-    """A logarithmic y axis with plain numbers: those of matplotlib need mathematical text, which names must not get."""
+    """Logarithmic y axis with plain numbers; labels of matplotlib need `text.parse_math`, which is off for names."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(percent_tick if percent else lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
 
 
 def mark_spans(axes: Axes, spans: Sequence[Span], color: str = LINE) -> None:
-    """Lines between spans and a name above each; only numbers where there are many."""
+    """Draws lines between spans and labels above them; rounds have only numbers if there are more than 5 spans."""
     for left, right in zip(spans, spans[1:], strict=False):
         axes.axvline((left.end + right.start) / 2, color=color, linestyle="--", linewidth=1)
     crowded = len(spans) > 5

@@ -1,4 +1,4 @@
-"""Arrays that a run leaves behind, read back and checked: what the ticket predicts, and masks as bits."""
+"""Array files of a run directory, read and checked: predictions on the test set, and masks as bits."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,27 +11,49 @@ import safetensors.numpy
 
 from cs_jax.core.errors import ConfigError
 from cs_jax.experiment.storage.paths import SUMMARY_FILE
-from cs_jax.report.schema import content_of
 from cs_jax.tickets import checks, file_format
 
 Bits = dict[str, np.ndarray]
-"""(bytes,) of each masked array by its name: a bit for each weight in C order, 1 where it is kept, then bits of 0."""
+"""Masks as bits: a uint8 array of shape (bytes,) for each masked array, by name.
+
+One bit for each weight in C order, 1 for kept weights; padded with 0 to whole bytes.
+"""
 
 
 class Masks(NamedTuple):
-    """Masks that a run has found."""
+    """Masks found by a run."""
 
     rounds: dict[int, Bits]  # at the end of each round
-    ticket: Bits | None  # None where there is no ticket yet
-    sizes: dict[str, int] | None  # numbers of weights of each layer; None where nothing tells them
+    ticket: Bits | None  # None before there is a ticket
+    sizes: dict[str, int] | None  # number of weights in each layer; None if no file gives them
+
+
+def read_content(path: Path) -> bytes | None:
+    """Content of a file; None if the file does not exist.
+
+    Raises:
+        ConfigError: the path is not a file, or cannot be read.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path}: not a file")
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def read_predictions(path: Path, classes: Sequence[str] | None) -> dict[str, np.ndarray] | None:
-    """What the ticket makes of the test set; None where there is no such file.
+    """Predictions of the ticket on the test set; None if the file does not exist.
 
     Args:
         path: of the file.
-        classes: their names, which codes have to lie inside; None where they are not known.
+        classes: names of the classes, for the range of labels and predictions; None if unknown.
+
+    Returns:
+        "labels" and "predicted": integers (examples,). "confidence": floats (examples,). "mistakes": integers
+        (mistakes,), indices into the test set. "images": uint8 (mistakes, height, width, channels).
 
     Raises:
         ConfigError: the file is damaged.
@@ -41,8 +63,15 @@ def read_predictions(path: Path, classes: Sequence[str] | None) -> dict[str, np.
         return None
     kinds = {"labels": "i", "predicted": "i", "confidence": "f", "mistakes": "i", "images": "u"}
     for name, kind in kinds.items():
-        if name not in arrays or arrays[name].dtype.kind != kind or arrays[name].ndim != (4 if kind == "u" else 1):
-            raise ConfigError(f"{path}, {name}: got none or another kind of array, wanted what a run writes")
+        dimensions = 4 if kind == "u" else 1
+        if name not in arrays:
+            raise ConfigError(f"{path}: {name}: missing")
+        if arrays[name].dtype.kind != kind or arrays[name].ndim != dimensions:
+            numbers = {"i": "integers", "f": "floats", "u": "unsigned integers"}[kind]
+            raise ConfigError(
+                f"{path}: {name} of shape {arrays[name].shape}, dtype {arrays[name].dtype}: must be {numbers} of "
+                f"{dimensions} dimension{'s' * (dimensions > 1)}"
+            )
     labels, predicted, confidence, mistakes = (arrays[name] for name in list(kinds)[:4])
     images = arrays["images"]
     fits = (
@@ -55,17 +84,17 @@ def read_predictions(path: Path, classes: Sequence[str] | None) -> dict[str, np.
         and all(_inside(codes, len(classes) if classes else None) for codes in (labels, predicted))
     )
     if not fits:
-        raise ConfigError(f"{path}: got arrays that do not fit each other or the classes of {SUMMARY_FILE}")
+        raise ConfigError(f"{path}: the arrays do not fit each other or the classes of {SUMMARY_FILE}")
     return arrays
 
 
 def read_masks(path: Path, ticket: Path, sizes: Mapping[str, int]) -> Masks | None:
-    """Masks at the ends of the rounds and those of the ticket; None where there are neither.
+    """Masks at the end of each round, and masks of the ticket; None if both files do not exist.
 
     Args:
-        path: of the file that holds those of the rounds, which need not be there.
-        ticket: of the ticket's file, which need not be there.
-        sizes: numbers of weights of each layer, as far as they are known.
+        path: file with the masks of the rounds; may be missing.
+        ticket: file of the ticket; may be missing.
+        sizes: number of weights in each layer, if known; else empty.
 
     Raises:
         ConfigError: a file is damaged, or masks do not fit the layers or each other.
@@ -77,20 +106,23 @@ def read_masks(path: Path, ticket: Path, sizes: Mapping[str, int]) -> Masks | No
     for name, bits in (arrays or {}).items():
         found = re.fullmatch(r"(0|[1-9]\d{0,8})/(.+)", name, re.DOTALL)
         if found is None or bits.dtype != np.uint8 or bits.ndim != 1:
-            raise ConfigError(f"{path}, {name!r}: got another name or kind of array, wanted what a run writes")
+            raise ConfigError(
+                f"{path}: {name!r} of shape {bits.shape}, dtype {bits.dtype}: must be ROUND/LAYER, with bits as a "
+                "uint8 array of 1 dimension"
+            )
         rounds.setdefault(int(found[1]), {})[found[2]] = bits
     rounds = dict(sorted(rounds.items()))
     ticket_bits, ticket_sizes = _read_ticket(ticket)
     known = ticket_sizes or dict(sizes) or None
     if known is not None and sizes and dict(sizes) != known:
-        raise ConfigError(f"{ticket}: got layers of other sizes than the scores have, wanted those of one run")
+        raise ConfigError(f"{ticket}: layers have other sizes than in the scores; all files must be of one run")
     for number, bits in rounds.items():
-        _check_bits(path, number, bits, known, next(iter(rounds.values())))
+        _check_bits(f"{path}: round {number}", bits, known, next(iter(rounds.values())))
     return Masks(rounds, ticket_bits, known)
 
 
 def _read_ticket(path: Path) -> tuple[Bits | None, dict[str, int]]:
-    """Masks of a ticket, of whatever model, and the numbers of weights that they are for."""
+    """Masks of a ticket of any model, and the number of weights in each layer."""
     if not path.exists():
         return None, {}
     try:
@@ -102,29 +134,31 @@ def _read_ticket(path: Path) -> tuple[Bits | None, dict[str, int]]:
     return {name: arrays[f"masks/{name}"] for name in sizes}, sizes
 
 
-def _check_bits(path: Path, number: int, bits: Bits, sizes: Mapping[str, int] | None, like: Bits) -> None:
-    """Refuses masks of a round for other layers than `sizes`, or where these are not known, than `like`."""
-    layers = like if sizes is None else sizes
+def _check_bits(source: str, bits: Bits, sizes: Mapping[str, int] | None, first: Bits) -> None:
+    """Refuses masks of a round that do not fit `sizes`, or, if the sizes are unknown, the masks of the first round."""
+    layers = first if sizes is None else sizes
     for name in {**layers, **bits}:
-        if name not in bits or name not in layers:
-            got, wanted = ("a mask" if name in tree else "nothing" for tree in (bits, layers))
-            raise ConfigError(f"{path}, round {number}, {name!r}: got {got}, wanted {wanted}")
-        length = len(like[name]) if sizes is None else -(-sizes[name] // 8)
+        if name not in bits:
+            raise ConfigError(f"{source}: {name!r}: missing")
+        if name not in layers:
+            raise ConfigError(f"{source}: {name!r}: unknown layer")
+        length = len(first[name]) if sizes is None else -(-sizes[name] // 8)
         if len(bits[name]) != length:
-            raise ConfigError(f"{path}, round {number}, {name!r}: got {len(bits[name])} bytes, wanted {length}")
+            raise ConfigError(f"{source}: {name!r} of {len(bits[name])} bytes: must have {length} bytes")
         if sizes is not None and np.unpackbits(bits[name])[sizes[name] :].any():
-            raise ConfigError(f"{path}, round {number}, {name!r}: got bits beyond its {sizes[name]} weights")
+            raise ConfigError(f"{source}: {name!r}: bits after its {sizes[name]} weights must be 0")
 
 
 def _load(path: Path) -> dict[str, np.ndarray] | None:
-    content = content_of(path)
+    content = read_content(path)
     if content is None:
         return None
     try:
         return safetensors.numpy.load(content)
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ConfigError(f"{path}: got a damaged file, wanted safetensors") from error
+        raise ConfigError(f"{path}: not a valid safetensors file") from error
 
 
 def _inside(indices: np.ndarray, end: int | None) -> bool:
+    """States if all indices are in [0, end); `end` None is no limit."""
     return not indices.size or bool(indices.min() >= 0 and (end is None or indices.max() < end))

@@ -1,15 +1,19 @@
-"""What a run directory holds, read back and checked: its files are text from elsewhere."""
+"""Files of a run directory, read and checked: they may be damaged, or come from another version."""
 
+import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict, cast
+from typing import Annotated, Any, NamedTuple, TypeVar
 
+import msgspec
 import numpy as np
+from msgspec import Meta, Struct
 
 from cs_jax.core.errors import ConfigError
+from cs_jax.core.schema import convert
 from cs_jax.experiment.config import SEARCH, TICKET
 from cs_jax.experiment.connectivity import CHILDREN, error_barrier
 from cs_jax.experiment.storage import config_file
@@ -25,36 +29,39 @@ from cs_jax.experiment.storage.paths import (
 from cs_jax.experiment.storage.run_directory import CONFIG_FILE
 from cs_jax.methods import METHODS, NONE, Method
 from cs_jax.methods.controls import DENSE
-from cs_jax.report.read_arrays import Masks, read_masks, read_predictions
-from cs_jax.report.schema import checked, content_of, optional, parsed
+from cs_jax.report.read_arrays import Masks, read_content, read_masks, read_predictions
 
-Share = Annotated[float, (0, 1)]
-Number = Annotated[float, (-3.5e38, 3.5e38)]  # float32, in which a run computes
-Amount = Annotated[float, (0, 3.5e38)]
-Temperature = Annotated[float, (1, 3.5e38)]
-Count = Annotated[int, (0, 2**53)]
-Positive = Annotated[int, (1, 2**31)]
+Kind = TypeVar("Kind")
+
+MAX_FLOAT = 3.5e38  # a run computes in float32
+Share = Annotated[float, Meta(ge=0, le=1)]
+Number = Annotated[float, Meta(ge=-MAX_FLOAT, le=MAX_FLOAT)]
+Amount = Annotated[float, Meta(ge=0, le=MAX_FLOAT)]
+Temperature = Annotated[float, Meta(ge=1, le=MAX_FLOAT)]
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Positive = Annotated[int, Meta(ge=1, le=2**31)]
+BinCount = Annotated[int, Meta(ge=0, le=2**40)]
 
 
-class Settings(TypedDict):
-    """What the report needs of config.json; it shows whatever else is there."""
+class Settings(Struct, frozen=True):
+    """Settings of config.json that the report uses by name."""
 
     epochs: Positive
     rounds: Positive
-    preset: NotRequired[str]
-    dataset: NotRequired[str]
-    model: NotRequired[str]
-    seed: NotRequired[Count]
-    method: NotRequired[str]
-    after: NotRequired[str | None]
-    controls: NotRequired[list[str]]
-    val_set_size: NotRequired[Count]
-    versions: NotRequired[dict[str, str]]
-    data: NotRequired[str]  # a fingerprint
+    preset: str | None = None
+    dataset: str | None = None
+    model: str | None = None
+    seed: Count | None = None
+    method: str = "cs"
+    after: str | None = None
+    controls: list[str] = []
+    val_set_size: Count | None = None
+    versions: dict[str, str] = {}
+    data: str | None = None  # fingerprint
 
 
-class Epoch(TypedDict):
-    """A line of metrics.jsonl; null where a figure has no meaning."""
+class Epoch(Struct, frozen=True):
+    """Line of metrics.jsonl; None where a metric is not defined."""
 
     phase: str  # search, ticket or a control
     round: Count | None
@@ -64,86 +71,86 @@ class Epoch(TypedDict):
     density: Share | None
     soft_accuracy: Share | None
     hard_accuracy: Share | None
-    layer_density: NotRequired[dict[str, Share | None]]
-    flip_rate: NotRequired[Share | None]
-    images_per_second: NotRequired[Amount | None]
     seconds: Amount | None
+    layer_density: dict[str, Share | None] = {}
+    flip_rate: Share | None = None
+    images_per_second: Amount | None = None
 
 
-class Network(TypedDict):
-    """A trained network of summary.json."""
+class Network(Struct, frozen=True, kw_only=True):
+    """Trained network of summary.json."""
 
     num_weights: Count
     val_accuracy: Share | None
     test_accuracy: Share | None
 
 
-class SparseNetwork(Network):
-    """One that has a density."""
+class SparseNetwork(Network, frozen=True, kw_only=True):
+    """Network with a density."""
 
     density: Share
 
 
-class TicketNetwork(SparseNetwork):
-    """The ticket."""
+class TicketNetwork(SparseNetwork, frozen=True, kw_only=True):
+    """The retrained ticket."""
 
     density_all_weights: Share
 
 
-class Summary(TypedDict):
-    """What the report needs of summary.json."""
+class Summary(Struct, frozen=True):
+    """Fields of summary.json that the report uses."""
 
     ticket: TicketNetwork
     dense: Network | None
-    controls: NotRequired[dict[str, SparseNetwork]]
     seconds: Amount
-    classes: NotRequired[list[str]]
+    controls: dict[str, SparseNetwork] = {}
+    classes: list[str] | None = None
 
 
-class PathEntry(TypedDict):
-    """A network on the line between two others."""
+class LinePoint(Struct, frozen=True):
+    """Network on the line between two networks."""
 
     share: Share
     error: Share
     loss: Amount
 
 
-class Child(TypedDict):
-    """A training of the ticket."""
+class Child(Struct, frozen=True):
+    """Retraining of the ticket."""
 
     test_accuracy: Share
 
 
-class Connectivity(TypedDict):
-    """What the report needs of connectivity.json."""
+class Connectivity(Struct, frozen=True):
+    """Fields of connectivity.json that the report uses."""
 
-    points: list[PathEntry]
+    points: list[LinePoint]
     barrier: Share
     loss_barrier: Amount
     children: list[Child]
 
 
-class StoredRound(TypedDict):
-    """Numbers of scores by bin, for each layer, at a round's start and end."""
+class StoredRound(Struct, frozen=True):
+    """Numbers of scores in each bin, by layer, at the start and the end of a round."""
 
     round: Count
-    start: dict[str, list[Any]]
-    end: NotRequired[dict[str, list[Any]] | None]
+    start: dict[str, list[BinCount]]
+    end: dict[str, list[BinCount]] | None = None
 
 
-class StoredScores(TypedDict):
-    """scores.json."""
+class StoredScores(Struct, frozen=True):
+    """Content of scores.json."""
 
     edges: list[float]
     rounds: list[StoredRound]
 
 
 class ScoreRound(NamedTuple):
-    """(bins,) numbers of scores, of all layers together."""
+    """Numbers of scores in each bin, all layers together: integer arrays of shape (bins,)."""
 
     number: int
     before: np.ndarray
-    after: np.ndarray | None  # None where the round has not ended
+    after: np.ndarray | None  # None if the round has not finished
 
 
 class Scores(NamedTuple):
@@ -151,17 +158,18 @@ class Scores(NamedTuple):
 
     edges: np.ndarray  # (bins + 1,), increasing
     rounds: list[ScoreRound]
-    sizes: dict[str, int]  # numbers of scores of each layer
+    sizes: dict[str, int]  # number of scores in each layer
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory holds, checked; None where a file is not there."""
+    """Checked contents of a run directory; None for files that do not exist."""
 
     folder: Path
-    settings: Settings
+    config: Settings
+    settings: dict[str, Any]  # all of config.json
     epochs: list[Epoch]
-    cut: bool  # the last line of metrics.jsonl was half-written, and is left out
+    truncated: bool  # the last line of metrics.jsonl is cut off, and was ignored
     scores: Scores | None
     masks: Masks | None
     predictions: dict[str, np.ndarray] | None
@@ -170,131 +178,149 @@ class Run:
 
     @property
     def controls(self) -> list[str]:
-        """Networks trained beside the ticket."""
-        return [] if self.settings.get("method") == DENSE else self.settings.get("controls", [])
+        """Controls trained in addition to the ticket."""
+        return [] if self.config.method == DENSE else self.config.controls
 
     def phase(self, name: str) -> list[Epoch]:
-        return [epoch for epoch in self.epochs if epoch["phase"] == name]
+        """Epochs of a phase: search, ticket or a control."""
+        return [epoch for epoch in self.epochs if epoch.phase == name]
 
     @property
     def search_epochs(self) -> int:
-        """How many epochs the search has when it ends."""
-        return self.settings["epochs"] * self.settings["rounds"] if self.found_by.searches else 0
+        """Number of epochs of the whole search."""
+        return self.config.epochs * self.config.rounds if self.method.searches else 0
 
     @property
-    def found_by(self) -> type[Method]:
-        """The method, where it is known; else what is asked of it is that of the first."""
-        return METHODS.get(self.settings.get("method", "cs"), METHODS["cs"])
+    def method(self) -> type[Method]:
+        """The pruning method; "cs" if the method is unknown."""
+        return METHODS.get(self.config.method, METHODS["cs"])
 
     @property
     def name(self) -> str:
         return os.path.basename(os.path.realpath(self.folder)) or str(self.folder)
 
     def unfinished(self) -> list[str]:
-        """What a run without a result lacks: the first phase that has not ended."""
-        epochs = self.settings["epochs"]
-        phases = [(SEARCH, "The search", self.search_epochs)]
-        if self.settings.get("after") != NONE:
-            phases += [(TICKET, "The ticket's retraining", epochs)]
-        phases += [(name, f"The training of the control {name}", epochs) for name in self.controls]
-        notes = [f"The last line of {METRICS_FILE} is cut off, and left out."] if self.cut else []
-        for phase, name, wanted in phases:
+        """Notes on an unfinished run: its first phase that has not finished, and a cut-off metrics file."""
+        epochs = self.config.epochs
+        phases = [(SEARCH, "search", self.search_epochs)]
+        if self.config.after != NONE:
+            phases += [(TICKET, "retraining of the ticket", epochs)]
+        phases += [(name, f"training of the control {name}", epochs) for name in self.controls]
+        notes = [f"The last line of {METRICS_FILE} is cut off and was ignored."] if self.truncated else []
+        for phase, name, total in phases:
             done = len(self.phase(phase))
-            if done < wanted:
-                where = f"{done} of {wanted} epochs"
+            if done < total:
                 if self.summary:
-                    return [f"{METRICS_FILE} holds {where} of {name[0].lower()}{name[1:]}.", *notes]
-                return [f"{name} has not ended: {where}.", *notes]
-        return notes if self.summary else [f"All epochs have ended, but there is no {SUMMARY_FILE}.", *notes]
+                    return [f"{METRICS_FILE} has only {done} of {total} epochs of the {name}.", *notes]
+                return [f"The {name} has not finished: {done} of {total} epochs.", *notes]
+        return notes if self.summary else [f"All epochs have finished, but {SUMMARY_FILE} is missing.", *notes]
 
 
 def read(folder: Path) -> Run:
-    """What a run directory holds; nothing is assumed of files that are not there.
+    """Contents of a run directory; every file except config.json may be missing.
 
     Raises:
-        ConfigError: the folder is no run, or a file in it is damaged.
+        ConfigError: the folder is not a run directory, or a file in it is damaged.
     """
-    content = content_of(folder / CONFIG_FILE)
+    content = read_content(folder / CONFIG_FILE)
     if content is None:
-        raise ConfigError(f"run: got {folder}, which is no run: it has no {CONFIG_FILE}")
-    settings = checked(folder / CONFIG_FILE, parsed(folder / CONFIG_FILE, content), Settings)
-    settings = cast(Settings, config_file.effective(settings))
-    epochs, cut = _read_metrics(folder / METRICS_FILE)
-    summary = optional(folder / SUMMARY_FILE, Summary)
-    classes = None if summary is None else summary.get("classes")
+        raise ConfigError(f"RUN {folder}: not a run directory; it has no {CONFIG_FILE}")
+    settings = _parse(content, str(folder / CONFIG_FILE))
+    config = convert(settings, Settings, str(folder / CONFIG_FILE))
+    settings = config_file.effective(settings)
+    epochs, truncated = _read_metrics(folder / METRICS_FILE)
+    summary = _read_json(folder / SUMMARY_FILE, Summary)
     scores = _read_scores(folder / SCORES_FILE)
     return Run(
         folder=folder,
+        config=msgspec.structs.replace(config, after=settings.get("after")),
         settings=settings,
         epochs=epochs,
-        cut=cut,
+        truncated=truncated,
         scores=scores,
         masks=read_masks(folder / MASKS_FILE, folder / TICKET_FILE, scores.sizes if scores else {}),
-        predictions=read_predictions(folder / PREDICTIONS_FILE, classes),
+        predictions=read_predictions(folder / PREDICTIONS_FILE, summary and summary.classes),
         connectivity=_read_connectivity(folder / CONNECTIVITY_FILE),
         summary=summary,
     )
 
 
+def _read_json(path: Path, kind: type[Kind]) -> Kind | None:
+    """A JSON file as an instance of `kind`; None if it does not exist."""
+    content = read_content(path)
+    return None if content is None else convert(_parse(content, str(path)), kind, str(path))
+
+
+def _parse(content: bytes, source: str) -> Any:
+    """A JSON value without NaN and infinities.
+
+    Reads with `json`: paths with undecodable bytes are stored as lone surrogates, and msgspec refuses these.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not a JSON number")
+
+    try:
+        return json.loads(content, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{source}: not valid JSON: {error}") from error
+
+
 def _read_metrics(path: Path) -> tuple[list[Epoch], bool]:
-    """The epochs, and whether a half-written last line was left out."""
-    lines = (content_of(path) or b"").split(b"\n")
+    """The epochs, and whether a cut-off last line was ignored."""
+    lines = (read_content(path) or b"").split(b"\n")
     epochs: list[Epoch] = []
     for number, line in enumerate(lines, 1):
         if not line.strip() and number == len(lines):
             break
+        source = f"{path}, line {number}"
         try:
-            value = parsed(path, line, f", line {number}")
+            value = _parse(line, source)
         except ConfigError:
             if any(rest.strip() for rest in lines[number:]):
                 raise
             return epochs, True
-        epoch = checked(path, value, Epoch, f", line {number}")
-        if (epoch["phase"] == SEARCH) != (epoch["round"] is not None):
-            raise ConfigError(f"{path}, line {number}, round: wanted a round of the search, and null elsewhere")
+        epoch = convert(value, Epoch, source)
+        if (epoch.phase == SEARCH) != (epoch.round is not None):
+            raise ConfigError(f"{source}: round {epoch.round}: must be a number in the search, null in other phases")
         epochs.append(epoch)
     return epochs, False
 
 
 def _read_scores(path: Path) -> Scores | None:
-    stored = optional(path, StoredScores)
+    stored = _read_json(path, StoredScores)
     if stored is None:
         return None
-    edges = np.array(stored["edges"], float)
+    edges = np.array(stored.edges)
     if len(edges) < 2 or (np.diff(edges) <= 0).any():
-        raise ConfigError(f"{path}, edges: wanted increasing numbers")
+        raise ConfigError(f"{path}: edges: must be at least two increasing numbers")
     rounds = []
-    for entry in stored["rounds"]:
-        after = _totals(path, end, len(edges) - 1) if (end := entry.get("end")) else None
-        rounds.append(ScoreRound(entry["round"], _totals(path, entry["start"], len(edges) - 1), after))
-    first = stored["rounds"][0]["start"] if rounds else {}
+    for entry in stored.rounds:
+        after = _totals(path, entry.end, len(edges) - 1) if entry.end else None
+        rounds.append(ScoreRound(entry.round, _totals(path, entry.start, len(edges) - 1), after))
+    first = stored.rounds[0].start if rounds else {}
     return Scores(edges, rounds, {name: sum(counts) for name, counts in first.items()})
 
 
-def _totals(path: Path, counts: Mapping[str, list[Any]], bins: int) -> np.ndarray:
-    """(bins,) counts of all layers together."""
-    wanted = f"{path}, rounds: wanted {bins} whole numbers for each layer"
-    try:
-        table = np.array(list(counts.values()) or np.zeros((0, bins), int))
-    except (ValueError, OverflowError) as error:
-        raise ConfigError(wanted) from error
-    right = table.dtype.kind == "i" and table.shape[1:] == (bins,)
-    if not right or table.min(initial=0) < 0 or table.max(initial=0) > 2**40:
-        raise ConfigError(wanted)
-    return table.sum(axis=0)
+def _totals(path: Path, counts: Mapping[str, list[int]], bins: int) -> np.ndarray:
+    """Counts of all layers together, shape (bins,)."""
+    for name, layer in counts.items():
+        if len(layer) != bins:
+            raise ConfigError(f"{path}: rounds: layer {name!r} has {len(layer)} counts; must have {bins}")
+    return np.array([*counts.values()] or np.zeros((0, bins), int)).sum(axis=0)
 
 
 def _read_connectivity(path: Path) -> Connectivity | None:
-    stored = optional(path, Connectivity)
+    stored = _read_json(path, Connectivity)
     if stored is None:
         return None
-    shares = [point["share"] for point in stored["points"]]
+    shares = [point.share for point in stored.points]
     if len(shares) < 2 or shares[0] != 0 or shares[-1] != 1 or (np.diff(shares) <= 0).any():
-        raise ConfigError(f"{path}, points: wanted increasing shares from 0 to 1")
-    if len(stored["children"]) != len(CHILDREN):
-        raise ConfigError(f"{path}, children: got {len(stored['children'])}, wanted {len(CHILDREN)}")
-    for name, barrier in (("error", stored["barrier"]), ("loss", stored["loss_barrier"])):
-        wanted = error_barrier([point[name] for point in stored["points"]])
-        if not math.isclose(barrier, wanted, rel_tol=1e-6, abs_tol=1e-9):
-            raise ConfigError(f"{path}: got a barrier of {name} {barrier:g}, wanted that of its points, {wanted:g}")
+        raise ConfigError(f"{path}: points: must have increasing shares from 0 to 1")
+    if len(stored.children) != len(CHILDREN):
+        raise ConfigError(f"{path}: children: must have {len(CHILDREN)} entries, not {len(stored.children)}")
+    for field, value, name in (("barrier", stored.barrier, "error"), ("loss_barrier", stored.loss_barrier, "loss")):
+        computed = error_barrier([getattr(point, name) for point in stored.points])
+        if not math.isclose(value, computed, rel_tol=1e-6, abs_tol=1e-9):
+            raise ConfigError(f"{path}: {field} {value:g}: must be the barrier of its points, {computed:g}")
     return stored

@@ -38,7 +38,7 @@ def cost(cells: Sequence[Cell]) -> Section | None:
 def _budgets(cells: Sequence[Cell]) -> str:
     """States if compared networks were trained for the same number of epochs."""
     if not any(cell.compared_with for cell in cells):
-        return "No networks are compared. Epochs are those of search and retraining together."
+        return "No networks are compared. Epochs: search and retraining together."
     ratios, controls = epoch_ratios(cells, False), epoch_ratios(cells, True)
     sentences = [CONTROL_EPOCHS_NOTE] if controls else []
     if ratios:

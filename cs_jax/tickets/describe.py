@@ -1,4 +1,4 @@
-"""A table of what a ticket file holds."""
+"""Description of a ticket for the terminal: facts, and a table of masked layers."""
 
 import math
 
@@ -8,19 +8,20 @@ from rich.table import Table
 from rich.text import Text
 
 from cs_jax.core import trees
+from cs_jax.core.schema import printable
 from cs_jax.tickets.ticket import LoadedTicket, dense_sizes
 
 
 def describe(ticket: LoadedTicket, *, file_size: int | None = None) -> RenderableType:
-    """What a person wants to know of a ticket, for rich to print: facts, then a table of its masked layers.
+    """Facts of a ticket and a table of its masked layers, to be printed by rich.
 
     Args:
-        ticket: as loaded.
-        file_size: of its file, in bytes; left out if not given.
+        ticket: a loaded ticket.
+        file_size: size of its file in bytes; None leaves the line out.
     """
     facts = Table.grid("", "", padding=(0, 2))
     for label, value in _facts(ticket, file_size).items():
-        facts.add_row(label, Text(_printable(value), overflow="fold"))
+        facts.add_row(label, Text(printable(value), overflow="fold"))
     layers = Table("layer", title="Masked layers", box=box.SIMPLE_HEAD, title_justify="left")
     layers.columns[0].overflow = "fold"
     for header in ("shape", "kept", "density"):
@@ -29,7 +30,7 @@ def describe(ticket: LoadedTicket, *, file_size: int | None = None) -> Renderabl
         size = math.prod(layer["shape"])
         shape = "×".join(map(str, layer["shape"])) or "scalar"
         kept = f"{round(layer['density'] * size):,} of {size:,}"
-        layers.add_row(Text(_printable(name)), shape, kept, f"{layer['density']:.2%}")
+        layers.add_row(Text(printable(name)), shape, kept, f"{layer['density']:.2%}")
     return Group(facts, "", layers)
 
 
@@ -44,23 +45,19 @@ def _facts(ticket: LoadedTicket, file_size: int | None) -> dict[str, str]:
     features = ", ".join(f"{name} {size}" for name, size in (model.get("features") or {}).items())
     kept = round(about["density"] * masked)
     facts = {
-        "model": str(model.get("name") or "not named") + (f", made smaller: {features}" if features else ""),
+        "model": str(model.get("name") or "custom") + (f", shrunk to {features}" if features else ""),
         "classes": f"{model['num_classes']:,}" if model.get("num_classes") else "-",
         "images": "×".join(map(str, model.get("image_shape") or ())) or "-",
         "data set": about.get("dataset") or "-",
         "accuracy": ", ".join(f"{name} {share:.2%}" for name, share in accuracy.items()) or "-",
         "density": f"{about['density']:.2%} ({kept:,} of {masked:,} masked weights)",
         "mask scale": f"{about['mask_scale']:g}",
-        "weights": f"{kept + total - masked:,} of {total:,}, {total - masked:,} of them never masked",
+        "weights": f"{kept + total - masked:,} of {total:,}, including {total - masked:,} that are never masked",
         "form": about["form"] + (", with the rewound network" if ticket.rewound else ""),
         "versions": ", ".join(f"{name} {version}" for name, version in (about.get("versions") or {}).items()) or "-",
         "sha256": about["sha256"],
     }
     if file_size is not None:
-        facts["size"] = f"{file_size:,} bytes, {file_size / dense_bytes:.1%} of the dense weights' {dense_bytes:,}"
+        share = file_size / dense_bytes
+        facts["size"] = f"{file_size:,} bytes, {share:.1%} of the dense weights ({dense_bytes:,} bytes)"
     return facts
-
-
-def _printable(text: str) -> str:
-    """Text of a file as one line without control sequences."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

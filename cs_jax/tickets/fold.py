@@ -1,4 +1,4 @@
-"""A ticket as a plain network for serving: masks multiplied in, and BatchNorm folded into the layer before it."""
+"""Plain network of a ticket for serving: masks multiplied into weights, BatchNorm folded into the layer before it."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -17,70 +17,70 @@ from cs_jax.models.wiring import BatchNorm, Linear, Signal, Wiring
 from cs_jax.tickets import equivalence
 
 LAYER_FIELDS = ("conv", "dense")
-"""Fields of a module that hold the classes of its masked layers."""
+"""Module fields with the classes of its masked layers."""
 
 
 def fold(
     model: nn.Module, variables: Mapping[str, PyTree], image_shape: Sequence[int], *, batch_norm: bool = False
 ) -> tuple[nn.Module, dict[str, PyTree]]:
-    """A network without masks that computes the same in evaluation mode as a masked one.
+    """A network without masks that has the outputs of a masked network in evaluation mode, to rounding.
 
-    Weights are multiplied by their masks. With `batch_norm` there are no norms either: each becomes part of the kernel
-    and the bias of the convolution that it follows, as the module's wiring tells. That is the same to rounding, and not
-    for training any more. A norm that follows anything else is refused. LayerNorms stay: they are no constants.
+    Weights are multiplied by their masks. With `batch_norm`, every BatchNorm is folded into the kernel and bias of the
+    layer before it, according to the module's wiring; such a network is for inference only. A BatchNorm without a layer
+    to fold it into is an error. LayerNorm is kept, because its statistics depend on the input.
 
-    It is compared with the one that was given on random images before it is returned.
+    The outputs of both networks are compared on random images before the result is returned.
 
     Args:
-        model: a Linen module whose masked layers have names, and are of the classes in its fields `conv` or `dense`, as
-            those of `cs_jax.models`; with `batch_norm` also one that says how it is wired, and has a field `folded`.
-        variables: "params", "masks" and, where there are any, "batch_stats".
-        image_shape: of one image, as in (32, 32, 3).
+        model: Linen module with named masked layers, whose classes are in its fields `conv` or `dense`, as in
+            `cs_jax.models`. With `batch_norm` the module must also have `wire` and a field `folded`.
+        variables: "params", "masks" and, if the network has BatchNorm, "batch_stats".
+        image_shape: shape of one image, for example (32, 32, 3).
         batch_norm: fold BatchNorm too.
 
     Returns:
-        The module, with layers of Flax's own in place of those of `cs_jax`, and its variables: "params", and
-        "batch_stats" where norms are left.
+        The module with plain Flax layers, and its variables: "params", and "batch_stats" if norms are left.
 
     Raises:
-        TypeError: the module has no such fields, or does not say how it is wired.
+        TypeError: the module lacks these fields or methods.
         ConfigError: an entry is not finite.
-        ValueError: the model takes no such images; a mask has no weights, or another shape; a BatchNorm does not follow
-            a layer of its own; a masked layer is of no class in those fields; or the wiring is wrong.
+        ValueError: the model does not accept such images; a mask does not fit its weights; a BatchNorm has no layer to
+            fold it into; a masked layer is not of the classes in the fields; or the wiring is wrong.
     """
     equivalence.check_finite(variables)
-    equivalence.check_takes(model, variables, image_shape)
+    equivalence.check_accepts(model, variables, image_shape)
     params = trees.apply_masks(variables["params"], variables.get("masks", {}))
     batch_stats = variables.get("batch_stats", {})
-    served, name = plain(model), type(model).__name__
-    wrong = f"the fields `conv` and `dense` of {name} are not all of its masked layers: with plain ones"
+    made, name = plain(model), type(model).__name__
+    wrong = f"fields `conv` and `dense` of {name} do not cover all masked layers"
     if batch_norm and batch_stats:
-        served, params = _without_norms(served), _folded(model, params, batch_stats)
-        batch_stats, wrong = {}, f"the wiring of {name} is wrong: with norms folded by it"
+        made, params = _without_norms(made), _folded(model, params, batch_stats)
+        batch_stats, wrong = {}, f"wiring of {name} is wrong, norms folded by it change the network"
     found = {"params": params, **({"batch_stats": batch_stats} if batch_stats else {})}
     unfit = f"{name} cannot be applied without masks{' and norms' if batch_norm else ''}"
-    equivalence.check_same_outputs(model, variables, served, found, image_shape, unfit=unfit, wrong=wrong)
-    return served, found
+    original, folded = equivalence.Network(model, variables), equivalence.Network(made, found)
+    equivalence.check_same_outputs(original, folded, image_shape, unfit=unfit, wrong=wrong)
+    return made, found
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """The module with the layers that its masked ones are made from; its variables are the same but for the masks.
+    """The module with plain Flax layers in place of masked layers; it needs the same variables without the masks.
 
-    Masked layers of a user's own stay what they are, but mask nothing.
+    A user's own masked layer is replaced by a subclass that masks nothing.
 
     Raises:
-        TypeError: it has no field with their class.
+        TypeError: the module has none of the fields `LAYER_FIELDS`.
     """
     fields: dict[str, Any] = {name: getattr(model, name) for name in LAYER_FIELDS if hasattr(model, name)}
     if not fields:
-        raise TypeError(f"model: got {type(model).__name__}, wanted a module with a field `conv` or `dense`")
+        raise TypeError(f"model {type(model).__name__}: must have a field `conv` or `dense` for its masked layers")
     plain_layers: dict[str, Any] = {name: _unmasked(layer) for name, layer in fields.items()}
     return model.clone(**plain_layers)
 
 
-@functools.cache  # so that two modules made of one class are equal
+@functools.cache  # modules made from one class must compare equal
 def _unmasked(layer: type[nn.Module]) -> type[nn.Module]:
-    """The layer of Flax's own that one of `cs_jax.layers` masks; of another masked class, one that masks nothing."""
+    """The Flax base of a layer of `cs_jax.layers`; for other masked classes, a subclass that masks nothing."""
     if not issubclass(layer, Masked):
         return layer
     if layer.__module__ == Masked.__module__:
@@ -90,12 +90,12 @@ def _unmasked(layer: type[nn.Module]) -> type[nn.Module]:
 
 def _without_norms(model: nn.Module) -> nn.Module:
     if not hasattr(model, "folded"):
-        raise TypeError(f"model: got {type(model).__name__}, wanted a module with a field `folded` to fold its norms")
+        raise TypeError(f"model {type(model).__name__}: must have a field `folded` to fold its norms")
     return model.clone(folded=True)
 
 
 def _folded(model: nn.Module, params: PyTree, batch_stats: PyTree) -> PyTree:
-    """Weights of the network without norms, in the dtypes of those with; computed in float64."""
+    """Weights of the network without norms, computed in float64, in the dtypes of `params`."""
     leaves = {trees.name(path): leaf for path, leaf in trees.leaves_by_path(params).items()}
     stats = {trees.name(path): leaf for path, leaf in trees.leaves_by_path(batch_stats).items()}
 
@@ -117,7 +117,7 @@ def _folded(model: nn.Module, params: PyTree, batch_stats: PyTree) -> PyTree:
 
 
 def _layers_and_norms(net: Wiring, output: Signal) -> list[tuple[str, BatchNorm]]:
-    """Every norm with the name of the layer before it."""
+    """Pairs of a BatchNorm and the name of the layer before it."""
     pairs = []
     for norm in net.nodes:
         if not isinstance(norm, BatchNorm):
@@ -126,8 +126,8 @@ def _layers_and_norms(net: Wiring, output: Signal) -> list[tuple[str, BatchNorm]
         alone = norm.source != output and sum(norm.source in wiring.sources(node) for node in net.nodes) == 1
         if not (isinstance(before, Linear) and alone):
             raise ValueError(
-                f"norm {norm.name!r}: follows what is no convolution or dense layer, or what others read too; wanted "
-                "one of its own, to fold it into"
+                f"norm {norm.name!r}: must follow a convolution or dense layer that nothing else reads, to be folded "
+                "into it"
             )
         pairs.append((before.name, norm))
     return pairs

@@ -1,6 +1,6 @@
-"""What masks have in common: how far they overlap, beside what chance would give, and how far they have changed.
+"""Mask overlap compared with chance, and the share of mask entries that flipped.
 
-Masks are counted on the host, in exact integers; an entry that is not 0 is kept.
+Masks are counted on the host in exact integers. An entry that is not 0 is kept.
 """
 
 import itertools
@@ -18,23 +18,23 @@ from cs_jax.core.trees import Path
 
 
 class Overlap(NamedTuple):
-    """How far two masks A and B agree on what to keep, and how far they would by chance.
+    """Overlap of two masks A and B, and its expectation for random masks.
 
-    By chance means: each layer's kept weights are drawn at random, independently for A and B, as many as each keeps
-    there. The size of what both keep is then a sum of hypergeometric numbers, of mean `a * b / n` and variance
-    `a * b * (n - a) * (n - b) / (n**2 * (n - 1))` for a layer of n weights where A keeps a and B keeps b.
+    Random masks have the same number of kept weights in each layer, drawn uniformly and independently for A and B. The
+    number of weights that both keep is then a sum of hypergeometric variables. A layer of n weights, of which A keeps a
+    and B keeps b, contributes mean `a * b / n` and variance `a * b * (n - a) * (n - b) / (n**2 * (n - 1))`.
     """
 
     kept: int  # weights that both keep, |A and B|
-    of: tuple[int, int]  # weights that A keeps, and B
-    iou: float  # Jaccard index |A and B| / |A or B|, in [0, 1]; 1 where both are empty
-    shared: float  # |A and B| / min(|A|, |B|), in [0, 1]; 1 where one is empty
-    chance: float  # mean of `shared` by chance, in [0, 1]; 1 where one is empty
-    z: float | None  # standard deviations that `kept` is above its mean by chance; None where chance leaves no choice
+    of: tuple[int, int]  # weights that A keeps and weights that B keeps
+    iou: float  # Jaccard index |A and B| / |A or B|, in [0, 1]; 1 if both are empty
+    shared: float  # |A and B| / min(|A|, |B|), in [0, 1]; 1 if one is empty
+    chance: float  # mean of `shared` for random masks, in [0, 1]; 1 if one is empty
+    z: float | None  # (kept - mean) / standard deviation for random masks; None if the deviation is 0
 
 
 class NamedOverlap(NamedTuple):
-    """A line of `overlap_table`."""
+    """Row of `overlap_table`."""
 
     name: str
     other: str
@@ -42,26 +42,26 @@ class NamedOverlap(NamedTuple):
 
 
 class _Counts(NamedTuple):
-    """Weights of a layer."""
+    """Numbers of weights in a layer."""
 
     both: int  # kept by both masks
-    one: int
-    other: int
+    one: int  # kept by the first mask
+    other: int  # kept by the second mask
     size: int
 
 
 def overlap(masks: PyTree, others: PyTree) -> Overlap:
-    """How far two tickets keep the same weights, over all layers together.
+    """Overlap of the masks of two tickets over all layers.
 
-    Chance keeps to each layer's own counts: tickets that are dense in the same layers overlap, and have a `z` near 0
-    unless they also agree inside the layers.
+    The expectation uses the counts of each layer. Two tickets that only agree in the densities of their layers overlap,
+    but have a `z` near 0.
 
     Args:
         masks: hard masks, arrays of any dtype and shape; an entry that is not 0 is kept.
-        others: masks under the same paths, of the same shapes. Scales and dtypes may differ.
+        others: masks with the same paths and shapes; scales and dtypes may differ.
 
     Raises:
-        ConfigError: an array is in one of the trees alone, or has two shapes.
+        ConfigError: an array is only in one of the trees, or its shapes differ.
 
     >>> overlap({"a": np.array([2.0, 2.0, 0.0, 0.0])}, {"a": np.array([2.0, 0.0, 0.0, 0.0])})
     Overlap(kept=1, of=(2, 1), iou=0.5, shared=1.0, chance=0.5, z=1.0)
@@ -70,18 +70,18 @@ def overlap(masks: PyTree, others: PyTree) -> Overlap:
 
 
 def layer_overlap(masks: PyTree, others: PyTree) -> dict[str, Overlap]:
-    """`overlap` of each masked array alone, by its name; arguments and errors are those of `overlap`."""
+    """`overlap` of each masked array, by name; arguments and errors as for `overlap`."""
     return {trees.name(path): _overlap([count]) for path, count in _compare(masks, others).items()}
 
 
 def overlap_table(named: Mapping[str, PyTree]) -> list[NamedOverlap]:
-    """`overlap` of every two of several tickets, each pair once, in the order of `named`.
+    """`overlap` of each pair of tickets, in the order of `named`.
 
     Args:
-        named: masks as `overlap` takes them, by a name for each ticket.
+        named: masks of each ticket, by the ticket's name; see `overlap`.
 
     Raises:
-        ConfigError: an array is not in all trees, or has not one shape; says in which ticket.
+        ConfigError: an array is missing in a ticket, or its shapes differ; names the ticket.
     """
     kept = {name: _kept(masks, name) for name, masks in named.items()}
     for name, masks in kept.items():
@@ -93,14 +93,14 @@ def overlap_table(named: Mapping[str, PyTree]) -> list[NamedOverlap]:
 
 
 def flipped(masks: PyTree, before: PyTree) -> float:
-    """Share of maskable weights that one mask keeps and the other removes, in [0, 1].
+    """Flip rate: share of maskable weights that one mask keeps and the other removes, in [0, 1].
 
     Args:
-        masks: hard masks, as `overlap` takes them; not all empty arrays.
-        before: the same at an earlier moment, say the round before.
+        masks: hard masks, see `overlap`; at least one entry in all.
+        before: the same masks at an earlier time, for example one round before.
 
     Raises:
-        ConfigError: an array is in one of the trees alone, or has two shapes; or there is no entry to count.
+        ConfigError: an array is only in one of the trees, its shapes differ, or there is no entry.
 
     >>> flipped({"a": np.array([2.0, 2.0, 0.0, 0.0])}, {"a": np.array([1.0, 0.0, 0.0, 0.0])})
     0.25
@@ -108,21 +108,21 @@ def flipped(masks: PyTree, before: PyTree) -> float:
     counts = _compare(masks, before, "before").values()
     size = sum(count.size for count in counts)
     if size == 0:
-        raise ConfigError("masks: got no entry, wanted at least one")
+        raise ConfigError("masks: empty; must have at least one entry")
     return sum(count.one + count.other - 2 * count.both for count in counts) / size
 
 
 def _kept(masks: PyTree, what: str) -> dict[Path, np.ndarray]:
-    """Which entries are kept, on the host, by path."""
+    """Boolean masks of the kept entries, on the host, by path."""
     leaves = trees.leaves_by_path(masks)
     for path, mask in leaves.items():
         if not hasattr(mask, "dtype"):
-            raise ConfigError(f"{what} {trees.name(path)!r}: got {mask!r}, wanted an array")
+            raise ConfigError(f"{what} {trees.name(path)!r} {mask!r}: must be an array")
     return {path: np.asarray(mask) != 0 for path, mask in leaves.items()}
 
 
 def _compare(masks: PyTree, others: PyTree, what: str = "others") -> dict[Path, _Counts]:
-    """Counts of each layer, by path; `what` the others are called where they are refused."""
+    """Counts of each layer, by path; `what` is the name of `others` in errors."""
     kept, kept_too = _kept(masks, "masks"), _kept(others, what)
     check_alike(kept, kept_too, what)
     return _counts(kept, kept_too)
@@ -138,7 +138,7 @@ def _counts(kept: Mapping[Path, np.ndarray], others: Mapping[Path, np.ndarray]) 
 
 
 def _overlap(counts: Iterable[_Counts]) -> Overlap:
-    """The overlap of some layers; rounded once, at the end."""
+    """Overlap over layers, from exact sums that are rounded once."""
     counts = [count for count in counts if count.size > 0]
     both, one, other = (sum(count[index] for count in counts) for index in range(3))
     mean = sum((Fraction(count.one * count.other, count.size) for count in counts), Fraction(0))
@@ -155,15 +155,19 @@ def _overlap(counts: Iterable[_Counts]) -> Overlap:
 
 
 def _variance(count: _Counts) -> Fraction:
-    """Of the number that both keep, by chance."""
+    """Variance of the number of weights that both random masks keep."""
     _, one, other, size = count
     ways = one * other * (size - one) * (size - other)
-    return Fraction(ways, size**2 * (size - 1)) if ways else Fraction(0)  # size 1 leaves no choice
+    return Fraction(ways, size**2 * (size - 1)) if ways else Fraction(0)  # 0 for size 1
 
 
 def check_alike(leaves: Mapping[Path, Any], others: Mapping[Path, Any], what: str) -> None:
-    """Refuses others under other paths, or of other shapes, than `leaves`."""
+    """Raises a ConfigError unless `others` has the paths and shapes of `leaves`; `what` names `others` in the error."""
     for path in {**leaves, **others}:
-        wanted, got = (f"shape {np.shape(tree[path])}" if path in tree else "nothing" for tree in (leaves, others))
+        if path not in others:
+            raise ConfigError(f"{what} {trees.name(path)!r}: missing; must have shape {np.shape(leaves[path])}")
+        if path not in leaves:
+            raise ConfigError(f"{what} {trees.name(path)!r}: unknown; the other masks have no such array")
+        wanted, got = np.shape(leaves[path]), np.shape(others[path])
         if got != wanted:
-            raise ConfigError(f"{what} {trees.name(path)!r}: got {got}, wanted {wanted}")
+            raise ConfigError(f"{what} {trees.name(path)!r} of shape {got}: must have shape {wanted}")

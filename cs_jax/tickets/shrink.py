@@ -1,9 +1,9 @@
-"""A ticket as a smaller dense network that computes the same: without the channels that no longer matter.
+"""Shrinking: a smaller dense network that computes the same as a masked one, without channels that have no effect.
 
-A channel does not matter if no weight after it reads it, or if nothing flows into it: then it is a constant, which is
-folded into what follows. Where a convolution pads its input with zeros, a constant is none at the border, so it cannot
-become a bias there; but all the constant channels of a layer can be put together into one, exactly. What remains has
-fewer weights that are not 0, so other channels may not matter any more, and it begins anew until nothing changes.
+A channel has no effect if no later weight reads it. A channel is constant if no varying channel is read to compute it;
+its value is folded into the next layer. A convolution that pads with zeros does not see the constant at the border, so
+the constant cannot become a bias there, but all constant channels of a layer can be merged exactly into one. After a
+pass, fewer weights are nonzero and more channels may be removable, so passes are repeated until nothing changes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,29 +24,29 @@ from cs_jax.tickets import equivalence
 from cs_jax.tickets.ticket import LoadedTicket
 
 Arrays = dict[str, np.ndarray]
-"""Arrays of a network by collection and path, "params/conv0/kernel"."""
+"""Arrays of a network by name, "params/conv0/kernel"."""
 
 
 def shrink(
     model: nn.Module, variables: Mapping[str, PyTree], image_shape: Sequence[int]
 ) -> tuple[nn.Module, dict[str, PyTree]]:
-    """A smaller network of the same family that computes the same as a masked one in evaluation mode, to rounding.
+    """A smaller network of the same family with the outputs of a masked one in evaluation mode, to rounding.
 
-    Its masks are those of the weights that are left, so it can be trained on as a ticket. Of every layer one channel
-    is left at least. It is compared with the one that was given on random images before it is returned.
+    It keeps the masks of the remaining weights, so it can be trained further as a ticket. Every layer keeps at least
+    one channel. The outputs of both networks are compared on random images before the result is returned.
 
     Args:
-        model: a Linen module that says how it is wired: see `cs_jax.wiring`. All of `cs_jax.models` do.
-        variables: "params", "masks" and, where there are any, "batch_stats".
-        image_shape: of one image, as in (32, 32, 3).
+        model: Linen module with the methods `wire` and `resize`, as all of `cs_jax.models`; see `cs_jax.models.wiring`.
+        variables: "params", "masks" and, if the network has BatchNorm, "batch_stats".
+        image_shape: shape of one image, for example (32, 32, 3).
 
     Returns:
-        The module and its variables. If nothing can be taken out, those that were given.
+        The module and its variables; the given ones if nothing can be removed.
 
     Raises:
-        TypeError: the module does not say how it is wired.
-        ConfigError: a mask keeps nothing of its layer, or an entry is not finite.
-        ValueError: the model takes no such images, or the wiring does not fit the variables, or is wrong.
+        TypeError: the module does not describe its wiring.
+        ConfigError: a mask keeps no weight of its layer, or an entry is not finite.
+        ValueError: the model does not accept such images, or its wiring is wrong or does not fit the variables.
     """
     equivalence.check_finite(variables)
     arrays = {
@@ -55,7 +55,7 @@ def shrink(
         for path, leaf in trees.leaves_by_path(tree).items()
     }
     _check_masks(arrays)
-    equivalence.check_takes(model, variables, image_shape)
+    equivalence.check_accepts(model, variables, image_shape)
     net, output = wiring.wiring_of(model)
     network = _Network(net, output, arrays, image_shape[-1])
     while network.shrink_once():
@@ -67,13 +67,11 @@ def shrink(
     found = {collection: {} for collection in variables} | trees.nest(leaves)
     name = type(model).__name__
     equivalence.check_same_outputs(
-        model,
-        variables,
-        smaller,
-        found,
+        equivalence.Network(model, variables),
+        equivalence.Network(smaller, found),
         image_shape,
         unfit=f"`resize` of {name} does not fit its wiring",
-        wrong=f"the wiring of {name} is wrong: without the channels that do not matter by it",
+        wrong=f"wiring of {name} is wrong, channels removed by it change the network",
     )
     return smaller, found
 
@@ -83,14 +81,14 @@ def _check_masks(arrays: Arrays) -> None:
     for name, array in arrays.items():
         if name.startswith("masks/") and not array.any():
             layer = name.removeprefix("masks/").rpartition("/")[0]
-            raise ConfigError(f"layer {layer!r}: its mask keeps no weight, wanted one at least: the network is broken")
+            raise ConfigError(f"layer {layer!r}: its mask keeps no weight; must keep at least one")
 
 
 def shrink_ticket(ticket: LoadedTicket) -> LoadedTicket:
-    """`shrink` of a ticket whose model is one of `cs_jax.models`; without the network that it was rewound to.
+    """`shrink` of a ticket with a model of `cs_jax.models`; the result has no rewound network.
 
     Raises:
-        ConfigError: it names no such model, or a mask keeps nothing of its layer.
+        ConfigError: the ticket has a custom model, or a mask keeps no weight of its layer.
     """
     model, variables = shrink(*ticket.known_network())
     features = dict(model.features)  # pyright: ignore[reportAttributeAccessIssue]
@@ -99,50 +97,50 @@ def shrink_ticket(ticket: LoadedTicket) -> LoadedTicket:
 
 
 class _Use(NamedTuple):
-    """A product that reads a space."""
+    """A linear layer that reads a channel space."""
 
     layer: Linear
     weights: np.ndarray  # (window or positions, channels, out), masked
-    constants: np.ndarray  # (channels,), NaN for a channel that is none
-    absorber: str | None  # array that takes a constant that is added to its output; None where there is none
-    sign: int  # with which it does
+    constants: np.ndarray  # (channels,), NaN for a channel that varies
+    absorber: str | None  # name of the array that can take a constant added to the layer's output; None without one
+    sign: int  # sign of the constant in the absorber
 
     @property
     def is_read(self) -> np.ndarray:
+        """(channels,), True for channels with a nonzero weight."""
         return np.any(self.weights, axis=(0, 2))
 
     @property
     def can_fold(self) -> np.ndarray:
-        """Which channels can go with nothing but a constant in their place."""
+        """(channels,), True for channels that can be removed with at most a constant in their place."""
         folded = self.constants == 0 if self.absorber is None else ~np.isnan(self.constants)
         return ~self.is_read | folded
 
 
 class _Plan(NamedTuple):
-    """What becomes of the channels of a space."""
+    """Kept and merged channels of a space."""
 
     kept: np.ndarray  # (channels,), bool
-    merged: np.ndarray  # those that one of the kept stands for
-    into: int  # that one
+    merged: np.ndarray  # (channels,), bool: constant channels that a kept channel replaces
+    into: int  # index of that channel
 
 
 class _Network:
-    """Arrays and wiring of a network, from which channels are taken out.
-
-    It is taken apart by spaces: see `wiring.spaces`.
-    """
+    """Arrays and wiring of a network, from which channels are removed space by space; see `wiring.spaces`."""
 
     def __init__(self, net: Wiring, output: Signal, arrays: Arrays, image_channels: int) -> None:
         self.arrays = dict(arrays)
-        self.features: dict[str, int] = {}  # those that have changed, as `resize` wants them
+        self.features: dict[str, int] = {}  # new numbers of channels or heads by layer, for `resize`
         self._nodes, self._output, self._image_channels = net.nodes, output, image_channels
         wiring.check_names(net, arrays)
         self._space = wiring.spaces(net)
         self._fixed = wiring.fixed_spaces(net, output)
 
     def shrink_once(self) -> bool:
-        """Takes out what does not matter now; whether there was anything."""
-        constants = self._constants()
+        """One pass over all spaces and attention modules; True if something was removed."""
+        constants: list[np.ndarray] = []
+        for node in self._nodes:
+            constants.append(_constants(node, constants, self.arrays, self._image_channels))
         uses: dict[int, list[_Use]] = {space: [] for space in self._space if space not in self._fixed}
         for signal, node in enumerate(self._nodes):
             if isinstance(node, Linear) and self._space[node.source] in uses:
@@ -154,55 +152,11 @@ class _Network:
         for space, plan in plans.items():
             if not plan.kept.all():
                 self._slice(space, plan.kept)
-        heads = [self._drop_heads(node) for node in self._nodes if isinstance(node, Attention)]
+        heads = [self._drop_heads(node.name) for node in self._nodes if isinstance(node, Attention)]
         return any(heads) or any(not plan.kept.all() for plan in plans.values())
 
-    def _get(self, name: str, default: float) -> np.ndarray:
-        return np.asarray(self.arrays.get(name, default), np.float64)
-
-    def _weights(self, name: str) -> np.ndarray:
-        """A kernel with its mask multiplied in."""
-        return self._get(f"params/{name}/kernel", 0) * self._get(f"masks/{name}/kernel", 1)
-
-    def _constants(self) -> list[np.ndarray]:
-        """For every signal the value of each channel where it is a constant, NaN for others."""
-        found: list[np.ndarray] = []
-        for node in self._nodes:
-            found.append(self._constant(node, found))
-        return found
-
-    def _constant(self, node: wiring.Node, found: Sequence[np.ndarray]) -> np.ndarray:
-        match node:
-            case Input():
-                return np.full(self._image_channels, np.nan)
-            case Linear(source, name, zero_padded):
-                weights = self._weights(name)
-                weights = weights.reshape(-1, len(found[source]), weights.shape[-1])
-                inputs = found[source]
-                varies = np.isnan(inputs) | (zero_padded & (inputs != 0))
-                total = np.where(varies, 0, inputs) @ weights.sum(axis=0) + self._get(f"params/{name}/bias", 0)
-                return np.where(weights[:, varies].any(axis=(0, 1)), np.nan, total)
-            case BatchNorm(source, name, epsilon):
-                mean, var = (self._get(f"batch_stats/{name}/{kind}", 0) for kind in ("mean", "var"))
-                scale, bias = self._get(f"params/{name}/scale", 1), self._get(f"params/{name}/bias", 0)
-                return (found[source] - mean) / np.sqrt(var + epsilon) * scale + bias
-            case Activation(source, function):
-                values = found[source].copy()
-                known = ~np.isnan(values)
-                with jax.enable_x64(True):
-                    values[known] = function(jnp.asarray(values[known]))
-                return values
-            case Add(left, right):
-                return found[left] + found[right]
-            case Pool(source):
-                return found[source]
-            case Fixed(source):
-                return np.full(len(found[source]), np.nan)
-            case Attention(name=name):
-                return np.full(self.arrays[f"params/{name}/out/kernel"].shape[-1], np.nan)
-
     def _use(self, signal: int, layer: Linear, constants: np.ndarray) -> _Use:
-        weights = self._weights(layer.name)
+        weights = _masked_kernel(self.arrays, layer.name)
         weights = weights.reshape(-1, len(constants), weights.shape[-1])
         norm = wiring.norm_after(self._nodes, Signal(signal))
         absorber, sign = None, 1
@@ -213,26 +167,26 @@ class _Network:
         return _Use(layer, weights, constants, absorber, sign)
 
     def _fold(self, use: _Use, plan: _Plan) -> None:
-        """Puts what channels send on into what a product keeps, before they are taken out."""
+        """Moves the contribution of channels that will be removed into the arrays of a layer that reads them."""
         constants = np.nan_to_num(use.constants)
         folded = ~plan.kept & use.can_fold & use.is_read
         if (constants[folded] != 0).any():
             assert use.absorber is not None
             shift = constants[folded] @ use.weights[:, folded].sum(axis=0)
-            self._put(use.absorber, self._get(use.absorber, 0) + use.sign * shift)
+            self._put(use.absorber, _get(self.arrays, use.absorber, 0) + use.sign * shift)
         moved = plan.merged & ~use.can_fold
         if moved.any():
             weights = use.weights.copy()
             shares = constants[moved] / constants[plan.into]
             weights[:, plan.into] += np.einsum("c,wco->wo", shares, weights[:, moved])
-            self._put_weights(use.layer.name, weights)
+            self._put_kernel(use.layer.name, weights)
 
     def _put(self, name: str, values: np.ndarray) -> None:
         before = self.arrays[name]
         self.arrays[name] = values.reshape(before.shape).astype(before.dtype)
 
-    def _put_weights(self, name: str, weights: np.ndarray) -> None:
-        """Weights in place of a kernel's, which is masked where they are 0 if it has a mask."""
+    def _put_kernel(self, name: str, weights: np.ndarray) -> None:
+        """Replaces a kernel by masked weights; its mask, if it has one, removes the weights that are 0."""
         mask = self.arrays.get(f"masks/{name}/kernel")
         scale = 1.0 if mask is None else float(mask.max())
         if mask is not None:
@@ -240,7 +194,7 @@ class _Network:
         self._put(f"params/{name}/kernel", weights / scale)
 
     def _slice(self, space: int, kept: np.ndarray) -> None:
-        """Leaves the kept channels in all arrays that have an axis of the space's."""
+        """Keeps only the kept channels in all arrays that have an axis of the space."""
         for signal, node in enumerate(self._nodes):
             if isinstance(node, Linear):
                 for collection in ("params", "masks"):
@@ -255,34 +209,90 @@ class _Network:
                 for key in (key for key in self.arrays if key.partition("/")[2].startswith(f"{name}/")):
                     self.arrays[key] = self.arrays[key][..., kept]
 
-    def _drop_heads(self, node: Attention) -> bool:
-        """Takes out heads whose output is not read, or that give a constant: whether there were any.
+    def _drop_heads(self, name: str) -> bool:
+        """Removes heads of an attention module that are not read or have constant values; True if there were any.
 
-        The weights of attention sum to one, so a head whose values are biases alone gives these.
+        Attention weights sum to one, so a head whose values are only biases outputs these biases.
         """
-        out, values = self._weights(f"{node.name}/out"), self._weights(f"{node.name}/value")
-        bias = self._get(f"params/{node.name}/value/bias", 0)
+        out, values = (_masked_kernel(self.arrays, f"{name}/{layer}") for layer in ("out", "value"))
         kept = np.any(out, axis=(1, 2)) & np.any(values, axis=(0, 2))
         if not kept.any():
             kept[0] = True
         if kept.all():
             return False
+        bias = _get(self.arrays, f"params/{name}/value/bias", 0)
         shift = np.einsum("hs,hso->o", bias[~kept], out[~kept])
-        self._put(f"params/{node.name}/out/bias", self._get(f"params/{node.name}/out/bias", 0) + shift)
-        axes = {f"{layer}/{kind}": kind == "kernel" for layer in wiring.PROJECTIONS[:3] for kind in ("kernel", "bias")}
-        for name, axis in (axes | {"out/kernel": 0}).items():
-            for key in (f"{collection}/{node.name}/{name}" for collection in ("params", "masks")):
+        self._put(f"params/{name}/out/bias", _get(self.arrays, f"params/{name}/out/bias", 0) + shift)
+        for array, axis in _HEAD_AXES.items():
+            for key in (f"{collection}/{name}/{array}" for collection in ("params", "masks")):
                 if key in self.arrays:
-                    self.arrays[key] = np.compress(kept, self.arrays[key], axis=int(axis))
-        self.features[node.name] = int(kept.sum())
+                    self.arrays[key] = np.compress(kept, self.arrays[key], axis=axis)
+        self.features[name] = int(kept.sum())
         return True
 
 
-def _plan(uses: Sequence[_Use]) -> _Plan:
-    """Which channels of a space are kept, by all that read it.
+_HEAD_AXES = {
+    **{f"{layer}/kernel": 1 for layer in wiring.PROJECTIONS[:3]},
+    **{f"{layer}/bias": 0 for layer in wiring.PROJECTIONS[:3]},
+    "out/kernel": 0,
+}
+"""Axis of the heads in the arrays of an attention module."""
 
-    Of those that are constants wherever they are read, but cannot be folded everywhere, one can stand for the others.
-    It is the one whose constants are largest, and stands for those that it has a constant for.
+
+def _get(arrays: Arrays, name: str, default: float) -> np.ndarray:
+    return np.asarray(arrays.get(name, default), np.float64)
+
+
+def _masked_kernel(arrays: Arrays, name: str) -> np.ndarray:
+    """Kernel of a layer multiplied by its mask, in float64."""
+    return _get(arrays, f"params/{name}/kernel", 0) * _get(arrays, f"masks/{name}/kernel", 1)
+
+
+def _constants(node: wiring.Node, found: Sequence[np.ndarray], arrays: Arrays, image_channels: int) -> np.ndarray:
+    """Values of the constant channels that a node outputs, (channels,); NaN for channels that vary.
+
+    Args:
+        node: node of the wiring.
+        found: constants of all signals before the node.
+        arrays: arrays of the network.
+        image_channels: number of channels of the images.
+    """
+    match node:
+        case Input():
+            return np.full(image_channels, np.nan)
+        case Linear(source, name, zero_padded):
+            weights = _masked_kernel(arrays, name)
+            weights = weights.reshape(-1, len(found[source]), weights.shape[-1])
+            inputs = found[source]
+            varies = np.isnan(inputs) | (zero_padded & (inputs != 0))
+            total = np.where(varies, 0, inputs) @ weights.sum(axis=0) + _get(arrays, f"params/{name}/bias", 0)
+            return np.where(weights[:, varies].any(axis=(0, 1)), np.nan, total)
+        case BatchNorm(source, name, epsilon):
+            mean, var = (_get(arrays, f"batch_stats/{name}/{kind}", 0) for kind in ("mean", "var"))
+            scale, bias = _get(arrays, f"params/{name}/scale", 1), _get(arrays, f"params/{name}/bias", 0)
+            return (found[source] - mean) / np.sqrt(var + epsilon) * scale + bias
+        case Activation(source, function):
+            values = found[source].copy()
+            known = ~np.isnan(values)
+            with jax.enable_x64(True):
+                values[known] = function(jnp.asarray(values[known]))
+            return values
+        case Add(left, right):
+            return found[left] + found[right]
+        case Pool(source):
+            return found[source]
+        case Fixed(source):
+            return np.full(len(found[source]), np.nan)
+        case Attention(name=name):
+            return np.full(arrays[f"params/{name}/out/kernel"].shape[-1], np.nan)
+
+
+def _plan(uses: Sequence[_Use]) -> _Plan:
+    """Kept and merged channels of a space, from all layers that read it.
+
+    Channels that are constant for every reader, but cannot be folded for all of them, are merged into one channel: the
+    one with the largest constants. A channel is merged if the constant of that channel is nonzero wherever it is
+    needed.
     """
     removed = np.logical_and.reduce([use.can_fold for use in uses])
     if removed.all():
@@ -301,7 +311,7 @@ def _plan(uses: Sequence[_Use]) -> _Plan:
 
 
 def _slice_inputs(kernel: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """A kernel that reads the kept channels alone, of one position or of several."""
+    """A kernel without the inputs of removed channels; its input axis may hold several flattened positions."""
     *window, inputs, outputs = kernel.shape
     positions = inputs // len(kept)
     sliced = kernel.reshape(*window, positions, len(kept), outputs)[..., kept, :]

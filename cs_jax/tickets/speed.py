@@ -1,7 +1,7 @@
-"""What a ticket gains where it runs: its forms timed beside each other, with what they take and how far they agree.
+"""Inference speed of a ticket's forms on this device: dense, masked, shrunk, with and without folded BatchNorm.
 
-A mask saves nothing by itself, and what is sparse is often slower than what is dense. So nothing is promised: forms of
-one network are timed in turns in one process, and the dense one is recommended where no other is clearly faster.
+A mask alone saves no time. The forms are timed in turns in one process, and the dense form is recommended unless
+another form is clearly faster.
 """
 
 import functools
@@ -24,45 +24,45 @@ from cs_jax.tickets.shrink import shrink
 from cs_jax.tickets.ticket import LoadedTicket, save_ticket
 
 DENSE = "dense"
-"""What others are compared with: the network's layers without masks, whatever their weights are."""
+"""Reference form: the network with plain layers and masks multiplied in, as fast as the network before pruning."""
 
 CLEARLY = 0.95
-"""Share of the dense network's time below which a form is recommended: less may be noise."""
+"""Largest ratio to the time of the dense form at which a form is recommended; smaller gains may be noise."""
 
 LEAST_SECONDS = 0.02
-"""A measurement takes as many calls as this needs."""
+"""Minimum duration of a measurement: calls are repeated to reach it."""
 
 
 class Form(NamedTuple):
-    """One way to serve a ticket."""
+    """A way to serve a ticket."""
 
     apply: Callable[[Any, jax.Array], Any]  # logits of variables and normalised images
     variables: PyTree
-    num_bytes: int  # of its file
-    multiply_adds: int
+    num_bytes: int  # of its arrays; for the masked form, of the compact ticket file
+    multiply_adds: int  # per image
 
 
 class Measured(NamedTuple):
-    """A form at a batch size."""
+    """Measurements of a form at one batch size."""
 
     form: str
     batch_size: int
-    seconds: float  # of a call, the median
-    ratio: float  # to the dense form, the median of the ratios within each turn
-    lowest: float  # of these ratios
-    upper: float  # their third quartile
-    highest: float
-    peak_bytes: int  # that a call needs at once, its variables among them, by the compiler's own account
-    num_bytes: int  # of its file
-    multiply_adds: int  # of an image
-    difference: float  # of logits from those of the masked network, relative to the largest
+    seconds: float  # per call, median over turns
+    ratio: float  # of time to the dense form in the same turn, median over turns
+    lowest: float  # minimum of these ratios
+    upper: float  # third quartile
+    highest: float  # maximum
+    peak_bytes: int  # peak memory of a call with its variables, from the compiler's memory analysis
+    num_bytes: int  # see `Form`
+    multiply_adds: int  # per image
+    difference: float  # largest difference of logits from the masked form, relative to the largest logit
 
 
 def forms(ticket: LoadedTicket) -> dict[str, Form]:
-    """The forms that a ticket has, by their names.
+    """Forms of a ticket by name; the forms with folded BatchNorm only if the network has BatchNorm.
 
     Raises:
-        ConfigError: it names no model of `cs_jax.models`, or a mask keeps nothing of its layer.
+        ConfigError: the ticket has a custom model, or a mask keeps no weight of its layer.
     """
     model, variables, shape = ticket.known_network()
     networks = {"masked": (model, variables)}
@@ -89,13 +89,13 @@ def _compact_size(ticket: LoadedTicket) -> int:
 
 
 def measure(found: Mapping[str, Form], image_shape: Sequence[int], *, batch_size: int, repeats: int) -> list[Measured]:
-    """Every form at a batch size, in turns.
+    """Times every form at one batch size, in turns.
 
     Args:
         found: `forms` of a ticket.
-        image_shape: of one image, as in (32, 32, 3).
-        batch_size: images of a call.
-        repeats: turns; times are medians over them.
+        image_shape: shape of one image, for example (32, 32, 3).
+        batch_size: images per call, >= 1.
+        repeats: number of turns, >= 1; times are medians over turns.
     """
     images = jax.random.normal(jax.random.key(0), (batch_size, *image_shape))
     with for_serving():
@@ -116,6 +116,7 @@ def measure(found: Mapping[str, Form], image_shape: Sequence[int], *, batch_size
             lowest=min(ratios),
             upper=float(np.quantile(ratios, 0.75)),
             highest=max(ratios),
+            # On a CPU, serving convolutions call a library that hides its memory; training convolutions do not.
             peak_bytes=_peak_bytes(_compiled(form, images) if on_cpu else compiled[name]),
             num_bytes=form.num_bytes,
             multiply_adds=form.multiply_adds,
@@ -126,7 +127,7 @@ def measure(found: Mapping[str, Form], image_shape: Sequence[int], *, batch_size
 
 
 def _compiled(form: Form, images: jax.Array) -> Any:
-    """The program of a form, traced anew."""
+    """Compiled program of a form; always traced again, because `for_serving` changes the trace."""
     return jax.jit(lambda variables, images: form.apply(variables, images)).lower(form.variables, images).compile()
 
 
@@ -135,7 +136,7 @@ def _calls_in(seconds: float, call: Callable[[], Any]) -> int:
 
 
 def _seconds(call: Callable[[], Any], count: int) -> float:
-    """Seconds of a call, the mean of several in a row."""
+    """Mean seconds of `count` calls in a row."""
     started = time.perf_counter()
     for _ in range(count):
         jax.block_until_ready(call())
@@ -143,15 +144,16 @@ def _seconds(call: Callable[[], Any], count: int) -> float:
 
 
 def _peak_bytes(compiled: Any) -> int:
-    """What a program needs at once: on a CPU that of training, whose convolutions are no secret of a library."""
+    """Peak memory of a program, from the compiler's memory analysis."""
     analysis = compiled.memory_analysis()
     return analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes
 
 
 def recommend(rows: Sequence[Measured]) -> str:
-    """The form to serve at one batch size, in words: of those that are about as fast as the fastest, the smallest.
+    """Recommendation for one batch size: the smallest of the forms that are about as fast as the fastest.
 
-    Faster than the dense one is a form that was so in three turns of four, and clearly by the median.
+    A form counts as faster than the dense form if its median ratio is at most `CLEARLY`, and if it was faster in three
+    of four turns.
     """
     faster = [row for row in rows if row.ratio <= CLEARLY and row.upper < 1]
     if not faster:

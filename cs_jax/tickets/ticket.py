@@ -1,4 +1,4 @@
-"""Tickets as files: a trained sparse network in one safetensors file that can be checked, moved and served."""
+"""Ticket files: save and load a trained sparse network with its masks and metadata in one safetensors file."""
 
 import functools
 import math
@@ -26,23 +26,24 @@ from cs_jax.models.features import Features
 from cs_jax.models.multiply_adds import evaluation_mode
 from cs_jax.tickets import checks, file_format
 from cs_jax.tickets.checks import COLLECTIONS, REWOUND, Arrays
+from cs_jax.tickets.metadata import check, given_metadata
 
 
 class TicketError(ConfigError):
-    """A file is no ticket, is damaged, or is for another model; says which file and what is wrong, in one line."""
+    """A file that is not a ticket, is damaged or is for another model; one line with the file and the reason."""
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedTicket:
-    """What `load_ticket` found in a file.
+    """A ticket that `load_ticket` read from a file.
 
-    Arrays of 64 bits are NumPy's where JAX's 64-bit mode is off, because JAX would narrow them; all others are JAX's.
+    Arrays are JAX arrays. Without JAX's 64-bit mode, arrays of 64 bits are NumPy arrays, because JAX would narrow them.
     """
 
-    variables: dict[str, PyTree]  # "params", "batch_stats", "masks": what `model.apply` takes
-    rewound: dict[str, PyTree] | None  # "params", "batch_stats" before retraining; None where the file has none
-    model: nn.Module | None
-    metadata: dict[str, Any]
+    variables: dict[str, PyTree]  # "params", "batch_stats", "masks", for `model.apply`
+    rewound: dict[str, PyTree] | None  # "params", "batch_stats" before retraining; None if the file has none
+    model: nn.Module | None  # None if the file names no model and none was given
+    metadata: dict[str, Any]  # see `save_ticket`
 
     @property
     def density(self) -> float:
@@ -51,33 +52,33 @@ class LoadedTicket:
 
     @property
     def found_masks(self) -> PyTree:
-        """The masks without those of ones of weights that could not have been masked."""
+        """Masks without the all-ones masks of the weights that metadata lists as "unmasked"."""
         leaves = trees.leaves_by_path(self.variables["masks"])
         return trees.nest({path: mask for path, mask in leaves.items() if trees.name(path) in self.metadata["layers"]})
 
     def known_network(self) -> tuple[nn.Module, dict[str, PyTree], tuple[int, ...]]:
-        """Model, variables and shape of an image of a ticket of `cs_jax.models`.
+        """Model, variables and image shape (height, width, channels) of a ticket with a model of `cs_jax.models`.
 
         Raises:
-            ConfigError: its model is another.
+            ConfigError: the ticket has a custom model.
         """
         about = self.metadata.get("model") or {}
         if self.model is None or about.get("name") is None:
-            raise ConfigError("is of a model of its maker's own, wanted one of cs_jax.models: do that in Python")
+            raise ConfigError("ticket has a custom model; this command supports cs_jax.models only")
         return self.model, self.variables, tuple(about["image_shape"])
 
     def normalize(self, images: ArrayLike) -> jax.Array:
-        """Images as the model takes them: less the mean and divided by the deviation that it was trained with.
+        """Normalised images for the model: (images - mean) / std, with the constants of its training.
 
         Args:
-            images: (n, height, width, channels), in units of a pixel, 0 to 255.
+            images: (n, height, width, channels), pixel values from 0 to 255.
 
         Raises:
-            ConfigError: the ticket does not say how its images were normalised.
+            ConfigError: the metadata have no "normalization".
         """
         constants = self.metadata.get("normalization")
         if constants is None:
-            raise ConfigError("the ticket has no normalization: wanted one in the metadata that it was saved with")
+            raise ConfigError("metadata: normalization: missing; save the ticket with it")
         return normalize(jnp.asarray(images), *(jnp.asarray(constants[name], float) for name in ("mean", "std")))
 
 
@@ -91,40 +92,41 @@ def save_ticket(
     metadata: Mapping[str, Any],
     compact: bool = False,
 ) -> None:
-    """Writes a ticket, all of it or nothing: a failure leaves what was at `path` before.
+    """Writes a ticket atomically: a failure leaves the earlier file at `path` unchanged.
 
-    A trained weight that its mask removes is stored as 0, so that both forms load to the same bits; rewound weights
-    are stored whole, because random and reshuffled controls need them. Empty dictionaries are not kept.
+    Trained weights that the mask removes are stored as 0, so that the full and the compact form load to the same bits.
+    Rewound weights are stored whole, because random and reshuffled controls need them. Empty dictionaries are dropped.
 
     Args:
-        path: file to write, replaced where it exists; its folder must exist.
-        params: trained weights, nested dictionaries of arrays, floats or integers of up to 64 bits.
-        batch_stats: state beside the weights, alike; {} where there is none.
-        masks: hard masks under the paths of their weights, of the same shapes and dtypes; entries are 0 or one scale
-            that is common to all. A weight that is never masked is absent.
-        rewound: "params" and "batch_stats" like those above, before retraining; None if there are none.
-        metadata: what else to keep, JSON values. These keys have a meaning, and may all be left out: "model" ("name" in
-            `cs_jax.models.MODELS`, or None for a model of your own; "num_classes"; "image_shape"; "dtype", in which it
-            computes, float32 if that is left out, or bfloat16; "features" of layers that have others than their
-            family's, as `shrink` leaves them), "config",
-            "dataset", "classes", "normalization" ("mean", "std"), "accuracy" (shares in [0, 1]), "versions",
-            "unmasked" (names of weights that the model masks, but the ticket does not: their masks are ones, and are
-            not stored) and "mask_scale", which is needed where no mask keeps anything. Paths, hosts and times do not
-            belong here. What this function writes itself, it writes anew: a loaded ticket's metadata can be given as
-            they are.
-        compact: for serving: store kept weights alone, without the rewound network.
+        path: file to write; replaced if it exists. Its folder must exist.
+        params: trained weights; nested dictionaries of float or integer arrays of up to 64 bits.
+        batch_stats: BatchNorm or other model state, nested dictionaries of the same kind; {} if there is none.
+        masks: hard masks with the paths, shapes and dtypes of their weights. Entries are 0 or one scale that all masks
+            share. A weight that is never masked is absent.
+        rewound: "params" and "batch_stats" before retraining, with the structure of the trained ones; None if unknown.
+        metadata: JSON values. Keys with a meaning, all optional: "model" (see below), "config" (settings of the run),
+            "dataset", "classes" (names), "normalization" ("mean" and "std", a list of numbers by channel), "accuracy"
+            (shares in [0, 1] by name), "versions", "unmasked" (names of weights that the model masks but the ticket
+            does not; their masks are ones and are not stored) and "mask_scale" (required if all masks are empty). Do
+            not store paths, hosts or times. Keys that this function writes itself are ignored, so the metadata of a
+            loaded ticket can be passed unchanged.
+        compact: store only kept weights, without the rewound network, for serving.
+
+    "model" is a dictionary of "name" (in `cs_jax.models.MODELS`, None for a custom model), "num_classes", "image_shape"
+    (height, width, channels), "dtype" of its computations (float32, the default, or bfloat16) and "features" (widths of
+    layers that `shrink` changed, by name).
 
     Raises:
-        ConfigError: arrays, masks or metadata cannot be a ticket, or do not fit the model that they name.
+        ConfigError: arrays, masks or metadata are not a valid ticket, or do not fit the model in the metadata.
         OSError: the file cannot be written; no temporary file is left.
     """
     leaves = file_format.leaves(params, "params") | file_format.leaves(batch_stats, "batch_stats")
     if rewound is not None:
         if not isinstance(rewound, Mapping) or set(rewound) != {"params", "batch_stats"}:
-            raise ConfigError(f"rewound: got {reprlib.repr(rewound)}, wanted 'params' and 'batch_stats'")
+            raise ConfigError(f"rewound {reprlib.repr(rewound)}: must have the keys params and batch_stats only")
         for collection, tree in rewound.items():
             leaves |= file_format.leaves(tree, REWOUND + collection)
-    given = checks.given_metadata(metadata)
+    given = given_metadata(metadata)
     scaled = _without_unmasked(file_format.leaves(masks, "masks"), given)
     arrays, written = file_format.pack(leaves, scaled, given.get("mask_scale"), compact=compact)
     about = given | written
@@ -134,30 +136,30 @@ def save_ticket(
 
 
 def _without_unmasked(masks: Arrays, given: Mapping[str, Any]) -> Arrays:
-    """Masks without those of ones that the metadata name."""
+    """Masks without the all-ones masks that metadata lists as "unmasked"."""
     names = {f"masks/{name}" for name in given.get("unmasked") or ()}
     for name in names & masks.keys():
         if (masks[name] != 1).any():
-            raise ConfigError(f"{name}: got other entries than 1, wanted ones, as metadata say that it is unmasked")
+            raise ConfigError(f"{name}: entries must be 1, because metadata lists it as unmasked")
     return {name: mask for name, mask in masks.items() if name not in names}
 
 
 def load_ticket(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> LoadedTicket:
-    """The network in a file that `save_ticket` wrote, bit for bit; checked before anything is made of it.
+    """Reads a ticket that `save_ticket` wrote, bit for bit, after checking the file.
 
-    Its hash tells damage, not forgery: anyone can make a ticket. A file that was made to harm is refused, or gives a
-    network like any other; no code is ever run from it.
+    The hash detects damage, not forgery: anyone can write a ticket. A hostile file is refused or loads as an ordinary
+    network; no code from a file is executed.
 
     Args:
-        path: the file, in either form.
-        model: the module to serve with; by default the one of `cs_jax.models` that the file names. The ticket is
-            checked against it, if the metadata has the "image_shape" to initialise it with.
+        path: file in the full or the compact form.
+        model: custom module of the ticket; default: the model of `cs_jax.models` in the metadata. The ticket is checked
+            against the module if the metadata have an "image_shape".
 
     Returns:
-        The ticket; its `model` is None where the file names none and none was given.
+        The ticket. Its `model` is None if the metadata name no model and none was given.
 
     Raises:
-        TicketError: there is no such file, it is no ticket, it is damaged, or it does not fit the model.
+        TicketError: the file does not exist, is not a ticket, is damaged, or does not fit the model.
     """
     try:
         arrays, about = file_format.read(Path(path))
@@ -169,14 +171,14 @@ def load_ticket(path: str | os.PathLike[str], *, model: nn.Module | None = None)
     except ConfigError as error:
         raise TicketError(f"{path}: {error}") from error
     except MemoryError as error:
-        raise TicketError(f"{path}: got more than fits into memory") from error
+        raise TicketError(f"{path}: does not fit into memory") from error
     variables = {collection: _nest(arrays, collection + "/") for collection in COLLECTIONS}
     rewound = {collection: _nest(arrays, REWOUND + collection + "/") for collection in ("params", "batch_stats")}
     return LoadedTicket(variables, rewound if rewound["params"] else None, model, about)
 
 
 def _to_jax(array: np.ndarray) -> Any:
-    """The array on JAX's default device, or as it is where JAX would narrow it."""
+    """The array on JAX's default device, or unchanged if JAX would narrow its dtype."""
     return jnp.asarray(array) if jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype else array
 
 
@@ -186,15 +188,16 @@ def _nest(arrays: Mapping[str, Any], prefix: str) -> PyTree:
 
 
 def _check_model(about: Mapping[str, Any], arrays: Arrays, model: nn.Module | None) -> nn.Module | None:
-    """The model that was given or is named, after a look whether it has the ticket's leaves; None if there is none."""
+    """The given model, or the model in the metadata, after comparing its leaves with the ticket; None without one."""
     entry = about.get("model") or {}
     name, image_shape = entry.get("name"), tuple(entry.get("image_shape") or ())
     if model is not None:
         name, wanted = type(model).__name__, shapes_of(model, image_shape) if image_shape else None
     elif name is not None:
-        checks.check("model", name, name in MODELS, one_of(name, MODELS))
+        check("metadata: model.name", name, name in MODELS, f"must be {one_of(name, MODELS)}")
         dtype = entry.get("dtype") or "float32"
-        checks.check("model dtype", dtype, dtype == "float32" or has_field(name, "dtype"), f"float32, as {name} has")
+        supported = dtype == "float32" or has_field(name, "dtype")
+        check("metadata: model.dtype", dtype, supported, f"must be float32, the only dtype of {name}")
         features = entry.get("features") or {}
         _check_features(name, features, arrays)
         model, wanted = _known_model(name, entry["num_classes"], image_shape, dtype, FrozenDict(features))
@@ -202,23 +205,24 @@ def _check_model(about: Mapping[str, Any], arrays: Arrays, model: nn.Module | No
         return None
     if wanted is not None:
         got = {key: (array.shape, _kind(array.dtype)) for key, array in arrays.items() if not key.startswith(REWOUND)}
-        for layer, masked in about["layers"].items():  # packed, or only the kept weights
+        for layer, masked in about["layers"].items():  # stored packed, or as kept weights only
             got["params/" + layer] = got["masks/" + layer] = (tuple(masked["shape"]), "floats")
         got |= {"masks/" + name: got["params/" + name] for name in about.get("unmasked") or ()}
-        checks.check_same_shapes("ticket's", got, wanted, f"model {name}")
+        checks.check_same_shapes("array", got, wanted, f"model {name}")
     return model
 
 
 def _check_features(name: str, features: Features, arrays: Arrays) -> None:
-    """Raises unless a model has the layers whose features are told."""
-    checks.check("model features", features, not features or has_field(name, "features"), f"none, as {name} has")
+    """Raises unless the model supports other layer widths and the ticket has the layers that have them."""
+    supported = not features or has_field(name, "features")
+    check("metadata: model.features", features, supported, f"must be empty, {name} has fixed layer widths")
     for layer in features:
         known = any(key.startswith(f"params/{layer}/") for key in arrays)
-        checks.check("model features", layer, known, "layers that the ticket has")
+        check("metadata: model.features", layer, known, "must be a layer of the ticket")
 
 
 def _kind(dtype: DTypeLike) -> str:
-    """ "floats", in any precision, or the dtype."""
+    """ "floats" for any float dtype, otherwise the name of the dtype."""
     return "floats" if jnp.issubdtype(dtype, jnp.floating) else str(dtype)
 
 
@@ -226,12 +230,13 @@ def _kind(dtype: DTypeLike) -> str:
 def _known_model(
     name: str, num_classes: int, image_shape: tuple[int, ...], dtype: str, features: Features
 ) -> tuple[nn.Module, dict[str, tuple]]:
+    """A model of `cs_jax.models` and `shapes_of` it; cached, because tracing its initialisation is slow."""
     model = build(name, num_classes=num_classes, dtype=dtype, features=features)
     return model, shapes_of(model, image_shape)
 
 
 def shapes_of(model: nn.Module, image_shape: tuple[int, ...]) -> dict[str, tuple]:
-    """Shape and kind of every leaf by name; nothing is allocated."""
+    """Shape and kind of every leaf by name, "params/conv0/kernel"; no array is allocated."""
     try:
         variables = jax.eval_shape(
             lambda: nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), **evaluation_mode(model)))
@@ -239,7 +244,7 @@ def shapes_of(model: nn.Module, image_shape: tuple[int, ...]) -> dict[str, tuple
     except (TypeError, ValueError, ArithmeticError, LookupError, NotImplementedError, FlaxError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            f"model: got {type(model).__name__}, which takes no images of shape {image_shape}: {reason}"
+            f"model {type(model).__name__}: does not accept images of shape {image_shape}: {reason}"
         ) from error
     shapes = {}
     for collection in COLLECTIONS:
@@ -250,10 +255,10 @@ def shapes_of(model: nn.Module, image_shape: tuple[int, ...]) -> dict[str, tuple
 
 
 def dense_sizes(ticket: LoadedTicket) -> dict[str, int]:
-    """Entries of all arrays of "params" and "batch_stats" in the dense network, by name, "params/conv0/kernel".
+    """Number of entries of each array of "params" and "batch_stats" in the dense network, by name.
 
-    For a ticket that was shrunk this is the network of its family that nothing was taken out of; for one of a model of
-    its maker's own it is that model.
+    For a shrunk ticket the dense network is the model of its family before shrinking. For a custom model it is the
+    ticket's own network. A name is like "params/conv0/kernel".
     """
     entry = ticket.metadata.get("model") or {}
     if entry.get("name") is None:

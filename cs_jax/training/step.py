@@ -216,8 +216,8 @@ def loss_fn(
 
     Args:
         recipe: model and mask function.
-        params: weights; replace those of `state`.
-        scores: replace those of `state`; {} uses the fixed masks of `state`.
+        params: weights, used in place of `state.params`.
+        scores: used in place of `state.scores`; {} uses `state.masks`.
         state: gives "batch_stats" and fixed masks.
         inputs: the batch.
 

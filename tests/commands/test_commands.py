@@ -76,7 +76,7 @@ def test_each_command_has_a_help_of_its_own(name: str, capsys: pytest.CaptureFix
         (["ticket", "nowhere"], "python -m cs_jax ticket: error: nowhere: "),
         (["verify", "nowhere", "digits"], "python -m cs_jax verify: error: nowhere: "),
         (["report", "nowhere"], "python -m cs_jax report: error: "),
-        (["train", "--epoch", "3"], "python -m cs_jax train: error: Unrecognized options: --epoch"),
+        (["train", "--epoch", "3"], "python -m cs_jax train: error: --epoch: unknown flag (did you mean --epochs?)"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(
@@ -99,7 +99,7 @@ def test_verify_measures_the_accuracy_that_was_recorded(run: Path, capsys: pytes
     assert main(["verify", str(run / TICKET_FILE), "digits", "--batch-size", "100"]) == 0
     accuracy = json.loads((run / "summary.json").read_text())["ticket"]["test_accuracy"]
     line = capsys.readouterr().out
-    assert f"accuracy on the test set of digits {accuracy:.2%}, recorded {accuracy:.2%}" in line
+    assert f"test accuracy on digits {accuracy:.2%}, recorded {accuracy:.2%}" in line
 
 
 def test_verify_takes_the_name_of_a_preset_for_its_data(
@@ -124,17 +124,17 @@ def test_verify_tells_an_accuracy_that_is_not_the_recorded_one(
     assert main(["verify", str(other), "digits"]) == 1
     shown = capsys.readouterr()
     assert "recorded 25.00%" in shown.out
-    assert shown.err.startswith("python -m cs_jax verify: error: ") and "is not the recorded one, 25.00%" in shown.err
+    assert shown.err.startswith("python -m cs_jax verify: error: ") and "differs from the recorded 25.00%" in shown.err
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model": None}, "is of a model of its maker's own, wanted a ticket that train.py wrote"),
-        ({"normalization": None}, "wanted a ticket that train.py wrote"),
+        ({"model": None}, "custom model or no normalization; this command supports tickets of train.py only"),
+        ({"normalization": None}, "this command supports tickets of train.py only"),
         (
             {"model": {"name": "lenet300100", "num_classes": 10, "image_shape": [4, 16, 1]}, "classes": None},
-            "is for images of shape (4, 16, 1), but digits has images of shape (8, 8, 1)",
+            "ticket for images of shape (4, 16, 1); digits has images of shape (8, 8, 1)",
         ),
     ],
 )
@@ -230,7 +230,7 @@ def test_sigterm_saves_and_exits_with_143_and_the_run_goes_on(tmp_path: Path) ->
         _, error = process.communicate(timeout=60)
     assert time.monotonic() - asked < 10
     assert process.returncode == 143
-    assert error == "python -m cs_jax train: interrupted by SIGTERM; saved: go on with --resume run\n"
+    assert error == "python -m cs_jax train: interrupted by SIGTERM; saved: resume with --resume run\n"
     epochs = (tmp_path / "run" / METRICS_FILE).read_text().count("\n")
     command = [sys.executable, "-m", "cs_jax", "train", "--resume", "run"]
     again = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
@@ -238,7 +238,7 @@ def test_sigterm_saves_and_exits_with_143_and_the_run_goes_on(tmp_path: Path) ->
     first = again.stdout.readline()
     again.kill()
     again.communicate()
-    assert re.fullmatch(rf"goes on from search 0, epoch {epochs}, step \d+\n", first)
+    assert re.fullmatch(rf"resuming search 0 at epoch {epochs}, step \d+\n", first)
 
 
 @pytest.mark.parametrize("gap", [0.02, 0.1])
@@ -248,7 +248,7 @@ def test_a_second_sigterm_does_not_lose_the_save(gap: float, tmp_path: Path) -> 
         time.sleep(gap)
         process.send_signal(signal.SIGTERM)
         _, error = process.communicate(timeout=60)
-    assert error.endswith("interrupted by SIGTERM; saved: go on with --resume run\n")
+    assert error.endswith("interrupted by SIGTERM; saved: resume with --resume run\n")
     assert process.returncode == 143
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("0*") if path.suffix == ""] != []
 
@@ -395,7 +395,7 @@ def test_without_a_checkpoint_a_run_begins_again_and_says_so(
     folder = unfinished(run, tmp_path)
     shutil.rmtree(folder / "checkpoints")
     assert main(["train", "--resume", str(folder)]) == 0
-    assert "there is no checkpoint yet: begins from the start\n" in capsys.readouterr().out
+    assert "no checkpoint yet: starting from scratch\n" in capsys.readouterr().out
     assert (folder / TICKET_FILE).read_bytes() == (run / TICKET_FILE).read_bytes()
     assert (folder / SCORES_FILE).read_bytes() == (run / SCORES_FILE).read_bytes()
 
@@ -462,9 +462,9 @@ def test_a_run_goes_on_with_other_versions_and_says_so(
     stored["versions"] |= {"optax": "0.0.1", "cores": "1000"}
     (folder / "config.json").write_text(json.dumps(stored))
     assert main(["train", "--resume", str(folder)]) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("goes on with")]
-    assert re.fullmatch(r"goes on with optax [\d.]+, began with 0.0.1: figures may .*", lines[0])
-    assert re.fullmatch(r"goes on with cores \d+, began with 1000: figures may .*", lines[1]) and len(lines) == 2
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resuming with")]
+    assert re.fullmatch(r"resuming with optax [\d.]+, started with 0.0.1: results may .*", lines[0])
+    assert re.fullmatch(r"resuming with cores \d+, started with 1000: results may .*", lines[1]) and len(lines) == 2
 
 
 def test_a_run_does_not_go_on_with_other_data(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,7 +82,7 @@ def test_a_strange_name_leaves_the_message_one_short_line(value: Any, message: s
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize("name", ["a\nb", "a\x1b", "a - at `$.name", "x" * 9000])
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b", "a\udc80", "a - at `$.name", "x" * 9000])
 def test_an_unknown_field_of_a_strange_name_is_one_short_line(name: str) -> None:
     with pytest.raises(ConfigError) as error:
         convert({**network(), name: 1}, Network, "file")

@@ -21,6 +21,7 @@ from cs_jax.data.load import fingerprint, load_data, load_test
 from cs_jax.data.split import STATISTICS, split_validation
 from cs_jax.experiment import presets
 from cs_jax.experiment.config import Config
+from cs_jax.experiment.prepare import prepare as prepare_experiment
 
 DIGITS = presets.PRESETS["digits"]
 
@@ -109,7 +110,7 @@ def test_max_train_examples_takes_from_what_validation_leaves() -> None:
 
 def test_a_batch_larger_than_the_data_is_refused() -> None:
     with pytest.raises(ConfigError, match="--batch-size 64: must be at most 20, the number of training examples"):
-        load_data(dataclasses.replace(DIGITS, max_train_examples=20))
+        prepare_experiment(dataclasses.replace(DIGITS, max_train_examples=20))
 
 
 @pytest.fixture

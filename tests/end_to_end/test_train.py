@@ -23,11 +23,11 @@ from cs_jax import apply_masks
 from cs_jax.commands import parser
 from cs_jax.data.load import fingerprint
 from cs_jax.experiment import pipeline, prepare, search
+from cs_jax.experiment.experiment import Experiment
 from cs_jax.experiment.observers.interrupts import Interrupts, Stopped
 from cs_jax.experiment.observers.terminal import ProgressDisplay
-from cs_jax.experiment.progress import Observer
 from cs_jax.experiment.storage.paths import CONTROLS_FILE, TICKET_FILE
-from cs_jax.experiment.storage.run_directory import opened
+from cs_jax.experiment.storage.run_directory import open_run_directory
 
 ROOT = Path(train.__file__).parent
 QUICK = "--model lenet300100 --epochs 2 --rounds 2 --rewind-epoch 1 --lr 0.01".split()
@@ -107,9 +107,9 @@ def test_test_accuracy_is_that_of_the_retrained_ticket_on_the_test_set(
     states = []
     retrain = search.retrain
     monkeypatch.setattr(search, "retrain", lambda *args, **kwargs: states.append(retrain(*args, **kwargs)) or states[0])
-    with opened(settings, new=True) as directory:
+    with open_run_directory(settings, new=True) as directory:
         directory.begin(fingerprint(data))
-        summary = pipeline.run(settings, problem, data, directory, Observer())
+        summary = pipeline.run(Experiment(settings, problem, data=data, directory=directory))
     weights = jax.tree.map(np.asarray, apply_masks(states[0].params, states[0].masks))
     x = (np.asarray(data.test.images, np.float32) - np.asarray(data.test.mean)) / np.asarray(data.test.std)
     x = x.reshape(360, -1)
@@ -125,9 +125,9 @@ def test_a_terminal_shows_the_bar_with_step_and_loss(tmp_path: Path) -> None:
     terminal = Console(file=shown, force_terminal=True, width=100)
     settings = parser.parse([*QUICK, "--controls", "--out", str(tmp_path / "run")])
     problem, data = prepare.prepare(settings)
-    with opened(settings, new=True) as directory, ProgressDisplay(terminal, total_epochs=6) as display:
+    with open_run_directory(settings, new=True) as directory, ProgressDisplay(terminal, total_epochs=6) as display:
         directory.begin(fingerprint(data))
-        pipeline.run(settings, problem, data, directory, display)
+        pipeline.run(Experiment(settings, problem, display, data=data, directory=directory))
     text = shown.getvalue()
     assert re.search(r"search 0 epoch 0 step \d+/20 loss \d\.\d{4}", text)
     assert re.search(r"ticket +1 +\d\.\d{4}", text)
@@ -221,8 +221,8 @@ def test_cifar10_from_the_prepared_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["digit"], "preset: got 'digit', wanted one of"),
-        (["--epochs", "none"], "--epochs: got none, wanted a whole number"),
+        (["digit"], "preset digit: must be one of digits, "),
+        (["--epochs", "none"], "--epochs none: must be a whole number"),
         (["--val-set-size", "1437"], "--val-set-size 1437: must be less than 1437, the number of training examples"),
         (["--batch-size", "1258"], "--batch-size 1258: must be at most 1257, the number of training examples"),
         (["--dataset", "imagenet", "--data-dir", "."], "--dataset 'imagenet': must be digits or a name in"),
@@ -363,7 +363,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, capsys: pytest.
 def test_an_unknown_flag_ends_the_process_with_exit_code_2(tmp_path: Path) -> None:
     result = run_script("--epoch", "3", cwd=tmp_path)
     assert result.returncode == 2
-    assert result.stderr.startswith("train.py: error: Unrecognized options: --epoch, 3 Perhaps you meant: --epochs INT")
+    assert result.stderr.startswith("train.py: error: --epoch: unknown flag (did you mean --epochs?)")
     assert result.stderr.count("\n") == 1
     assert (result.stdout, list(tmp_path.iterdir())) == ("", [])
 
@@ -377,5 +377,5 @@ def test_an_interrupt_ends_the_process_with_one_line(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert error == "train.py: interrupted by SIGINT; saved: go on with --resume run\n"
+    assert error == "train.py: interrupted by SIGINT; saved: resume with --resume run\n"
     assert len(read_metrics(tmp_path / "run")) >= 1

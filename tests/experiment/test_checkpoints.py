@@ -24,9 +24,11 @@ from cs_jax.experiment import search
 from cs_jax.experiment.config import SEARCH, TICKET, Config
 from cs_jax.experiment.progress import EpochRecord, Observer, Observers, Progress
 from cs_jax.experiment.search import NonFiniteLossError
-from cs_jax.experiment.storage import checkpoint_integrity, checkpoints
+from cs_jax.experiment.storage import checkpoint_integrity, checkpoint_layout, checkpoints
 from cs_jax.experiment.storage.checkpoint_integrity import CheckpointError
-from cs_jax.experiment.storage.checkpoints import Checkpoints, DamagedCheckpointWarning
+from cs_jax.experiment.storage.checkpoint_reader import DamagedCheckpointWarning
+from cs_jax.experiment.storage.checkpoint_writer import CheckpointWriter
+from cs_jax.experiment.storage.checkpoints import Checkpoints
 from cs_jax.methods.controls import DENSE
 from cs_jax.training.problem import Problem
 from cs_jax.training.step import Recipe
@@ -151,13 +153,12 @@ def test_between_two_checkpoints_is_the_time_that_was_asked_for_but_a_phase_ends
     assert names(tmp_path) == ["00002-000000", "00004-000000", "00006-000000", "snapshot"]
 
 
-class Unhurried(Checkpoints):
-    """Ends every save before the run goes on, so that none is left out for being too soon."""
+class WaitingWriter(CheckpointWriter):
+    """Waits for every save, so that no later save is skipped because one is running."""
 
-    def _start(self, *arguments: Any) -> None:
-        super()._start(*arguments)
-        assert self._pending is not None
-        self._pending.result()
+    def start(self, *arguments: Any) -> None:
+        super().start(*arguments)
+        self.wait()
 
 
 @pytest.mark.parametrize(
@@ -167,8 +168,9 @@ def test_checkpoint_steps_are_the_steps_inside_an_epoch(
     problem: Problem, tmp_path: Path, steps: int, inside: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints, "MAX_WAIT", math.inf)
+    monkeypatch.setattr(checkpoints, "CheckpointWriter", WaitingWriter)
     config = dataclasses.replace(CONFIG, keep=99, checkpoint_steps=steps, rounds=1, target_density=None)
-    with Unhurried(config, problem, tmp_path) as saved:
+    with Checkpoints(config, problem, tmp_path) as saved:
         run(config, problem, None, saved)
     ends = [f"{epoch:05d}-000000" for epoch in range(1, 5)]
     assert names(tmp_path) == sorted(ends + [f"{epoch:05d}-{step}" for epoch in range(4) for step in inside]) + [
@@ -176,26 +178,28 @@ def test_checkpoint_steps_are_the_steps_inside_an_epoch(
     ]
 
 
-class Slow(Checkpoints):
-    def _start(self, *arguments: Any) -> None:
+class SlowWriter(CheckpointWriter):
+    def start(self, *arguments: Any) -> None:
         time.sleep(0.5)
-        super()._start(*arguments)
+        super().start(*arguments)
 
 
-def test_saves_that_take_long_come_less_often(problem: Problem, tmp_path: Path) -> None:
-    """Half a second may be waited for once in 25: after the first save only ends have one."""
+def test_saves_that_take_long_come_less_often(
+    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wait of 0.5 s is allowed once in 25 s: after the first save, only the ends of phases are saved."""
+    monkeypatch.setattr(checkpoints, "CheckpointWriter", SlowWriter)
     config = dataclasses.replace(CONFIG, keep=99, target_density=None)
-    with Slow(config, problem, tmp_path) as saved:
+    with Checkpoints(config, problem, tmp_path) as saved:
         run(config, problem, None, saved)
     assert names(tmp_path) == ["00000-000001", "00002-000000", "00004-000000", "00006-000000", "snapshot"]
     assert saved.waited >= 2.0
 
 
-def test_checkpoints_are_ordered_by_number(problem: Problem, tmp_path: Path) -> None:
+def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
     for name in ("00002-1000000", "00002-999900", "100000-000001", "99999-000001", "00002-999901.partial"):
         (tmp_path / name).mkdir()
-    with Checkpoints(CONFIG, problem, tmp_path) as saved:
-        found = [path.name for path in saved._all()]
+    found = [path.name for path in checkpoint_layout.list_checkpoints(tmp_path)]
     assert found == ["00002-999900", "00002-1000000", "99999-000001", "100000-000001"]
 
 
@@ -263,7 +267,7 @@ def test_a_checkpoint_with_any_change_is_found_and_the_one_before_is_used(proble
 def test_a_damaged_checkpoint_is_told_and_removed_and_an_earlier_one_is_used(problem: Problem, folder: Path) -> None:
     (folder / "00001-000002" / "progress.json").write_text("{}")
     (folder / "00001-000003.partial").mkdir()
-    told = r"checkpoint 00001-000002 is damaged \(progress.json has changed\): going on from 00001-000001"
+    told = r"checkpoint 00001-000002 is damaged \(progress.json has changed\); resuming from 00001-000001$"
     with Checkpoints(CONFIG, problem, folder) as saved, pytest.warns(DamagedCheckpointWarning, match=told):
         progress = saved.restore()
     assert progress is not None and (progress.epoch, progress.step) == (1, 1)
@@ -293,13 +297,16 @@ def test_a_snapshot_of_another_run_is_refused(problem: Problem, folder: Path, tm
     stopped_at(CONFIG, other, tmp_path / "other", 10)
     shutil.rmtree(folder / "snapshot")
     shutil.copytree(tmp_path / "other" / "snapshot", folder / "snapshot")
-    with Checkpoints(CONFIG, problem, folder) as saved, pytest.raises(ConfigError, match="snapshot: of another run"):
+    with (
+        Checkpoints(CONFIG, problem, folder) as saved,
+        pytest.raises(ConfigError, match="its snapshot: belongs to another"),
+    ):
         saved.restore()
 
 
 def test_a_checkpoint_of_another_network_is_refused(problem: Problem, folder: Path, lenet: Recipe) -> None:
     wider = dataclasses.replace(problem, recipe=dataclasses.replace(lenet, model=lenet.model.clone(num_classes=5)))
-    told = r"00001-000002 is of another network: \S+/bias is float32\[4\], not float32\[5\]$"
+    told = r"checkpoint 00001-000002 belongs to another network: \S+/bias is float32\[4\], must be float32\[5\]$"
     with Checkpoints(CONFIG, wider, folder) as saved, pytest.raises(ConfigError, match=told):
         saved.restore()
 
@@ -343,7 +350,7 @@ def test_a_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(
     with open(filler, "wb") as file, contextlib.suppress(OSError):
         while True:
             os.write(file.fileno(), bytes(1024))
-    told = "^checkpoint 0000[12]-00000. cannot be saved: No space left on device; those before it are whole$"
+    told = "^checkpoint 0000[12]-00000.: cannot be saved: No space left on device; earlier checkpoints are complete$"
     with pytest.raises(CheckpointError, match=told), Checkpoints(config, problem, folder) as saved:
         run(config, problem, saved.restore(), saved)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
@@ -363,7 +370,7 @@ def test_a_file_that_cannot_be_read_is_damage_too(
 
     read = checkpoint_integrity.file_hash
     monkeypatch.setattr(checkpoint_integrity, "file_hash", broken)
-    told = r"00001-000002 is damaged \(progress.json cannot be read: Input/output error\): going on from 00001-000001"
+    told = r"00001-000002 is damaged \(progress.json cannot be read: Input/output error\); resuming from 00001-000001$"
     with Checkpoints(CONFIG, problem, folder) as saved, pytest.warns(DamagedCheckpointWarning, match=told):
         saved.restore()
 

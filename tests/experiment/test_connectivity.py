@@ -1,4 +1,4 @@
-"""The line between two networks, and between two trainings of a run's ticket."""
+"""Error and loss on the line between two networks, and between two retrainings of a ticket."""
 
 import dataclasses
 import io
@@ -70,8 +70,8 @@ def test_both_ends_are_exact_to_the_bit_and_equal_entries_stay(dtype: Any) -> No
     [
         ({"a": np.ones(2)}, 1.1, r"share 1\.1: must be in \[0, 1\]"),
         ({"a": np.ones(2)}, float("nan"), r"share nan: must be in \[0, 1\]"),
-        ({"a": np.ones(3)}, 0.0, r"others 'a': got shape \(3,\), wanted shape \(2,\)"),
-        ({}, 1.0, r"others 'a': got nothing, wanted shape \(2,\)"),
+        ({"a": np.ones(3)}, 0.0, r"others 'a' of shape \(3,\): must have shape \(2,\)"),
+        ({}, 1.0, r"others 'a': missing; must have shape \(2,\)"),
         ({"a": np.ones(2, np.float32)}, 0.5, "others 'a' of dtype float32: must have dtype float64"),
         ({"a": np.ones(2, int)}, 0.5, "weights 'a' of dtype int64: must have a float dtype"),
     ],
@@ -83,7 +83,7 @@ def test_what_cannot_be_interpolated_is_refused(others: Any, share: float, text:
 
 @pytest.mark.parametrize("start, end", [(1.0, np.ones(())), (np.ones(()), 1.0)])
 def test_a_number_that_is_no_array_is_not_interpolated(start: Any, end: Any) -> None:
-    with pytest.raises(ValueError, match="^weights 'a': got 1.0, wanted a float array$"):
+    with pytest.raises(ValueError, match="^weights 'a' 1.0: must be a float array$"):
         connectivity.interpolate({"a": start}, {"a": end}, 0.5)
 
 
@@ -149,8 +149,7 @@ def magnitude_network(first: int, second: int) -> dict[str, Any]:
     ],
 )
 def test_a_note_names_what_is_highest_at_an_end(errors: list[float], losses: list[float], said: str) -> None:
-    points = [{"error": error, "loss": loss} for error, loss in zip(errors, losses, strict=True)]
-    assert connectivity.barrier_note(points) == said
+    assert connectivity.barrier_note(errors, losses) == said
 
 
 def test_swapped_hidden_units_are_the_same_network_behind_a_barrier() -> None:
@@ -305,7 +304,7 @@ def test_ends_of_two_networks_are_refused_by_name() -> None:
     one = normalized_end(1.0, 0.0, 0.0, 1.0)
     other = one._replace(batch_stats={"norm": {"mean": jnp.zeros(2), "var": jnp.ones(3)}})
     images = pixels([[1, 1]], [0])
-    with pytest.raises(ConfigError, match=r"^others 'norm/var': got shape \(3,\), wanted shape \(2,\)$"):
+    with pytest.raises(ConfigError, match=r"^others 'norm/var' of shape \(3,\): must have shape \(2,\)$"):
         connectivity.connect(Line(Normalized(), (one, other), {}), images, images, batch_size=1)
 
 
@@ -404,11 +403,11 @@ def compacted(run: Path) -> None:
 @pytest.mark.parametrize(
     "change, words, text",
     [
-        (lambda run: (run / "config.json").unlink(), [], "which holds no run, wanted a folder with config.json"),
+        (lambda run: (run / "config.json").unlink(), [], ": not a run directory; it has no config.json"),
         (lambda run: (run / "summary.json").unlink(), [], ": not finished; finish it with --resume "),
         (lambda run: edited(run, after="none"), [], ": has no retraining; requires a run that retrains its ticket"),
         (lambda run: edited(run, data="0" * 64), [], "--data-dir: got other examples of digits than"),
-        (lambda run: edited(run, epochs="many"), [], "its settings have epochs 'many', wanted a whole number"),
+        (lambda run: edited(run, epochs="many"), [], "its settings: epochs 'many': must be a whole number"),
         (compacted, [], ": its ticket file is compact; requires one with the rewound network"),
         (lambda run: None, ["--points", "1"], "--points 1: must be at least 2"),
         (lambda run: None, ["--seed", "-1"], "--seed -1: must be 0 to 4294967295"),

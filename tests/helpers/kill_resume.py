@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cs_jax.commands.parser import parse
-from cs_jax.experiment.storage.checkpoint_integrity import PARTIAL
+from cs_jax.experiment.storage.checkpoint_layout import PARTIAL
 from cs_jax.experiment.storage.paths import CHECKPOINTS_FOLDER, METRICS_FILE, SCORES_FILE, TICKET_FILE
 
 TRAIN = Path(__file__).parents[2] / "train.py"
@@ -115,7 +115,7 @@ def main(kills: int, number: int, seed: int, words: list[str]) -> int:
             epochs = count(folder)
             if rng.random() < 0.5:  # what goes on is killed too
                 kill_at(folder, words, kinds["anywhere"], number, rng)
-            went_on = [line for line in finish(folder, words).splitlines() if line.startswith("goes on from")]
+            went_on = [line for line in finish(folder, words).splitlines() if line.startswith("resuming ")]
             parts = [a == b for a, b in zip(outcome(folder), expected, strict=True)]
             wrong += not all(parts)
             result = "same" if all(parts) else f"OTHER (ticket, metrics, scores: {parts})"

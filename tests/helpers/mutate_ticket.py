@@ -364,6 +364,8 @@ def with_other_metadata(content: bytes, rng: Rng) -> bytes:
         *(("layers", value) for value in ({}, [], None, {layer: old, "other": old}, {layer: {}}, {layer: 3})),
         *(("layers", {**parts.about["layers"], layer: {**old, "shape": s}}) for s in ([2**62], [0, 2**62], "x", [1])),
         ("layers", {**parts.about["layers"], layer: {**old, "density": 0.123}}),
+        *(("layers", {name: {**old, "density": 2}}) for name in ("line\nbreak", "\x1b[31m", "x" * 9000, " - at `$.b")),
+        *(("model", {name: 1}) for name in ("line\nbreak", "\x1b[31m", "x" * 9000)),
         *(("format", value) for value in (0, 2, "1", None, [])),
         *(("form", value) for value in ("compact" if parts.about["form"] == "full" else "full", "", 3, None, {})),
         *(("model", value) for value in ("resnet6", [], 3, {"name": 3}, {"name": "resnet6"}, {"path": "/"})),

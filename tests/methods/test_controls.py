@@ -19,8 +19,9 @@ from cs_jax.data.load import Data
 from cs_jax.experiment import pipeline, search
 from cs_jax.experiment import run as commands
 from cs_jax.experiment.config import Config
+from cs_jax.experiment.experiment import Experiment
 from cs_jax.experiment.progress import Observer, Observers, Progress
-from cs_jax.experiment.storage.run_directory import opened
+from cs_jax.experiment.storage.run_directory import open_run_directory
 from cs_jax.methods import FINETUNE, REWIND
 from cs_jax.methods.controls import CONTROLS, DENSE
 from cs_jax.training.problem import Problem, Snapshot, Ticket
@@ -169,9 +170,11 @@ def run(config: Config, problem: Problem, observer: Observer) -> tuple[dict[str,
     """The whole experiment: its summary, and the lines of metrics.jsonl."""
     assert problem.validation is not None
     data = Data(problem.train, problem.validation, problem.validation, classes=("a", "b", "c", "d"))
-    with opened(config, new=True) as directory:
+    with open_run_directory(config, new=True) as directory:
         directory.begin("fingerprint")
-        summary = pipeline.run(config, problem, data, directory, Observers(directory, observer))
+        summary = pipeline.run(
+            Experiment(config, problem, Observers(directory, observer), data=data, directory=directory)
+        )
     return summary, [json.loads(line) for line in (directory.path / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -200,7 +203,7 @@ def test_controls_are_trained_in_turn_as_long_as_the_ticket_and_see_its_batches(
     starts = phases.starts
     ticket = Ticket(Snapshot(starts["ticket"].params, starts["ticket"].batch_stats), starts["ticket"].masks)
     for name, control in CONTROLS.items():
-        made = control(config, problem, ticket)
+        made = control(problem, ticket)
         assert_equal((starts[name].params, starts[name].batch_stats, starts[name].masks), (*made.start, made.masks))
         assert all((moment == 0).all() for moment in jax.tree.leaves(starts[name].weight_momentum))
     assert summary["dense"]["density"] == 1.0 and list(summary["controls"]) == ["reinit", "shuffled", "random"]
@@ -220,7 +223,7 @@ def test_a_control_of_the_tickets_weights_begins_where_the_ticket_does(
     assert differ(phases.starts["shuffled"].params, phases.starts["search 0"].params)
 
 
-def first_half(config: Config, problem: Problem, ticket: Ticket) -> Ticket:
+def first_half(problem: Problem, ticket: Ticket) -> Ticket:
     """The ticket's weights under masks that keep the first half of every array."""
 
     def half(mask: jax.Array) -> jax.Array:
@@ -232,9 +235,9 @@ def first_half(config: Config, problem: Problem, ticket: Ticket) -> Ticket:
 def test_a_control_is_added_by_one_line(problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = "--model lenet300100 --method snip --target-density 0.2 --epochs 2 --rewind-epoch 0 --lr 0.01 --controls"
     words = [*words.split(), "first-half", "--out", str(tmp_path / "run")]
-    with pytest.raises(ConfigError, match="^--controls: got 'first-half', wanted "):
+    with pytest.raises(ConfigError, match="^--controls first-half: must be one of dense, "):
         parser.parse(words)
-    added: Callable[[Config, Problem, Ticket], Ticket] = first_half
+    added: Callable[[Problem, Ticket], Ticket] = first_half
     monkeypatch.setitem(CONTROLS, "first-half", added)
     summary, metrics = run(parser.parse(words), problem, phases := Phases())
     assert list(summary["controls"]) == ["first-half"]

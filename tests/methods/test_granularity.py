@@ -362,26 +362,47 @@ def test_two_children_of_a_ticket_are_connected(run_folder: Path, monkeypatch: p
     assert commands.main(["connect", str(run_folder), "--points", "2"]) == 0
 
 
+TAKERS = "requires --method cs or imp or imp-c or gmp or magnitude or random"
+
+
 @pytest.mark.parametrize(
     "words, complaint",
     [
-        ("--granularity channel --method snip", "--granularity: got channel beside --method snip, wanted cs or imp"),
-        ("--granularity channel --method supermask", "--granularity: got channel beside --method supermask"),
-        ("--granularity channel --method dense", "--granularity: got channel beside --method dense"),
-        ("--target-multiply-adds 0.5", "--target-multiply-adds: got 0.5, wanted none, or --granularity channel"),
-        ("--granularity channel --target-multiply-adds 0", "--target-multiply-adds: got 0.0, wanted a share above 0"),
+        (
+            "--granularity channel --method snip",
+            f"--granularity channel: {TAKERS}",
+        ),
+        (
+            "--granularity channel --method supermask",
+            f"--granularity channel: {TAKERS}",
+        ),
+        (
+            "--granularity channel --method dense",
+            f"--granularity channel: {TAKERS}",
+        ),
+        ("--target-multiply-adds 0.5", "--target-multiply-adds 0.5: requires --granularity channel"),
+        (
+            "--granularity channel --target-multiply-adds 0",
+            "--target-multiply-adds 0.0: must be a share above 0",
+        ),
         (
             "--granularity channel --target-multiply-adds 0.5 --target-density 0.5",
-            "--target-multiply-adds: got 0.5, wanted none beside --target-density 0.5",
+            "--target-multiply-adds 0.5: excludes --target-density 0.5; give one of them",
         ),
-        ("--granularity channel --target-multiply-adds 0.5 --scope layer", "--scope: got layer, wanted global beside"),
-        ("--granularity channel --allow-empty-layers", "--allow-empty-layers: got True, wanted none beside"),
+        (
+            "--granularity channel --target-multiply-adds 0.5 --scope layer",
+            "--scope layer: not possible with --target-",
+        ),
+        ("--granularity channel --allow-empty-layers", "--allow-empty-layers: not possible with --granularity channel"),
         (
             "--granularity channel --target-density 0.3 --channel-multiple 4",
-            "--channel-multiple: got 4, wanted none, or --target-multiply-adds beside it",
+            "--channel-multiple 4: requires --target-multiply-adds",
         ),
-        ("--granularity channel --channel-multiple 0", "--channel-multiple: got 0, wanted at least 1"),
-        ("--granularity channel --controls random", "--controls: got random beside --granularity channel"),
+        ("--granularity channel --channel-multiple 0", "--channel-multiple 0: must be at least 1"),
+        (
+            "--granularity channel --controls random",
+            "--controls random: not possible with --granularity",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(words: str, complaint: str) -> None:
@@ -400,20 +421,23 @@ class Unwired(nn.Module):
         return nn.Dense(self.num_classes)(MaskedDense(3)(x.reshape(x.shape[0], -1)))
 
 
+TAKERS = "requires --method cs or imp or imp-c or gmp or magnitude or random"
+
+
 @pytest.mark.parametrize(
     "words, complaint",
     [
         (
             "--model unwired",
-            "--granularity: got channel beside --model unwired: model Unwired: does not declare",
+            "--granularity channel: not possible with --model unwired: model Unwired: does not declare",
         ),
         (
             "--target-multiply-adds 0.01 --channel-multiple 1",
-            "--target-multiply-adds: got 0.01, must be at least 0.144, the share of the network with one channel",
+            "--target-multiply-adds 0.01: must be at least 0.144, the share of the network with one channel",
         ),
         (
             "--target-multiply-adds 0.5 --channel-multiple 8",
-            "--target-multiply-adds: got 0.5, must be at least 0.797, the share of the network with the fewest",
+            "--target-multiply-adds 0.5: must be at least 0.797, the share of the network with the fewest channels",
         ),
         ("--target-density 0.001", "--target-density: got 0.001: 3 of 2880 weights would empty a layer"),
     ],

@@ -20,11 +20,12 @@ from cs_jax.data.images import ImageSet
 from cs_jax.data.load import Data
 from cs_jax.experiment import pipeline, search
 from cs_jax.experiment.config import SEARCH, Config
+from cs_jax.experiment.experiment import Experiment
 from cs_jax.experiment.prepare import prepare
 from cs_jax.experiment.progress import EpochRecord, Observer, Observers, Progress
 from cs_jax.experiment.storage.checkpoints import Checkpoints
 from cs_jax.experiment.storage.paths import TICKET_FILE
-from cs_jax.experiment.storage.run_directory import opened
+from cs_jax.experiment.storage.run_directory import open_run_directory
 from cs_jax.layers.masked import MaskedDense
 from cs_jax.methods import FINETUNE, LR_REWIND, METHODS, NONE, REWIND, Method
 from cs_jax.methods.stochastic import draw_masks
@@ -499,9 +500,10 @@ def test_after_none_the_ticket_is_what_the_search_ended_with(
     monkeypatch.setitem(MODELS, "net", Net)
     config, history = configure(method, after=NONE, out=tmp_path / "run", model="net"), History()
     data = Data(problem.train, problem.train, problem.train, classes=("a", "b", "c", "d"))
-    with opened(config, new=True) as directory:
+    with open_run_directory(config, new=True) as directory:
         directory.begin("fingerprint")
-        summary = pipeline.run(config, problem, data, directory, Observers(directory, history))
+        observers = Observers(directory, history)
+        summary = pipeline.run(Experiment(config, problem, observers, data=data, directory=directory))
     assert [progress.phase_name() for progress in history.starts] == ["search 0", "search 1"]
     assert (summary["after"], summary["ticket"]["epochs"]) == (NONE, 6)
     saved, state = load_ticket(tmp_path / "run" / TICKET_FILE), history.ends[-1].state
@@ -581,7 +583,7 @@ WORDS = "--epochs 2 --rounds 1 --rewind-epoch 1 --batch-size 16 --lr-schedule --
 
 
 def test_a_method_is_added_by_one_line(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="^--method: got 'every-second', wanted "):
+    with pytest.raises(ConfigError, match="^--method every-second: must be one of cs, "):
         parser.parse([*WORDS, "--method", "every-second"])
     monkeypatch.setitem(METHODS, "every-second", EverySecond)
     config = parser.parse([*WORDS, "--method", "every-second"])
@@ -591,7 +593,7 @@ def test_a_method_is_added_by_one_line(problem: Problem, monkeypatch: pytest.Mon
     assert [record.density for record in history.records] == [0.5] * 4
     assert_equal(ticket.start.params, history.epochs[0].state.params)
     assert_equal(state.masks, ticket.masks)
-    with pytest.raises(ConfigError, match="^--target-density: got 0.5, wanted .* --method every-second, "):
+    with pytest.raises(ConfigError, match="^--target-density 0.5: --method every-second prunes nothing$"):
         parser.parse([*WORDS, "--method", "every-second", "--target-density", "0.5"])
 
 

@@ -201,7 +201,7 @@ def test_images_that_a_network_cannot_take_are_refused(model: Any, image_shape: 
 
 
 def test_a_network_too_large_for_the_data_is_told_in_one_line() -> None:
-    with pytest.raises(ConfigError, match=r"--model: got vgg16, .* images 8x8: require at least 32x32 pixels$"):
+    with pytest.raises(ConfigError, match=r"^--model vgg16: .* images 8x8: require at least 32x32 pixels$"):
         prepare(dataclasses.replace(PRESETS["digits"], model="vgg16"))
 
 

@@ -1,4 +1,4 @@
-"""What reports say of masks: flips, overlaps of rounds, methods and seeds, and the line between two trainings."""
+"""Sections of reports on masks: flip rate, overlap of rounds, methods and seeds, and the line between retrainings."""
 
 import json
 import math
@@ -115,7 +115,7 @@ def test_a_method_without_a_search_misses_no_masks(run: Path) -> None:
     (run / METRICS_FILE).write_text("\n".join(lines) + "\n")
     report.write_report(run)
     text = words(page(run))
-    assert "masks were made before any training" in text and f"{MASKS_FILE} is missing" not in text
+    assert "masks were chosen before training, without a search" in text and f"{MASKS_FILE} is missing" not in text
 
 
 def test_a_method_without_scores_has_no_section_on_them(run: Path) -> None:
@@ -144,11 +144,11 @@ def test_a_page_says_of_rounds_and_scores_what_is_true_of_its_method(run: Path) 
         report.write_report(run)
         said[method] = words(page(run)), (run / "scores-round-1.png").read_bytes()
     for method, (text, _) in said.items():
-        assert ("A weight is kept where its score is above 0" in text) is (method != "iss")
-        assert ("Soft masks are those of the round" in text) is (method == "cs")
+        assert ("A weight is kept if its score is above 0" in text) is (method != "iss")
+        assert ("Soft masks are computed at the round's final temperature" in text) is (method == "cs")
         assert ("Weights are pruned at the end of every epoch" in text) is (method == "gmp")
-        assert ("weights are pruned at the end of its last epoch" in text) is (method == "imp")
-        assert ("a weight is kept with the probability sigmoid(score)" in text) is (method == "iss")
+        assert ("Weights are pruned at the end of a round's last epoch" in text) is (method == "imp")
+        assert ("a weight is kept with probability sigmoid(score)" in text) is (method == "iss")
     assert said["iss"][1] != said["cs"][1] == said["imp"][1]  # no line at 0, and one colour
 
 
@@ -192,7 +192,7 @@ def test_flips_are_drawn_where_they_are_known(run: Path, rates: list[float | Non
     write_flips(run, rates)
     report.write_report(run)
     assert f'alt="Flip rate by epoch. search: {alt}."' in page(run)
-    assert ("epochs without a flip have no point" in page(run)) == (log and 0.0 in rates)
+    assert ("epochs without a flip are not drawn" in page(run)) == (log and 0.0 in rates)
     assert (run / "flip-rate.png").exists()
 
 
@@ -213,17 +213,26 @@ def broken(run: Path, **changes: np.ndarray | None) -> None:
 @pytest.mark.parametrize(
     "damage, text",
     [
-        (lambda run: (run / MASKS_FILE).write_bytes(b"masks"), f"{MASKS_FILE}: got a damaged file, wanted safetensors"),
-        (lambda run: (run / MASKS_FILE).mkdir(), f"{MASKS_FILE}: got no ordinary file"),
-        (lambda run: broken(run, **{"first/a": np.zeros(1, np.uint8)}), "'first/a': got another name or kind of array"),
-        (lambda run: broken(run, **{f"1/{CONV}": np.zeros(25, np.int8)}), f"'1/{CONV}': got another name or kind"),
-        (lambda run: broken(run, **{f"1/{CONV}": np.zeros((25, 1), np.uint8)}), f"'1/{CONV}': got another name or ki"),
+        (lambda run: (run / MASKS_FILE).write_bytes(b"masks"), f"{MASKS_FILE}: not a valid safetensors file"),
+        (lambda run: (run / MASKS_FILE).mkdir(), f"{MASKS_FILE}: not a file"),
+        (
+            lambda run: broken(run, **{"first/a": np.zeros(1, np.uint8)}),
+            "'first/a' of shape (1,), dtype uint8: must be ROUND/LAYER",
+        ),
+        (
+            lambda run: broken(run, **{f"1/{CONV}": np.zeros(25, np.int8)}),
+            f"'1/{CONV}' of shape (25,), dtype int8: must be",
+        ),
+        (
+            lambda run: broken(run, **{f"1/{CONV}": np.zeros((25, 1), np.uint8)}),
+            f"'1/{CONV}' of shape (25, 1), dtype uint8: must",
+        ),
         (
             lambda run: broken(run, **{f"1/{CONV}": np.zeros(26, np.uint8)}),
-            f"round 1, '{CONV}': got 26 bytes, wanted 25",
+            f"round 1: '{CONV}' of 26 bytes: must have 25 bytes",
         ),
-        (lambda run: broken(run, **{f"1/{CONV}": None}), f"round 1, '{CONV}': got nothing, wanted a mask"),
-        (lambda run: broken(run, **{"1/other": np.zeros(1, np.uint8)}), "round 1, 'other': got a mask, wanted nothing"),
+        (lambda run: broken(run, **{f"1/{CONV}": None}), f"round 1: '{CONV}': missing"),
+        (lambda run: broken(run, **{"1/other": np.zeros(1, np.uint8)}), "round 1: 'other': unknown layer"),
         (lambda run: (broken(run), (run / TICKET_FILE).write_bytes(b"ticket")), f"{TICKET_FILE}: got 6 bytes"),
     ],
 )
@@ -238,7 +247,7 @@ def test_damaged_masks_are_refused_by_name(run: Path, damage: Callable[[Path], A
 def test_masks_of_layers_that_nothing_else_tells_of_have_to_fit_each_other(run: Path) -> None:
     (run / "scores.json").unlink()
     broken(run, **{f"1/{CONV}": np.zeros(26, np.uint8)})
-    with pytest.raises(ConfigError, match=f"round 1, '{CONV}': got 26 bytes, wanted 25$"):
+    with pytest.raises(ConfigError, match=f"round 1: '{CONV}' of 26 bytes: must have 25 bytes$"):
         report.write_report(run)
 
 
@@ -254,7 +263,7 @@ def test_bits_beyond_a_layers_weights_are_refused(tmp_path: Path) -> None:
     report.write_report(run)
     bits[-1] = 1
     safetensors.numpy.save_file({"0/a": bits}, run / MASKS_FILE)
-    with pytest.raises(ConfigError, match="round 0, 'a': got bits beyond its 195 weights"):
+    with pytest.raises(ConfigError, match="round 0: 'a': bits after its 195 weights must be 0"):
         report.write_report(run)
 
 
@@ -262,7 +271,7 @@ def test_a_ticket_of_other_layers_than_the_scores_is_refused(run: Path) -> None:
     write_masks(run, FIRST)
     masks = {"conv0": {"kernel": np.ones(8, np.float32)}}
     save_ticket(run / TICKET_FILE, params=masks, batch_stats={}, masks=masks, metadata={})
-    with pytest.raises(ConfigError, match="got layers of other sizes than the scores have"):
+    with pytest.raises(ConfigError, match="layers have other sizes than in the scores"):
         report.write_report(run)
 
 
@@ -270,7 +279,7 @@ def test_the_line_between_two_trainings_has_a_section(run: Path) -> None:
     write_line(run)
     report.write_report(run)
     text = words(page(run))
-    assert "right on 90.00% and 81.00% of the test set" in text
+    assert "Test accuracy of the two networks: 90.00% and 81.00%." in text
     assert "10.00 points of error, 1.4000 of loss" in text
     assert "error 10.00% and 20.00% at the ends, 25.00% at most; loss 0.5 and 0.7 at the ends, 2 at most" in page(run)
     assert (run / "connectivity.png").exists()
@@ -279,15 +288,15 @@ def test_the_line_between_two_trainings_has_a_section(run: Path) -> None:
 @pytest.mark.parametrize(
     "changes, text",
     [
-        ({"barrier": 0.2}, "got a barrier of error 0.2, wanted that of its points, 0.1"),
-        ({"loss_barrier": 0.0}, "got a barrier of loss 0, wanted that of its points, 1.4"),
-        ({"barrier": None}, "barrier: got None, wanted a finite number"),
-        ({"points": []}, "points: wanted increasing shares from 0 to 1"),
-        ({"points": LINE["points"][::-1]}, "points: wanted increasing shares from 0 to 1"),
-        ({"points": LINE["points"][:2]}, "points: wanted increasing shares from 0 to 1"),
-        ({"points": [{"share": 0.0, "error": 1.5, "loss": 0.5}]}, "error: got 1.5, wanted a number from 0 to 1"),
-        ({"points": [{"share": 0.0, "error": 0.5}]}, "loss: got None, wanted a value"),
-        ({"children": LINE["children"][:1]}, "children: got 1, wanted 2"),
+        ({"barrier": 0.2}, "barrier 0.2: must be the barrier of its points, 0.1"),
+        ({"loss_barrier": 0.0}, "loss_barrier 0: must be the barrier of its points, 1.4"),
+        ({"barrier": None}, "barrier None: must be a number"),
+        ({"points": []}, "points: must have increasing shares from 0 to 1"),
+        ({"points": LINE["points"][::-1]}, "points: must have increasing shares from 0 to 1"),
+        ({"points": LINE["points"][:2]}, "points: must have increasing shares from 0 to 1"),
+        ({"points": [{"share": 0.0, "error": 1.5, "loss": 0.5}]}, "points[0].error 1.5: must be a number <= 1.0"),
+        ({"points": [{"share": 0.0, "error": 0.5}]}, "points[0].loss: missing"),
+        ({"children": LINE["children"][:1]}, "children: must have 2 entries, not 1"),
     ],
 )
 def test_a_damaged_line_is_refused(run: Path, changes: dict[str, Any], text: str) -> None:
@@ -347,7 +356,7 @@ def test_methods_are_compared_at_equal_seeds_and_each_with_itself_between_seeds(
     ]
     (drawn,) = (part for part in found["Overlap of masks"].parts if isinstance(part, Plot))
     assert drawn.alt == (
-        "Masks shared at density 20%: cs and cs 50.00%, by chance 20.00%; cs and imp 50.00%, by chance 20.00%; "
+        "Mask overlap, density 20%: cs and cs 50.00%, by chance 20.00%; cs and imp 50.00%, by chance 20.00%; "
         "imp and imp 0.00%, by chance 20.00%."
     )
     assert drawn.png.startswith(b"\x89PNG")
@@ -357,7 +366,7 @@ def test_layers_have_their_mean_density_over_seeds_by_method() -> None:
     found = built([*CS, swept("imp", 0, 0, 10), swept("imp", 1, 0, 40)])
     (drawn,) = found["Density of layers"].parts
     assert isinstance(drawn, Plot)
-    assert drawn.alt.endswith("lowest to highest density: cs 20.00% to 20.00%; imp 25.00% to 25.00%.")
+    assert drawn.alt.endswith("minimum to maximum density: cs 20.00% to 20.00%; imp 25.00% to 25.00%.")
 
 
 def test_one_seed_has_no_pair_with_itself_and_other_networks_none_at_all() -> None:
@@ -373,7 +382,7 @@ def test_each_target_has_its_own_plots_densest_first_and_tickets_without_one_non
     dials = [swept("cs", seed, 0, 20, target=None, initial_score=-0.1) for seed in (0, 1)]
     found = built([*tickets, *dials])["Overlap of masks"].parts
     titles = [part.title for part in found if isinstance(part, Plot)]
-    assert titles == [f"Masks shared at {target}" for target in ("density 50%", "density 0.5%", "s0 -0.1")]
+    assert titles == [f"Mask overlap, {target}" for target in ("density 50%", "density 0.5%", "s0 -0.1")]
     assert [part.name for part in found if isinstance(part, Plot)] == ["overlap-0", "overlap-1", "overlap-2"]
     assert built([swept("cs", seed, 0, 20, target=None) for seed in (0, 1)]) == {}
 
@@ -384,7 +393,7 @@ def test_figures_name_their_density_where_they_are_looked_at_without_the_page(
     titles = []
     monkeypatch.setattr(plots, "images", lambda figure: titles.append(figure.axes[0].get_title()) or (b"", b""))
     built([*CS, *IMP])
-    assert titles == ["Masks shared at density 20%", "Layers at density 20%"]
+    assert titles == ["Mask overlap, density 20%", "Layer densities, density 20%"]
 
 
 def test_masks_that_are_empty_or_full_everywhere_are_drawn() -> None:

@@ -1,4 +1,4 @@
-"""Reports of runs as their readers meet them: what is shown, what is said to be missing, and what is refused."""
+"""Reports of runs: results shown, missing files named, damaged files refused."""
 
 import dataclasses
 import html
@@ -190,7 +190,7 @@ def test_the_page_says_what_came_out(tmp_path: Path) -> None:
     write(run / "summary.json", summary)
     report.write_report(run)
     text = words(page(run))
-    assert "−1.11 points beside dense" in text
+    assert "−1.11 points vs dense" in text
     assert "ticket 12 1,234 3.12% 95.00% 96.11% dense 4 1,250 100.00% 95.00% 97.22%" in text
     assert "0 4 of 4 52.08% 80.79% 70.79% 1 4 of 4 4.17% 86.55% 76.55%" in text  # rounds
     assert "search 8 4.0 5,000 ticket 4 2.0 5,000 dense 4 2.0 5,000" in text
@@ -222,7 +222,7 @@ def test_alternative_texts_tell_the_figures(reported: Path) -> None:
     )
     assert "Histogram of 1,200 scores in round 1. 2.58% above 0 before, 4.17% above 0 after." in texts
     assert "Confusion matrix of 4 classes: 287 of 308 examples on the diagonal." in texts
-    assert re.match(r"Test example \d+, a (zero|one|two|three) taken for ", texts[-1])
+    assert re.match(r"Test example \d+, true class (zero|one|two|three), predicted class ", texts[-1])
 
 
 def test_the_page_asks_for_nothing_outside_itself(reported: Path) -> None:
@@ -277,8 +277,8 @@ def test_a_thousand_classes_are_told_by_the_pairs_confused_most(tmp_path: Path) 
     safetensors.numpy.save_file(arrays, run / "predictions.safetensors")
     assert run / "confusion.png" not in report.write_report(run)
     text = words(page(run))
-    assert "The ticket is right on 3,996 of 4,000 examples." in text
-    assert "Share of the class c2 c7 3 75.00% c25 c999 1 25.00% Most confident mistakes" in text
+    assert "The ticket classifies 3,996 of 4,000 examples correctly." in text
+    assert "Share of true class c2 c7 3 75.00% c25 c999 1 25.00% Most confident mistakes" in text
     assert "true c2 predicted c7 confidence 90.00% true c25 predicted c999 confidence 90.00%" in text
 
 
@@ -289,14 +289,14 @@ def test_a_network_without_mistakes_has_none_to_show(tmp_path: Path) -> None:
     safetensors.numpy.save_file(arrays, run / "predictions.safetensors")
     report.write_report(run)
     text = words(page(run))
-    assert "right on 308 of 308 examples" in text
-    assert "Classes confused" not in text and "mistakes" not in text
+    assert "classifies 308 of 308 examples correctly" in text
+    assert "Most confused" not in text and "mistakes" not in text
 
 
 def test_without_validation_set_the_page_says_so(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rounds=1, validation=False)
     assert run / "accuracy.png" not in report.write_report(run)
-    assert "the run set no validation examples aside" in words(page(run))
+    assert "There is no validation accuracy: the run has no validation set." in words(page(run))
     assert "ticket 8 149 8.25% - 93.18%" in words(page(run))
 
 
@@ -304,7 +304,7 @@ def test_an_empty_ticket_is_said_to_be_empty(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rounds=1, empty=True)
     report.write_report(run)
     assert "The ticket is empty: no maskable weight is left." in words(page(run))
-    assert "3 of 3 layers keep no weight: conv0/kernel, block/conv1/kernel, classifier/kernel." in words(page(run))
+    assert "3 of 3 layers keep no weights: conv0/kernel, block/conv1/kernel, classifier/kernel." in words(page(run))
 
 
 def test_a_score_of_zero_is_not_counted_as_kept(tmp_path: Path) -> None:
@@ -327,21 +327,21 @@ def test_a_search_that_was_killed_is_shown_as_far_as_it_came(tmp_path: Path) -> 
     names = {path.stem for path in report.write_report(run)}
     assert names == {"report", *PLOTS} - {"confusion"}
     text = words(page(run))
-    assert "The search has not ended: 7 of 10 epochs." in text
-    assert "The last line of metrics.jsonl is cut off, and left out." in text
+    assert "The search has not finished: 7 of 10 epochs." in text
+    assert "The last line of metrics.jsonl is cut off and was ignored." in text
     assert "1 2 of 5" in text
-    assert "Round 1 has not ended" in text
+    assert "Round 1 has not finished" in text
     assert "predictions.safetensors is missing" in text
 
 
 @pytest.mark.parametrize(
     "lines, said",
     [
-        (0, "The search has not ended: 0 of 8 epochs."),
-        (8, "The ticket's retraining has not ended: 0 of 4 epochs."),
-        (11, "The ticket's retraining has not ended: 3 of 4 epochs."),
-        (13, "The training of the control dense has not ended: 1 of 4 epochs."),
-        (16, "All epochs have ended, but there is no summary.json"),
+        (0, "The search has not finished: 0 of 8 epochs."),
+        (8, "The retraining of the ticket has not finished: 0 of 4 epochs."),
+        (11, "The retraining of the ticket has not finished: 3 of 4 epochs."),
+        (13, "The training of the control dense has not finished: 1 of 4 epochs."),
+        (16, "All epochs have finished, but summary.json is missing."),
     ],
 )
 def test_the_page_says_how_far_a_run_came(tmp_path: Path, lines: int, said: str) -> None:
@@ -360,7 +360,7 @@ def test_a_run_that_has_only_begun_has_a_report_of_its_settings(tmp_path: Path) 
     assert report.write_report(run) == [run / "report.html"]
     text = words(page(run))
     for name in ("metrics.jsonl", "scores.json", "predictions.safetensors"):
-        assert f"{name} is missing" in text or f"{name} holds no" in text
+        assert f"{name} is missing" in text or f"{name} has no" in text
     assert "epochs 4 15" in text
 
 
@@ -406,37 +406,58 @@ def damage_predictions(run: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     "damage, said",
     [
-        (lambda run: (run / "config.json").unlink(), "is no run: it has no config.json"),
-        (lambda run: (run / "config.json").write_text("{"), "config.json: got damaged text, wanted JSON"),
-        (lambda run: (run / "config.json").write_bytes(b"\xff"), "config.json: got damaged text, wanted JSON"),
-        (lambda run: (run / "config.json").write_text("[" * 100_000), "config.json: got damaged text"),
-        (lambda run: (run / "config.json").write_text("3"), "config.json: got 3, wanted an object"),
-        (lambda run: edit(run / "config.json", epochs="4"), "config.json, epochs: got '4', wanted a whole number"),
-        (lambda run: edit(run / "config.json", rounds=0), "config.json, rounds: got 0, wanted a number from 1"),
-        (lambda run: edit(run / "config.json", versions={"a\nb": 1}), r"versions, 'a\\nb': got 1, wanted text"),
-        (lambda run: (run / "summary.json").write_text("nothing"), "summary.json: got damaged text, wanted JSON"),
-        (lambda run: edit(run / "summary.json", ticket=None), "summary.json, ticket: got None, wanted an object"),
-        (lambda run: edit(run / "summary.json", seconds=float("nan")), "summary.json: got damaged text"),
-        (lambda run: edit(run / "summary.json", seconds=10**400), "seconds: got 1000.*, wanted a finite number"),
-        (lambda run: edit(run / "summary.json", classes=[1]), "classes: got 1, wanted text"),
-        (lambda run: damage_metrics(run, density=1.5), "line 3, density: got 1.5, wanted a number from 0 to 1"),
-        (lambda run: damage_metrics(run, phase=3), "line 3, phase: got 3, wanted text"),
-        (lambda run: damage_metrics(run, round=None), "line 3, round: wanted a round of the search"),
-        (lambda run: damage_metrics(run, loss=10**400), "line 3, loss: got 1000.*, wanted a finite number"),
-        (lambda run: damage_metrics(run, loss=True), "line 3, loss: got True, wanted a finite number"),
-        (lambda run: damage_metrics(run, layer_density={"a": "b"}), "layer_density, 'a': got 'b', wanted a finite"),
-        (lambda run: (run / "metrics.jsonl").write_text("{}\n{}\n"), "metrics.jsonl, line 1, phase: got None"),
-        (lambda run: (run / "metrics.jsonl").write_text("oh\n{}\n"), "metrics.jsonl, line 1: got damaged text"),
-        (lambda run: edit(run / "scores.json", edges=[1, 1]), "scores.json, edges: wanted increasing numbers"),
-        (lambda run: edit(run / "scores.json", edges=[0, 1]), "scores.json, rounds: wanted 1 whole numbers"),
-        (lambda run: (run / "predictions.safetensors").write_bytes(b"oh"), "got a damaged file, wanted safetensors"),
-        (lambda run: damage_predictions(run, labels=np.zeros(308)), "predictions.safetensors, labels: got none or"),
-        (lambda run: damage_predictions(run, labels=np.zeros(3, np.int32)), "predictions.safetensors: got arrays that"),
+        (lambda run: (run / "config.json").unlink(), "not a run directory; it has no config.json"),
+        (lambda run: (run / "config.json").write_text("{"), "config.json: not valid JSON: "),
+        (lambda run: (run / "config.json").write_bytes(b"\xff"), "config.json: not valid JSON: "),
+        (lambda run: (run / "config.json").write_text("[" * 100_000), "config.json: not valid JSON: "),
+        (lambda run: (run / "config.json").write_text("3"), "config.json: 3: must be an object"),
+        (lambda run: edit(run / "config.json", epochs="4"), "config.json: epochs '4': must be a whole number"),
+        (lambda run: edit(run / "config.json", rounds=0), "config.json: rounds 0: must be a whole number >= 1"),
+        (lambda run: edit(run / "config.json", versions={"a\nb": 1}), r"config.json: versions.a\\nb 1: must be text"),
+        (lambda run: (run / "summary.json").write_text("nothing"), "summary.json: not valid JSON: "),
+        (lambda run: edit(run / "summary.json", ticket=None), "summary.json: ticket None: must be an object"),
+        (
+            lambda run: edit(run / "summary.json", seconds=float("nan")),
+            "summary.json: not valid JSON: NaN is not a JSON number",
+        ),
+        (lambda run: edit(run / "summary.json", seconds=10**400), r"summary.json: seconds 1000.*\.\.\..*: "),
+        (lambda run: edit(run / "summary.json", classes=[1]), r"summary.json: classes\[0\] 1: must be text"),
+        (lambda run: damage_metrics(run, density=1.5), "line 3: density 1.5: must be a number <= 1.0"),
+        (lambda run: damage_metrics(run, phase=3), "line 3: phase 3: must be text"),
+        (
+            lambda run: damage_metrics(run, round=None),
+            "line 3: round None: must be a number in the search, null in other phases",
+        ),
+        (lambda run: damage_metrics(run, loss=10**400), r"line 3: loss 1000.*\.\.\..*: "),
+        (lambda run: damage_metrics(run, loss=True), "line 3: loss True: must be a number"),
+        (lambda run: damage_metrics(run, layer_density={"a": "b"}), "line 3: layer_density.a 'b': must be a number"),
+        (lambda run: (run / "metrics.jsonl").write_text("{}\n{}\n"), "metrics.jsonl, line 1: phase: missing"),
+        (lambda run: (run / "metrics.jsonl").write_text("oh\n{}\n"), "metrics.jsonl, line 1: not valid JSON"),
+        (
+            lambda run: edit(run / "scores.json", edges=[1, 1]),
+            "scores.json: edges: must be at least two increasing numbers",
+        ),
+        (
+            lambda run: edit(run / "scores.json", edges=[0, 1]),
+            r"scores.json: rounds: layer 'conv0/kernel' has \d+ counts; must have 1$",
+        ),
+        (
+            lambda run: (run / "predictions.safetensors").write_bytes(b"oh"),
+            "predictions.safetensors: not a valid safetensors file",
+        ),
+        (
+            lambda run: damage_predictions(run, labels=np.zeros(308)),
+            "predictions.safetensors: labels of shape .*308.*, dtype float64: must be integers",
+        ),
+        (
+            lambda run: damage_predictions(run, labels=np.zeros(3, np.int32)),
+            "predictions.safetensors: the arrays do not fit",
+        ),
         (lambda run: damage_predictions(run, labels=np.full(308, 4, np.int32)), "do not fit each other or the classes"),
         (lambda run: damage_predictions(run, mistakes=np.arange(300, 321, dtype=np.int32)), "do not fit each other"),
         (lambda run: damage_predictions(run, images=np.zeros((3, 8, 8, 1), np.uint8)), "do not fit each other"),
         (lambda run: damage_predictions(run, confidence=np.full(308, np.nan, np.float32)), "do not fit each other"),
-        (lambda run: (run / "scores.json").unlink() or (run / "scores.json").mkdir(), "got no ordinary file"),
+        (lambda run: (run / "scores.json").unlink() or (run / "scores.json").mkdir(), "scores.json: not a file"),
     ],
 )
 def test_a_damaged_run_is_refused_in_one_line_and_nothing_is_written(
@@ -454,7 +475,7 @@ def test_a_damaged_run_is_refused_in_one_line_and_nothing_is_written(
 def test_what_is_no_folder_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "nothing"):
-        with pytest.raises(ConfigError, match="is no run"):
+        with pytest.raises(ConfigError, match="not a run directory"):
             report.write_report(path)
     assert not (tmp_path / "nothing").exists()
 
@@ -467,7 +488,7 @@ def test_a_report_that_cannot_be_written_leaves_the_earlier_one(tmp_path: Path) 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as on a full disk
     try:
-        with pytest.raises(ConfigError, match="the report cannot be written there: File too large"):
+        with pytest.raises(ConfigError, match="cannot write the report: File too large"):
             report.write_report(run)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

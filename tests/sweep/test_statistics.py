@@ -502,7 +502,7 @@ def test_cost_says_once_that_controls_are_trained_as_long_as_the_retraining():
         f"Ratio of epochs, search and retraining together: snip vs imp 0.33. {retrained}"
     )
     assert cost(built([*CS, *controls[:3]])) == retrained
-    assert cost(built(CS)) == "No networks are compared. Epochs are those of search and retraining together."
+    assert cost(built(CS)) == "No networks are compared. Epochs: search and retraining together."
 
 
 def test_seeds_and_targets_that_are_missing_are_listed():

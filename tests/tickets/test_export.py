@@ -24,7 +24,7 @@ import cs_jax
 from cs_jax import commands, models
 from cs_jax.core.errors import ConfigError
 from cs_jax.tickets.export import FORMATS, Format, export_ticket, read_sparse, stablehlo
-from cs_jax.tickets.export.plain_network import masked_logits, serve
+from cs_jax.tickets.export.plain_network import make_plain_network, masked_logits
 from cs_jax.tickets.ticket import LoadedTicket, save_ticket
 
 LENET = FAMILIES["lenet"]
@@ -83,7 +83,7 @@ def test_a_program_is_for_three_platforms_and_any_batch(tmp_path: Path) -> None:
 
 def test_a_program_has_none_of_the_choices_that_make_training_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stablehlo, "PLATFORMS", ("cpu",))  # for several, JAX chooses between them
-    content = stablehlo.export_stablehlo(serve(ticket(*FAMILIES["resnet"])))
+    content = stablehlo.export_stablehlo(make_plain_network(ticket(*FAMILIES["resnet"])))
     text = jax.export.deserialize(bytearray(content)).mlir_module()
     assert text.count("stablehlo.convolution(") == 6
     assert "stablehlo.case" not in text and "stablehlo.if" not in text
@@ -161,11 +161,20 @@ def not_finite() -> LoadedTicket:
 @pytest.mark.parametrize(
     "given, complaint",
     [
-        (emptied(), "layer 'hidden1': its mask keeps no weight.*; with --keep-shapes nothing is taken out"),
-        (ticket(Unwired(), (2, 2, 1)), "model Unwired: does not declare its wiring.*; with --keep-shapes"),
-        (dataclasses.replace(ticket(*LENET), model=None), "is of a model of its maker's own"),
-        (dataclasses.replace(ticket(*LENET), metadata={}), r"image_shape: got \[\], wanted height"),
-        (not_finite(), "params/classifier/bias: got entries that are not finite, wanted numbers"),
+        (emptied(), "layer 'hidden1': its mask keeps no weight.*; --keep-shapes exports it without shrinking$"),
+        (
+            ticket(Unwired(), (2, 2, 1)),
+            "model Unwired: does not declare its wiring.*; --keep-shapes exports it",
+        ),
+        (
+            dataclasses.replace(ticket(*LENET), model=None),
+            "^ticket has a custom model; this command supports cs_jax.models only$",
+        ),
+        (
+            dataclasses.replace(ticket(*LENET), metadata={}),
+            r"^metadata: model.image_shape \[\]: must be height, width and channels$",
+        ),
+        (not_finite(), "^params/classifier/bias: entries must be finite$"),
     ],
 )
 def test_a_ticket_that_cannot_be_exported_leaves_nothing(given: Any, complaint: str, tmp_path: Path) -> None:
@@ -175,10 +184,12 @@ def test_a_ticket_that_cannot_be_exported_leaves_nothing(given: Any, complaint: 
 
 
 def test_a_format_that_computes_something_else_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    larger = Format(".x", lambda served: b"", lambda content, served, images: 1.001 * np.asarray(served.logits(images)))
+    larger = Format(
+        ".x", lambda network: b"", lambda content, network, images: 1.001 * np.asarray(network.logits(images))
+    )
     monkeypatch.setitem(FORMATS, "larger", larger)
     with pytest.raises(
-        ConfigError, match="--to larger: got logits that differ by 1.0e-03 of the largest, wanted 0.0001"
+        ConfigError, match="--to larger: logits of the export differ by 1.0e-03 of the largest; must be at most 0.0001"
     ):
         export_ticket(ticket(*LENET), "larger", tmp_path / "file")
     assert list(tmp_path.iterdir()) == []
@@ -197,8 +208,8 @@ def test_the_command_writes_beside_the_ticket_and_tells_size_and_difference(
     path = saved.with_name(f"ticket.{suffix}")
     size, dense = path.stat().st_size, 4 * (16 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10)
     assert re.fullmatch(
-        rf"{re.escape(str(path))}: {size:,} bytes, {size / dense:.1%} of the dense weights' {dense:,}; "
-        r"read back, its logits\s+differ by \d\.\de[-+]\d\d of the largest\n",
+        rf"{re.escape(str(path))}: {size:,} bytes, {size / dense:.1%} of the dense weights \({dense:,} bytes\); "
+        r"logits\s+differ\s+by\s+\d\.\de[-+]\d\d of the largest\n",
         capsys.readouterr().out,
     )
 
@@ -208,11 +219,11 @@ def test_the_command_writes_beside_the_ticket_and_tells_size_and_difference(
     [
         (
             "{ticket} --to onyx",
-            "--to: got 'onyx', wanted one of safetensors, onnx, stablehlo, sparse (did you mean onnx?)",
+            "--to onyx: must be one of safetensors, onnx, stablehlo, sparse (did you mean onnx?)",
         ),
         ("{ticket}", "the following arguments are required: --to"),
-        ("{folder} --to sparse", "got a folder or a device, wanted a file"),
-        ("{folder}/text --to sparse", "wanted a file of save_ticket"),
+        ("{folder} --to sparse", "is a folder or a device: must be a file"),
+        ("{folder}/text --to sparse", "not a file of save_ticket"),
         ("{folder}/none --to sparse", "cannot be read: No such file or directory"),
         ("{ticket} --to sparse --out {folder}", "--out {folder}: must be a file, not a folder"),
         ("{ticket} --to sparse --out {folder}/a/b", "--out {folder}/a/b: the folder of the file must exist"),
@@ -234,7 +245,7 @@ def test_bad_words_are_one_line_and_write_nothing(
 def test_a_file_that_is_no_sparse_network_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     for name in ("other.npz", "none.npz"):
-        with pytest.raises(ConfigError, match=f"{name}: got no network that was exported to sparse"):
+        with pytest.raises(ConfigError, match=f"{name}: not a file of the sparse export"):
             read_sparse(tmp_path / name)
 
 
@@ -275,7 +286,7 @@ def test_a_sparse_file_with_odd_entries_is_refused_in_one_line(
     for name, value in change.items():
         arrays[name] = value(arrays[name]) if callable(value) else value
     np.savez(tmp_path / "odd.npz", **{name: array for name, array in arrays.items() if array is not None})
-    with pytest.raises(ConfigError, match="^.*odd.npz: got no network that was exported to sparse: .+$") as caught:
+    with pytest.raises(ConfigError, match="^.*odd.npz: not a file of the sparse export: .+$") as caught:
         read_sparse(tmp_path / "odd.npz")
     assert "\n" not in str(caught.value)
 
@@ -284,7 +295,7 @@ def test_a_sparse_file_that_is_cut_off_or_damaged_anywhere_is_refused_or_read(sp
     content = sparse_file.read_bytes()
     rng = np.random.default_rng(0)
     for end in rng.integers(0, len(content), 40):
-        with pytest.raises(ConfigError, match="got no network that was exported to sparse"):
+        with pytest.raises(ConfigError, match="not a file of the sparse export"):
             read_sparse(io.BytesIO(content[:end]))
     for place in (*rng.integers(0, len(content), 100), *range(60), *range(len(content) - 200, len(content))):
         damaged = bytearray(content)
@@ -300,7 +311,7 @@ def test_files_of_other_kinds_are_no_sparse_networks(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "zip", "w") as archive:
         archive.writestr("cs_jax", "{}")
     for name in ("array.npy", "text", "empty", "zip", "."):
-        with pytest.raises(ConfigError, match="got no network that was exported to sparse"):
+        with pytest.raises(ConfigError, match="not a file of the sparse export"):
             read_sparse(tmp_path / name)
 
 

@@ -38,7 +38,7 @@ def test_onnx_runtime_computes_the_same_for_any_batch(family: str, folds: bool, 
 def test_a_model_has_none_of_the_choices_that_make_training_fast() -> None:
     import onnx as library  # pyright: ignore[reportMissingImports]
 
-    content = onnx.export_onnx(plain_network.serve(ticket(*FAMILIES["resnet"]), fold_batch_norm=True))
+    content = onnx.export_onnx(plain_network.make_plain_network(ticket(*FAMILIES["resnet"]), fold_batch_norm=True))
     operators = [node.op_type for node in library.load_from_string(content).graph.node]
     assert operators.count("Conv") == 6
     assert not {"If", "Loop", "BatchNormalization"} & set(operators)
@@ -46,7 +46,7 @@ def test_a_model_has_none_of_the_choices_that_make_training_fast() -> None:
 
 @wants_jax2onnx
 def test_weights_are_in_the_file_once() -> None:
-    network = plain_network.serve(ticket(*FAMILIES["conv"]), keep_shapes=True)
+    network = plain_network.make_plain_network(ticket(*FAMILIES["conv"]), keep_shapes=True)
     weights = sum(leaf.nbytes for layer in network.variables["params"].values() for leaf in layer.values())
     assert weights < len(onnx.export_onnx(network)) < weights + 10_000
 

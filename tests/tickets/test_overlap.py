@@ -112,10 +112,10 @@ def test_flipped_is_the_share_of_all_weights_whose_state_differs() -> None:
 @pytest.mark.parametrize(
     "others, text",
     [
-        ({"a": A["a"]}, "'b/kernel': got nothing, wanted shape (2,)"),
-        (A | {"c": np.ones(())}, "'c': got shape (), wanted nothing"),
-        (A | {"a": np.ones((3, 2))}, "'a': got shape (3, 2), wanted shape (2, 3)"),
-        (A | {"a": 1.0}, "'a': got 1.0, wanted an array"),
+        ({"a": A["a"]}, "'b/kernel': missing; must have shape (2,)"),
+        (A | {"c": np.ones(())}, "'c': unknown; the other masks have no such array"),
+        (A | {"a": np.ones((3, 2))}, "'a' of shape (3, 2): must have shape (2, 3)"),
+        (A | {"a": 1.0}, "'a' 1.0: must be an array"),
     ],
 )
 def test_masks_of_another_network_are_refused_by_name(others: Any, text: str) -> None:
@@ -131,5 +131,5 @@ def test_masks_of_another_network_are_refused_by_name(others: Any, text: str) ->
 
 
 def test_a_share_of_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="^masks: got no entry, wanted at least one$"):
+    with pytest.raises(ConfigError, match="^masks: empty; must have at least one entry$"):
         mask_overlap.flipped({}, {})

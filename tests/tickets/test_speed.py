@@ -1,4 +1,4 @@
-"""Forms of a ticket beside each other."""
+"""Forms of a ticket: what they are, their measurements and the recommendation."""
 
 from pathlib import Path
 
@@ -97,9 +97,9 @@ def test_too_little_memory_is_told_from_other_errors_of_a_device() -> None:
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--batch-sizes", "1", "0"], "--batch-sizes: got 0, wanted at least 1"),
+        (["--batch-sizes", "1", "0"], "--batch-sizes 0: must be at least 1"),
         (["--batch-sizes", "many"], "argument --batch-sizes: invalid int value: 'many'"),
-        (["--repeats", "0"], "--repeats: got 0, wanted at least 1"),
+        (["--repeats", "0"], "--repeats 0: must be at least 1"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
@@ -114,4 +114,4 @@ def test_a_ticket_of_another_model_is_refused(tmp_path: Path, capsys: pytest.Cap
     arrays = {"layer": {"kernel": np.ones((2, 2), np.float32)}}
     save_ticket(tmp_path / "mine", params=arrays, batch_stats={}, masks=arrays, metadata={})
     assert commands.main(["speed", str(tmp_path / "mine")]) == 2
-    assert "mine: is of a model of its maker's own, wanted one of cs_jax.models" in capsys.readouterr().err
+    assert "mine: ticket has a custom model; this command supports cs_jax.models only" in capsys.readouterr().err

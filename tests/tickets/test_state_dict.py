@@ -225,14 +225,26 @@ def tensors() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     "change, complaint",
     [
-        ({"hidden1.bias": None}, r"'hidden1.bias': got no such tensor, wanted one of shape \[100\]"),
-        ({"hidden1.wait": np.zeros(3)}, r"'hidden1.wait': .* does not have \(did you mean hidden1.weight\?\)"),
-        ({"hidden1.num_batches_tracked": np.zeros(())}, "'hidden1.num_batches_tracked': got a tensor that the network"),
-        ({"hidden1.bias": np.zeros(99)}, r"'hidden1.bias': got shape \[99\] and dtype float64, wanted floats of shape"),
-        ({"hidden1.bias": np.zeros(100, int)}, "'hidden1.bias': got shape .* and dtype int64, wanted floats"),
-        ({"hidden1.weight": np.zeros((100, 7))}, r"'hidden1.weight': got shape \[100, 7\] .* shape \[100, 300\]"),
-        ({"classifier.weight": np.zeros(())}, r"'classifier.\w+': got shape .* wanted floats of shape \[1"),
-        ({"hidden1.weight": None}, "'hidden1.weight': got no such tensor"),
+        ({"hidden1.bias": None}, r"^tensor 'hidden1.bias': missing; must have shape \[100\]$"),
+        (
+            {"hidden1.wait": np.zeros(3)},
+            r"^tensor 'hidden1.wait': unknown; the network has no such tensor \(did you mean hidden1.weight\?\)$",
+        ),
+        (
+            {"hidden1.num_batches_tracked": np.zeros(())},
+            "^tensor 'hidden1.num_batches_tracked': unknown; the network has no such tensor",
+        ),
+        (
+            {"hidden1.bias": np.zeros(99)},
+            r"^tensor 'hidden1.bias' of shape \[99\] and dtype float64: must be floats of shape \[100\]$",
+        ),
+        ({"hidden1.bias": np.zeros(100, int)}, "^tensor 'hidden1.bias' of shape .* and dtype int64: must be floats"),
+        (
+            {"hidden1.weight": np.zeros((100, 7))},
+            r"^tensor 'hidden1.weight' of shape \[100, 7\] .* shape \[100, 300\]$",
+        ),
+        ({"classifier.weight": np.zeros(())}, r"^tensor 'classifier.\w+' of shape .* must be floats of shape \[1"),
+        ({"hidden1.weight": None}, "^tensor 'hidden1.weight': missing"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused_by_name(
@@ -249,11 +261,11 @@ def test_a_folded_file_is_told_from_others_that_lack_tensors(tmp_path: Path) -> 
     folded = fold.fold(model, masked(model, image_shape), image_shape, batch_norm=True)
     tensors = state_dict.to_tensors(*folded, 1)
     safetensors.numpy.save_file(tensors, tmp_path / "file")
-    with pytest.raises(ConfigError, match="got no such tensor, .*; BatchNorm is missing, as in an export with --fold"):
+    with pytest.raises(ConfigError, match="missing; must have shape .*; BatchNorm is missing: export without --fold"):
         load_state_dict(tmp_path / "file", "resnet6", image_shape=image_shape)
     del tensors["conv0.weight"]
     safetensors.numpy.save_file(tensors, tmp_path / "file")
-    with pytest.raises(ConfigError, match=r"got no such tensor, wanted one of shape \[32\]$"):
+    with pytest.raises(ConfigError, match=r"missing; must have shape \[32\]$"):
         load_state_dict(tmp_path / "file", "resnet6", image_shape=image_shape)
 
 
@@ -261,12 +273,17 @@ def test_a_file_that_cannot_be_read_is_refused(tensors: dict[str, np.ndarray], t
     (tmp_path / "text").write_text("no tensors")
     safetensors.numpy.save_file(tensors, tmp_path / "file")
     for path, model, shape, complaint in [
-        (tmp_path / "text", "lenet300100", (4, 4, 1), "got no safetensors file"),
-        (tmp_path, "lenet300100", (4, 4, 1), "got a folder, wanted a safetensors file"),
-        (tmp_path / "none", "lenet300100", (4, 4, 1), "got no such file, wanted a safetensors file"),
-        (tmp_path / "file", "lenet300", (4, 4, 1), r"model: got 'lenet300', wanted .*\(did you mean lenet300100\?\)"),
-        (tmp_path / "file", "lenet300100", None, "image shape: got nothing, wanted height, width and channels"),
-        (tmp_path / "file", "vit_tiny", (5, 5, 1), "takes no images of shape"),
+        (tmp_path / "text", "lenet300100", (4, 4, 1), "^not a safetensors file"),
+        (tmp_path, "lenet300100", (4, 4, 1), "^is a folder; must be a safetensors file"),
+        (tmp_path / "none", "lenet300100", (4, 4, 1), "^no such file; must be a safetensors file"),
+        (
+            tmp_path / "file",
+            "lenet300",
+            (4, 4, 1),
+            r"^model 'lenet300': must be one of .*\(did you mean lenet300100\?\)",
+        ),
+        (tmp_path / "file", "lenet300100", None, "^image shape: must be height, width and channels"),
+        (tmp_path / "file", "vit_tiny", (5, 5, 1), "does not accept images of shape"),
     ]:
         with pytest.raises(ConfigError, match=complaint):
             load_state_dict(path, model, image_shape=shape)
@@ -275,23 +292,35 @@ def test_a_file_that_cannot_be_read_is_refused(tensors: dict[str, np.ndarray], t
 @pytest.mark.parametrize(
     "text, complaint",
     [
-        ("{", "metadata cs_jax: got no proper JSON"),
-        ("[" * 100_000, "metadata cs_jax: got no proper JSON"),
-        ("3", "metadata cs_jax: got 3, wanted an object"),
-        ('{"image_shape": 3}', "metadata image_shape: got 3, wanted height, width and channels"),
-        ('{"image_shape": ["4", 4, 1]}', "metadata image_shape: got .* wanted height, width and channels"),
-        ('{"image_shape": [4, true, 1]}', "metadata image_shape: got .* wanted height, width and channels"),
-        ('{"image_shape": [4, 4]}', r"image shape: got \[4, 4\], wanted height, width and channels"),
-        ('{"image_shape": [65536, 65536, 65536]}', "image.shape: got .* wanted height, width and channels"),
-        ('{"image_shape": [4, 4, 1], "normalization": 3}', "metadata normalization: got 3, wanted mean and std"),
+        ("{", "metadata cs_jax: not valid JSON"),
+        ("[" * 100_000, "metadata cs_jax: not valid JSON"),
+        ("3", "metadata cs_jax: 3: must be an object"),
+        ('{"image_shape": 3}', "metadata cs_jax: image_shape 3: must be a list"),
+        ('{"image_shape": ["4", 4, 1]}', r"metadata cs_jax: image_shape\[0\] '4': must be a whole number"),
+        ('{"image_shape": [4, true, 1]}', r"metadata cs_jax: image_shape\[1\] True: must be a whole number"),
+        ('{"image_shape": [4, 4]}', r"image shape \[4, 4\]: must be height, width and channels"),
+        (
+            '{"image_shape": [65536, 65536, 65536]}',
+            r"image shape \[65536, 65536, 65536\]: must be height, width and channels",
+        ),
+        ('{"image_shape": [4, 4, 1], "normalization": 3}', "metadata cs_jax: normalization 3: must be an object"),
         (
             '{"image_shape": [4, 4, 1], "normalization": {"mean": [1]}}',
-            "metadata normalization: .* wanted mean and std",
+            "metadata cs_jax: normalization.std: missing",
         ),
-        ('{"image_shape": [4, 4, 1], "normalization": {"mean": 1, "std": [1]}}', "normalization: got .* lists of num"),
-        ('{"image_shape": [4, 4, 1], "normalization": {"mean": ["a"], "std": [1]}}', "normalization: got .* lists of"),
-        ('{"image_shape": [4, 4, 1], "normalization": {"mean": [NaN], "std": [1]}}', "wanted JSON values"),
-        ('{"image_shape": [4, 4, 1], "normalization": {"mean": [], "std": [1]}}', "--mean: got 0 numbers"),
+        (
+            '{"image_shape": [4, 4, 1], "normalization": {"mean": 1, "std": [1]}}',
+            "normalization.mean 1: must be a list",
+        ),
+        (
+            '{"image_shape": [4, 4, 1], "normalization": {"mean": ["a"], "std": [1]}}',
+            r"normalization.mean\[0\] 'a': must be a num",
+        ),
+        ('{"image_shape": [4, 4, 1], "normalization": {"mean": [NaN], "std": [1]}}', "metadata cs_jax: not valid JSON"),
+        (
+            '{"image_shape": [4, 4, 1], "normalization": {"mean": [], "std": [1]}}',
+            "--mean: 0 numbers; must be one for each of the 1 channels",
+        ),
     ],
 )
 def test_odd_metadata_are_one_line(
@@ -360,14 +389,14 @@ def test_what_export_wrote_says_itself_what_its_images_are(tmp_path: Path) -> No
     [
         (
             "--model lenet300100 --image-shape 4 4 1 --mean 1 2 --std 1 2 --out {out}",
-            "--mean: got 2 numbers, wanted one for each of the 1 channels",
+            "--mean: 2 numbers; must be one for each of the 1 channels",
         ),
         (
             "--model lenet300100 --image-shape 4 4 1 --mean 1 --std 0 --out {out}",
-            "--std: got 0, wanted numbers above 0",
+            "--std 0: must be above 0",
         ),
-        ("--model lenet300100 --image-shape 4 4 1 --mean 120 --out {out}", "--mean and --std: got one of them"),
-        ("--model resnet6 --image-shape 4 4 1 --out {out}", "'bn0.bias': got no such tensor, wanted one of shape [32]"),
+        ("--model lenet300100 --image-shape 4 4 1 --mean 120 --out {out}", "--mean and --std: must be given together"),
+        ("--model resnet6 --image-shape 4 4 1 --out {out}", "tensor 'bn0.bias': missing; must have shape [32]"),
         ("--model lenet300100 --image-shape 4 4 1 --out {file}", "must not overwrite the state dict"),
         ("--model lenet300100 --image-shape 4 4 1", "the following arguments are required: --out"),
     ],

@@ -245,7 +245,7 @@ def test_weights_that_a_stochastic_search_pruned_stay_pruned_in_bfloat16(problem
     assert density == pytest.approx(0.5, abs=1e-4)
     recipe = method.recipe(problem.recipe)
     after, _ = training_step.step(recipe, pruned, StepInputs(problem.train, jnp.arange(16), KEY, HYPER))
-    assert masks.density(method.ticket_masks(config, after)) == density
+    assert masks.density(method.ticket_masks(after)) == density
 
 
 @pytest.mark.parametrize("phase", ["search", "ticket"])

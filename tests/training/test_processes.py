@@ -93,8 +93,8 @@ def test_a_run_whose_worker_is_killed_ends_with_a_line_and_goes_on(tmp_path: Pat
     worker.send_signal(signal.SIGTERM)
     lines = said(leader), said(worker)
     assert (leader.returncode, worker.returncode) == (143, 143), lines
-    assert lines[0][-1] == "train.py: interrupted by SIGTERM; saved: go on with --resume run"
-    assert any("goes on from search 0, epoch 1" in line for line in lines[0])
+    assert lines[0][-1] == "train.py: interrupted by SIGTERM; saved: resume with --resume run"
+    assert any("resuming search 0 at epoch 1" in line for line in lines[0])
     assert not any("search 0" in line for line in lines[1])  # one tells the user
 
     alone = subprocess.run(
@@ -105,7 +105,7 @@ def test_a_run_whose_worker_is_killed_ends_with_a_line_and_goes_on(tmp_path: Pat
         text=True,
     )
     assert alone.returncode == 0, alone.stderr
-    assert "goes on from" in alone.stdout
+    assert "resuming " in alone.stdout
     assert (tmp_path / "run" / "summary.json").exists()
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 6
 

@@ -359,7 +359,7 @@ def test_runs_that_sigterm_stops_go_on_to_the_end_that_they_had_had(doubled: Non
         assert not (tmp_path / "stopped" / str(seed) / "summary.json").exists()
     run_jobs(jobs("stopped"), lambda name, **event: None)
     for seed in range(2):
-        assert "goes on from " in (tmp_path / "stopped" / f"{seed}.txt").read_text()
+        assert "resuming " in (tmp_path / "stopped" / f"{seed}.txt").read_text()
         ours, theirs = (weights(tmp_path / folder / str(seed)) for folder in ("stopped", "whole"))
         jax.tree.map(np.testing.assert_array_equal, ours["masks"], theirs["masks"])
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), ours, theirs)
@@ -436,7 +436,7 @@ def test_a_sweep_whose_worker_takes_several_at_once_is_killed_fails_and_goes_on(
     for name in NAMES[:2]:
         log = (tmp_path / "logs" / f"{name}.txt").read_text()
         assert all(f"{count} runs in one program, as --tickets says\n" in log for count in (4, 3))
-        assert "goes on from search 0, epoch 1" in log
+        assert "resuming search 0 at epoch 1" in log
         assert run_directory.read_summary(tmp_path / "runs" / name) is not None
 
 
@@ -467,7 +467,7 @@ def test_tickets_of_one_command_are_those_of_their_seeds(
         assert [str(seed), *(f"{share:.2%}" for share in row)] in [line.split() for line in shown.splitlines()]
     mean = (summaries[0]["ticket"]["density"] + summaries[1]["ticket"]["density"]) / 2
     assert ["mean", f"{mean:.2%}"] in [line.split()[:2] for line in shown.splitlines()]
-    assert all("goes on" not in (folder / LOG_FILE).read_text() for folder in folders)
+    assert all("resuming" not in (folder / LOG_FILE).read_text() for folder in folders)
     assert train.main([*asked, "--out", "alone"]) == 0
     assert (tmp_path / "alone" / TICKET_FILE).read_bytes() == (folders[0] / TICKET_FILE).read_bytes()
     capsys.readouterr()
@@ -495,12 +495,14 @@ def test_tickets_of_one_command_at_once(
 @pytest.mark.parametrize(
     "words, told",
     [
-        (["--tickets", "0"], "--tickets: got 0, wanted a number of at least 1"),
-        (["--tickets=-1"], "--tickets: got -1, wanted a number of at least 1"),
-        (["--tickets", "auto"], "--tickets: got auto, wanted a number of at least 1"),
-        (["--tickets"], "--tickets: got nothing, wanted a number"),
-        (["--tickets", "2", "--tickets", "3"], "--tickets: got 2 of them, wanted one"),
-        (["--tickets", "2", "--resume", "there"], "--tickets: got 2 beside --resume, wanted the command that began"),
+        (["--tickets", "0"], "--tickets 0: must be at least 1"),
+        (["--tickets=-1"], "--tickets -1: must be at least 1"),
+        (["--tickets", "auto"], "--tickets auto: must be a whole number"),
+        (["--tickets"], "--tickets: expected one argument"),
+        (
+            ["--tickets", "2", "--resume", "there"],
+            "--tickets 2: excludes --resume; repeat the command that",
+        ),
         (["--tickets", "2", "--seed", "4294967295"], "--tickets 2: must be at most 1 with --seed 4294967295"),
         (["--tickets", "2", "--val-set-size", "9999"], "--val-set-size 9999: must be less than 1437, the number "),
         (["--tickets", "2", "--out", "file"], "--out: got file/digits-seed0, "),

@@ -11,19 +11,20 @@ from pathlib import Path
 import jax
 from jaxtyping import PyTree
 
-ARRAYS, PROGRESS, SUMS = "arrays", "progress.json", "SHA256SUMS"
-PARTIAL = ".partial"
-"""Ending of what is still being written."""
+from cs_jax.experiment.storage.checkpoint_layout import CHECKSUMS
 
 _LOGGERS = (logging.getLogger("absl"), logging.getLogger("asyncio"))
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be saved; those before it are whole."""
+    """A checkpoint cannot be saved; earlier checkpoints are complete."""
 
 
 class QuietLogs:
-    """Loggers and hook of the process, that say less while anybody saves: a save that fails is told by its error."""
+    """Silences log messages of Orbax and asyncio while a run saves: a failed save raises a CheckpointError.
+
+    `begin` and `end` may be nested, because several runs can be trained in one process.
+    """
 
     def __init__(self) -> None:
         self._saving = 0
@@ -45,7 +46,7 @@ class QuietLogs:
             sys.unraisablehook = self._unraisable_before
 
     def _unraisable(self, unraisable: "sys.UnraisableHookArgs") -> None:
-        """Passes over what writes that go on after a failed save say when they end: the event loop is gone by then."""
+        """Ignores errors of writes that continue after a failed save: their event loop is already closed."""
         if str(unraisable.exc_value) != "Event loop is closed":
             self._unraisable_before(unraisable)
 
@@ -53,41 +54,46 @@ class QuietLogs:
 quiet_logs = QuietLogs()
 
 
-def sums(folder: Path) -> str:
-    """Hashes of all files below a folder but the list itself, in the form of `sha256sum`, in order of their names."""
+def checksums(folder: Path) -> str:
+    """SHA-256 of all files below a folder except SHA256SUMS, in the format of `sha256sum`, sorted by name."""
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return "".join(f"{file_hash(folder / file)}  {file}\n" for file in files if file != SUMS)
+    return "".join(f"{file_hash(folder / file)}  {file}\n" for file in files if file != CHECKSUMS)
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a saved folder, in a few words; None if it is as it was written."""
+    """Difference between a saved folder and its SHA256SUMS, in a few words; None for an intact folder."""
     try:
-        stored, found = (folder / SUMS).read_bytes(), sums(folder).encode()
+        stored, found = (folder / CHECKSUMS).read_bytes(), checksums(folder).encode()
     except OSError as error:
         name = Path(error.filename or folder).name
         return f"{name} {'is missing' if error.errno == errno.ENOENT else f'cannot be read: {error.strerror}'}"
     if stored == found:
         return None
     wrong = next((line for line in found.splitlines() if line not in stored.splitlines()), None)
-    return f"{wrong.split(b'  ')[1].decode()} has changed" if wrong else f"{SUMS} has changed, or a file is missing"
+    if wrong is None:
+        return f"{CHECKSUMS} has changed, or a file is missing"
+    return f"{wrong.split(b'  ')[1].decode()} has changed"
 
 
 def file_hash(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_free_space(folder: Path, tree: PyTree) -> None:
-    """Raises before anything is written if the arrays do not fit on the disk, as far as it tells."""
+    """Raises an OSError if the arrays do not fit on the disk. Quotas are not known here."""
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
     if shutil.disk_usage(folder).free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def save_error(partial: Path, error: Exception) -> CheckpointError:
-    """Takes away what a failed save has written, and explains its error in one line."""
+    """Deletes the partial checkpoint of a failed save, and returns its error in one line."""
     shutil.rmtree(partial, ignore_errors=True)
     reason = " ".join(str(error).split())
     if "No space left" in reason:
         reason = os.strerror(errno.ENOSPC)
-    return CheckpointError(f"checkpoint {partial.stem} cannot be saved: {reason[:200]}; those before it are whole")
+    return CheckpointError(
+        f"checkpoint {partial.stem}: cannot be saved: {reason[:200]}; earlier checkpoints are complete"
+    )

@@ -90,7 +90,7 @@ def _is_left_over(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def opened(config: Config, *, new: bool) -> Iterator["RunDirectory"]:
+def open_run_directory(config: Config, *, new: bool) -> Iterator["RunDirectory"]:
     """A run's directory, locked for this process: an empty one to begin in, or that of a run to go on with.
 
     Raises:
@@ -105,7 +105,7 @@ def opened(config: Config, *, new: bool) -> Iterator["RunDirectory"]:
                 with contextlib.suppress(OSError):
                     path.rmdir()
             raise ConfigError(f"--out: got {path}, which not every process sees, wanted a folder that all hosts share")
-        yield RunDirectory(config) if processes.is_leader() else Followed(config)
+        yield RunDirectory(config) if processes.is_leader() else FollowerRunDirectory(config)
 
 
 def _enter(path: Path, stack: contextlib.ExitStack, *, new: bool) -> None:
@@ -171,7 +171,7 @@ class RunDirectory(Observer):
             if began["versions"].get(name) != now[name]
         }
 
-    def go_on_from(self, progress: Progress | None) -> None:
+    def truncate_to(self, progress: Progress | None) -> None:
         """Takes back what was written after a checkpoint: those epochs come again.
 
         Raises:
@@ -196,9 +196,9 @@ class RunDirectory(Observer):
                 "start anew"
             )
 
-        self._check_beside(progress)
+        self._check_other_files(progress)
 
-    def _check_beside(self, progress: Progress | None) -> None:
+    def _check_other_files(self, progress: Progress | None) -> None:
         """Refuses files that lack what phases before have found, which nothing could make again."""
         if progress is None:
             return
@@ -249,7 +249,7 @@ class RunDirectory(Observer):
         """Adds the masks that a round has ended with, after those of the rounds before it."""
         number = progress.number(self._config)
         arrays = self._read_masks() if number else {}
-        found = trees.leaves_by_path(progress.kept)
+        found = trees.leaves_by_path(progress.packed_masks)
         arrays |= {f"{number}/{trees.name(leaf)}": on_host(bits) for leaf, bits in found.items()}
         files.write_whole(self.path / MASKS_FILE, safetensors.numpy.save(arrays))
 
@@ -301,7 +301,7 @@ class RunDirectory(Observer):
         files.write_whole(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
 
-class Followed(RunDirectory):
+class FollowerRunDirectory(RunDirectory):
     """The directory of a run as those processes have it that do not lead: they read the ticket, and write nothing."""
 
     def seconds(self, *phases: str) -> float:

@@ -1,4 +1,4 @@
-"""A ticket for other programs: one module a format."""
+"""Export of tickets to other programs: one module per format."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,21 +10,21 @@ import numpy as np
 from cs_jax.core import files
 from cs_jax.core.errors import ConfigError, one_of
 from cs_jax.tickets.export import onnx, sparse, stablehlo, state_dict
-from cs_jax.tickets.export.plain_network import Served, masked_logits, serve
+from cs_jax.tickets.export.plain_network import PlainNetwork, make_plain_network, masked_logits
 from cs_jax.tickets.export.sparse import read_sparse
 from cs_jax.tickets.export.state_dict import load_state_dict
 from cs_jax.tickets.ticket import LoadedTicket, dense_sizes
 
 AGREEMENT = 1e-4
-"""Difference of logits, relative to the largest, beyond which an export is not written: it is rounding below."""
+"""Largest allowed difference of logits, relative to the largest logit; smaller differences are rounding."""
 
 
 class Format(NamedTuple):
-    """How a network is written, and what a file computes."""
+    """An export format."""
 
-    suffix: str  # of a ticket's file, in place of ".safetensors"
-    export: Callable[[Served], bytes]
-    logits: Callable[[bytes, Served, np.ndarray], np.ndarray]  # of images of 0 to 255
+    suffix: str  # replaces ".safetensors" in the name of the ticket file
+    export: Callable[[PlainNetwork], bytes]  # content of a file
+    logits: Callable[[bytes, PlainNetwork, np.ndarray], np.ndarray]  # computed from a file, for images of 0 to 255
 
 
 FORMATS = {
@@ -33,16 +33,16 @@ FORMATS = {
     "stablehlo": Format(stablehlo.SUFFIX, stablehlo.export_stablehlo, stablehlo.logits),
     "sparse": Format(sparse.SUFFIX, sparse.export_sparse, sparse.logits),
 }
-"""What `--to` can name."""
+"""Formats by name, the values of `--to`."""
 
 
 class Exported(NamedTuple):
-    """What was written."""
+    """Result of an export."""
 
     size: int  # of the file, in bytes
     dense_size: int  # of the weights and BatchNorm statistics of the dense network, in bytes of float32
-    difference: float  # of the logits, relative to the largest
-    served: Served
+    difference: float  # largest difference of logits, relative to the largest logit
+    network: PlainNetwork
 
 
 def export_ticket(
@@ -53,38 +53,40 @@ def export_ticket(
     keep_shapes: bool = False,
     fold: bool = False,
 ) -> Exported:
-    """Writes a ticket in another format, once what was read back computes the same as the masked network.
+    """Writes a ticket in another format, after checking that the content computes the logits of the masked network.
 
-    Everything is float32, whatever the ticket was trained in.
+    All arrays are float32, for every training dtype.
 
     Args:
-        ticket: with a model; see `load_ticket`.
-        to: one of `FORMATS`.
-        path: file to write, replaced where it exists; its folder must exist.
-        keep_shapes: do not take out channels that no longer matter.
+        ticket: a ticket with a model; see `load_ticket`.
+        to: name of a format in `FORMATS`.
+        path: file to write; replaced if it exists. Its folder must exist.
+        keep_shapes: do not remove channels without effect.
         fold: fold BatchNorm into the convolutions before it.
 
     Returns:
-        Sizes, and the largest difference.
+        Sizes, the largest difference of logits, and the exported network.
 
     Raises:
-        ConfigError: the format is not known or wants a library that is missing; the path is a folder or in none; the
-            ticket cannot be shrunk or folded; or what was read back computes something else.
+        ConfigError: unknown format or missing library; `path` is a folder or its folder does not exist; the ticket
+            cannot be shrunk or folded; or the logits differ.
         OSError: the file cannot be written.
     """
     if to not in FORMATS:
-        raise ConfigError(f"--to: got {to!r}, wanted {one_of(to, FORMATS)}")
+        raise ConfigError(f"--to {to}: must be {one_of(to, FORMATS)}")
     files.check_out(Path(path))
-    served = serve(ticket, keep_shapes=keep_shapes, fold_batch_norm=fold)
-    images = np.random.default_rng(0).integers(0, 256, (4, *served.image_shape)).astype(np.float32)
+    network = make_plain_network(ticket, keep_shapes=keep_shapes, fold_batch_norm=fold)
+    images = np.random.default_rng(0).integers(0, 256, (4, *network.image_shape)).astype(np.float32)
     with jax.default_matmul_precision("highest"):  # accelerators multiply float32 with fewer bits otherwise
-        content = FORMATS[to].export(served)
-        wanted, got = masked_logits(ticket, images), FORMATS[to].logits(content, served, images)
+        content = FORMATS[to].export(network)
+        wanted, got = masked_logits(ticket, images), FORMATS[to].logits(content, network, images)
     difference = float(np.abs(got - wanted).max() / max(np.abs(wanted).max(), 1e-30))
     if not difference <= AGREEMENT:
-        raise ConfigError(f"--to {to}: got logits that differ by {difference:.1e} of the largest, wanted {AGREEMENT:g}")
+        raise ConfigError(
+            f"--to {to}: logits of the export differ by {difference:.1e} of the largest; must be at most {AGREEMENT:g}"
+        )
     files.write_whole(Path(path), content)
-    return Exported(len(content), 4 * sum(dense_sizes(ticket).values()), difference, served)
+    return Exported(len(content), 4 * sum(dense_sizes(ticket).values()), difference, network)
 
 
-__all__ = ["FORMATS", "Exported", "Format", "Served", "export_ticket", "load_state_dict", "read_sparse"]
+__all__ = ["FORMATS", "Exported", "Format", "PlainNetwork", "export_ticket", "load_state_dict", "read_sparse"]

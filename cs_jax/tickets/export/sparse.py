@@ -1,4 +1,4 @@
-"""Fully connected layers as compressed sparse rows, and all other arrays beside them, in one .npz without pickle."""
+"""Sparse export: dense layers as compressed sparse rows, other arrays unchanged, in one .npz file without pickle."""
 
 import io
 import json
@@ -20,27 +20,27 @@ from cs_jax.core.arrays import on_host
 from cs_jax.core.errors import ConfigError
 from cs_jax.models import wiring
 from cs_jax.models.wiring import Attention
-from cs_jax.tickets.checks import is_shape
-from cs_jax.tickets.export.plain_network import Served
+from cs_jax.tickets.export.plain_network import PlainNetwork
+from cs_jax.tickets.metadata import is_shape
 
 SUFFIX = ".npz"
 
 PARTS = ("data", "indices", "indptr", "shape")
-"""Arrays that a sparse matrix is stored in, by the end of their names; the shape is that of the kernel."""
+"""Suffixes of the arrays that store a sparse matrix; "shape" is the shape of the kernel."""
 
 ABOUT = "cs_jax"
-"""Name of the JSON text that says what the arrays do not."""
+"""Name of the JSON text with image shape and normalisation."""
 
 
-def export_sparse(served: Served) -> bytes:
-    """An .npz with the arrays of the network by collection and path, "params/conv0/kernel".
+def export_sparse(network: PlainNetwork) -> bytes:
+    """Content of an .npz file with the arrays of the network by name, "params/conv0/kernel".
 
-    The kernel of a fully connected layer is a matrix (in, out) of compressed sparse rows, in arrays with the ends of
-    `PARTS`. Kernels of attention are such matrices, with the axes of heads and their size taken together.
+    The kernel of a dense layer is a matrix (in, out) in compressed sparse rows, in arrays with the suffixes `PARTS`.
+    Kernels of attention are such matrices too, with the axes of heads and head size flattened.
     """
-    outs = _attention_outs(served)
-    arrays: dict[str, np.ndarray] = {ABOUT: np.array(json.dumps(served.about, sort_keys=True))}
-    for path, leaf in trees.leaves_by_path(served.variables).items():
+    outs = _attention_outs(network)
+    arrays: dict[str, np.ndarray] = {ABOUT: np.array(json.dumps(network.about, sort_keys=True))}
+    for path, leaf in trees.leaves_by_path(network.variables).items():
         name, array = trees.name(path), np.asarray(on_host(leaf))
         if path[-1] != "kernel" or array.ndim == 4:
             arrays[name] = array
@@ -55,14 +55,17 @@ def export_sparse(served: Served) -> bytes:
 
 
 def read_sparse(file: str | Path | io.BytesIO) -> tuple[dict[str, csr_array | np.ndarray], dict[str, Any]]:
-    """Matrices and arrays of a network that was exported to `sparse`, by name, and what is known of it.
+    """Matrices and arrays of a file in the sparse format, and its image shape and normalisation.
+
+    Args:
+        file: path or content of the file. A damaged or hostile file is refused; nothing in it is executed.
 
     Returns:
-        Kernels of fully connected layers as SciPy's `csr_array` (in, out), all else as NumPy's arrays; and a dictionary
-        of `image_shape` and `normalization`.
+        By name, kernels of dense layers as SciPy's `csr_array` (in, out) and all other arrays as NumPy arrays; and a
+        dictionary of "image_shape" and "normalization".
 
     Raises:
-        ConfigError: it is no such file.
+        ConfigError: the file is damaged or is not in the sparse format.
     """
     arrays, about = _read(file)
     stems = {stem for stem, _, part in (name.rpartition(".") for name in arrays) if stem and part in PARTS}
@@ -75,33 +78,33 @@ def read_sparse(file: str | Path | io.BytesIO) -> tuple[dict[str, csr_array | np
 
 
 def _matrix(data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, shape: np.ndarray) -> csr_array:
-    """A matrix of its parts, which are checked: SciPy reads beyond an array where an index is wrong."""
+    """Matrix from its parts, after checks: with a wrong index SciPy reads outside of the array."""
     sizes = shape.tolist()
     if indptr.ndim != 1 or shape.ndim != 1 or not is_shape(sizes):
-        raise ValueError(f"a matrix has rows that end at shape {indptr.shape} and the shape {reprlib.repr(sizes)}")
+        raise ValueError(f"matrix with row ends of shape {indptr.shape} and kernel shape {reprlib.repr(sizes)}")
     rows, size = len(indptr) - 1, math.prod(sizes)
     if rows < 1 or size % rows:
-        raise ValueError(f"a matrix has {rows} rows and {size} entries")
+        raise ValueError(f"matrix with {rows} rows and {size} entries")
     matrix = csr_array((data, indices, indptr), shape=(rows, size // rows))
     matrix.check_format(full_check=True)
     return matrix
 
 
-def logits(content: bytes, served: Served, images: np.ndarray) -> np.ndarray:
-    """What a network with the arrays of a file computes of images of 0 to 255."""
+def logits(content: bytes, network: PlainNetwork, images: np.ndarray) -> np.ndarray:
+    """Logits of a network with the arrays of a file, for images of 0 to 255."""
     arrays, _ = _read(io.BytesIO(content))
     leaves = {}
     for name, array in read_sparse(io.BytesIO(content))[0].items():
         whole = array.toarray().reshape(arrays[f"{name}.shape"]) if isinstance(array, csr_array) else array
         leaves[tuple(name.split("/"))] = jnp.asarray(whole)
-    read = Served(served.model, trees.nest(leaves), served.image_shape, served.normalization)
+    read = PlainNetwork(network.model, trees.nest(leaves), network.image_shape, network.normalization)
     return np.asarray(jax.jit(read.logits)(images))
 
 
 def _read(file: str | Path | io.BytesIO) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays by name, and what is known of the network."""
+    """Arrays by name, and the dictionary of image shape and normalisation."""
     try:
-        with zipfile.ZipFile(file) as archive:  # NumPy takes other files too, and members that are no arrays
+        with zipfile.ZipFile(file) as archive:  # `np.load` accepts other files too, and members that are not arrays
             members = {member.filename: archive.read(member) for member in archive.infolist()}
         arrays = {
             name.removesuffix(".npy"): np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
@@ -109,7 +112,7 @@ def _read(file: str | Path | io.BytesIO) -> tuple[dict[str, np.ndarray], dict[st
         }
         about = json.loads(str(arrays.pop(ABOUT)))
         if not isinstance(about, dict) or not {"image_shape", "normalization"} <= about.keys():
-            raise ValueError(f"{ABOUT!r} is no dictionary of image_shape and normalization")
+            raise ValueError(f"{ABOUT!r} must be a dictionary with image_shape and normalization")
         return arrays, about
     except _UNREADABLE as error:
         raise _refused(file, error) from error
@@ -118,18 +121,18 @@ def _read(file: str | Path | io.BytesIO) -> tuple[dict[str, np.ndarray], dict[st
 _UNREADABLE = (
     *(OSError, ValueError, KeyError, EOFError, MemoryError, RecursionError, OverflowError),
     *(zipfile.BadZipFile, zlib.error, struct.error, SyntaxError, TypeError),
-    *(RuntimeError, NotImplementedError),  # of members that are encrypted, or compressed otherwise
+    *(RuntimeError, NotImplementedError),  # members that are encrypted or have another compression
 )
-"""What is raised of files that are cut off, damaged or of another kind."""
+"""Exceptions of zipfile, NumPy and json for truncated, damaged and other files."""
 
 
 def _refused(file: str | Path | io.BytesIO, error: Exception) -> ConfigError:
-    reason = f"no {error}" if isinstance(error, KeyError) else (str(error).splitlines() or [type(error).__name__])[0]
+    reason = f"{error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
     where = f"{file}: " if isinstance(file, str | Path) else ""
-    return ConfigError(f"{where}got no network that was exported to sparse: {reason}")
+    return ConfigError(f"{where}not a file of the sparse export: {reason.splitlines()[0]}")
 
 
-def _attention_outs(served: Served) -> set[str]:
-    """Kernels whose first two axes are inputs."""
-    nodes = wiring.wiring_of(served.model)[0].nodes if isinstance(served.model, wiring.Wired) else []
+def _attention_outs(network: PlainNetwork) -> set[str]:
+    """Names of kernels whose first two axes are inputs."""
+    nodes = wiring.wiring_of(network.model)[0].nodes if isinstance(network.model, wiring.Wired) else []
     return {f"params/{node.name}/out/kernel" for node in nodes if isinstance(node, Attention)}

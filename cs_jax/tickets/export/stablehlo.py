@@ -1,4 +1,4 @@
-"""A program of `jax.export`: StableHLO with the weights inside, for any process that has JAX."""
+"""StableHLO export: a `jax.export` program that contains the weights, for processes with JAX."""
 
 import jax
 import jax.export
@@ -6,23 +6,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from cs_jax.layers import convolution
-from cs_jax.tickets.export.plain_network import Served
+from cs_jax.tickets.export.plain_network import PlainNetwork
 
 SUFFIX = ".stablehlo"
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-"""What the program is compiled for where it is read."""
+"""Platforms that the program can be compiled for."""
 
 
-def export_stablehlo(served: Served) -> bytes:
-    """A program from images (batch, height, width, channels) of 0 to 255, float32, to logits (batch, num_classes)."""
+def export_stablehlo(network: PlainNetwork) -> bytes:
+    """Program from images (batch, height, width, channels), float32 of 0 to 255, to logits (batch, num_classes)."""
     (batch,) = jax.export.symbolic_shape("batch")
-    images = jax.ShapeDtypeStruct((batch, *served.image_shape), jnp.float32)
+    images = jax.ShapeDtypeStruct((batch, *network.image_shape), jnp.float32)
     with convolution.for_serving():
-        exported = jax.export.export(jax.jit(served.logits), platforms=PLATFORMS)(images)
+        exported = jax.export.export(jax.jit(network.logits), platforms=PLATFORMS)(images)
     return bytes(exported.serialize())
 
 
-def logits(content: bytes, served: Served, images: np.ndarray) -> np.ndarray:
-    """What the program computes of images of 0 to 255."""
+def logits(content: bytes, network: PlainNetwork, images: np.ndarray) -> np.ndarray:
+    """Logits of the program for images of 0 to 255."""
     return np.asarray(jax.export.deserialize(bytearray(content)).call(images))

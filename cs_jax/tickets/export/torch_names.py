@@ -1,8 +1,8 @@
-"""Names and layouts that PyTorch has for the arrays of a network, and the way between the two.
+"""PyTorch names and layouts of a network's arrays, and conversion in both directions.
 
-A `ResNet` has the names of the authors' release, with bottleneck blocks the names of torchvision's ResNets. Other
-networks are named as in the release: the path of the layer with dots, after a stage too. Kernels are (out, in, height,
-width) and (out, in). PyTorch flattens images with the channels first: a dense layer after that reads its input in
+`ResNet` has the names of the authors' release, or of torchvision's ResNets if it has bottleneck blocks. Other networks
+are named as in the release: the path of the layer with dots, also after a stage. Kernels are (out, in, height, width)
+and (out, in). PyTorch flattens images with channels first, so a dense layer after flattening reads its inputs in
 another order.
 """
 
@@ -18,13 +18,13 @@ from cs_jax.models import ResNet, wiring
 from cs_jax.models.wiring import Attention, Input, Linear
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Shapes of arrays by collection and path, "params/conv0/kernel"."""
+"""Shapes of arrays by name, "params/conv0/kernel"."""
 
 LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
-"""PyTorch's names of leaves that it calls otherwise."""
+"""PyTorch's names of leaves, where they differ."""
 
 COUNTER = "num_batches_tracked"
-"""What PyTorch's BatchNorm has besides, an int64 scalar."""
+"""Additional int64 scalar in the state of PyTorch's BatchNorm."""
 
 TORCHVISION = {
     "conv0": "conv1",
@@ -39,20 +39,20 @@ TORCHVISION = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One array, under both names."""
+    """An array with its name and layout in both libraries."""
 
-    path: str  # ours, "params/conv0/kernel"
-    name: str  # PyTorch's
-    shape: tuple[int, ...]  # ours
-    axes_in: int | None = None  # of a kernel, how many axes, after the window's, are inputs; None for others
-    channels: int | None = None  # of a kernel that reads flattened images
+    path: str  # in cs_jax, "params/conv0/kernel"
+    name: str  # in PyTorch
+    shape: tuple[int, ...]  # in cs_jax
+    axes_in: int | None = None  # number of input axes of a kernel, after the window axes; None for other arrays
+    channels: int | None = None  # channels of the flattened images that a kernel reads; None for other arrays
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
         return self.to_torch(np.broadcast_to(np.float32(0), self.shape)).shape
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
-        """The array as PyTorch has it."""
+        """The array in PyTorch's layout."""
         if self.axes_in is None:
             return array.reshape(-1) if self.path.endswith("/bias") else array
         if array.ndim == 4:
@@ -63,7 +63,7 @@ class Entry:
         return matrix.T
 
     def from_torch(self, array: np.ndarray) -> np.ndarray:
-        """The array as we have it."""
+        """The array in the layout of cs_jax."""
         if self.axes_in is None:
             return array.reshape(self.shape)
         if len(self.shape) == 4:
@@ -75,18 +75,18 @@ class Entry:
 
 
 def _reordered(matrix: np.ndarray, *axes: int) -> np.ndarray:
-    """Rows (first * second, out), of which one is -1, in the order of (second, first)."""
+    """Rows in the order (first, second) reordered to (second, first); `axes` are the two sizes, one may be -1."""
     rows, columns = matrix.shape
     return matrix.reshape(*axes, columns).swapaxes(0, 1).reshape(rows, columns)
 
 
 def entries(model: nn.Module, shapes: Shapes, image_channels: int) -> list[Entry]:
-    """All arrays of a network that says how it is wired; masks are none of them.
+    """Entries of all arrays of a network except masks.
 
     Args:
-        model: of `cs_jax.models`, for its names and its wiring.
-        shapes: of "params" and "batch_stats".
-        image_channels: of the images, for a network that flattens them.
+        model: module of `cs_jax.models`, for its names and its wiring.
+        shapes: shapes of "params" and "batch_stats".
+        image_channels: number of channels of the images, for networks that flatten them.
     """
     flattened = _flattened(model, shapes, image_channels)
     outs = {
@@ -113,7 +113,7 @@ def _torchvision_block(match: re.Match[str]) -> str:
 
 
 def _flattened(model: nn.Module, shapes: Shapes, image_channels: int) -> dict[str, int]:
-    """Channels of the flattened images that dense layers read, by the layer's kernel."""
+    """Number of channels of flattened images, by the name of the dense kernel that reads them."""
     channels: list[int] = []
     found = {}
     for node in wiring.wiring_of(model)[0].nodes:

@@ -137,9 +137,9 @@ def _check_features(config: DataConfig, builder: Any) -> None:
     features = builder.info.features
     has_label = "label" in features and isinstance(features["label"], tfds.features.ClassLabel)
     if not ("image" in features and isinstance(features["image"], tfds.features.Image) and has_label):
+        found = ", ".join(f"{name} ({type(features[name]).__name__})" for name in sorted(features))
         raise ConfigError(
-            f"--dataset {config.dataset}: must be an image classification set with the features image and label, "
-            f"but has the features {', '.join(sorted(features))}"
+            f"--dataset {config.dataset}: must have the features image (Image) and label (ClassLabel), but has {found}"
         )
     shape, dtype = features["image"].shape, np.dtype(features["image"].np_dtype)
     if len(shape) != 3 or shape[-1] not in MODES or dtype != np.uint8:

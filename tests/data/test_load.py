@@ -196,7 +196,7 @@ def test_a_set_without_test_split_is_tested_on_its_validation_split(tmp_path: Pa
         ({"shape": (None, None, 3)}, r"--dataset toy_images: images of shape \(None, None, 3\) require --image-size, "),
         (
             {"label": np.int64},
-            "--dataset toy_images: must be an image classification set .* has the features image, label$",
+            r"--dataset toy_images: must have the features image \(Image\) .* has image \(Image\), label \(Tensor\)$",
         ),
         (
             {"labels": lambda i: -1 if i == 4 else 0},

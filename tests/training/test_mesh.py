@@ -102,7 +102,9 @@ def test_a_batch_size_that_does_not_divide_is_refused_before_data_are_read() -> 
 
 def test_devices_that_would_share_no_weights_are_refused() -> None:
     config = parser.parse(["digits", "--model-parallel", "3"])
-    with pytest.raises(ConfigError, match="--model-parallel: got 3, which divides no large array of --model resnet6"):
+    with pytest.raises(
+        ConfigError, match="--model-parallel 3: divides no large weight array of --model resnet6; choose a divisor"
+    ):
         prepare(config)
 
 

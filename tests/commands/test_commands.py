@@ -346,7 +346,8 @@ def test_metrics_that_lack_epochs_are_told(run: Path, tmp_path: Path, capsys: py
     (folder / "summary.json").unlink()
     (folder / METRICS_FILE).write_text("")
     assert main(["train", "--resume", str(folder)]) == 2
-    told = "its metrics.jsonl is damaged: it lacks some of the 6 epochs done; remove checkpoints there to start anew"
+    told = "its metrics.jsonl is damaged: it lacks some of the 6 finished epochs; remove "
+    told += f"{folder / 'checkpoints'} to start from scratch"
     assert f"{folder}: {told}" in one_line(capsys)
 
 
@@ -357,7 +358,10 @@ def test_scores_that_lack_rounds_are_told_before_anything_is_trained(
     folder = unfinished(run, tmp_path)
     (folder / SCORES_FILE).write_text(content)
     assert main(["train", "--resume", str(folder)]) == 2
-    assert f"{folder}: its scores.json lacks rounds that are done; remove checkpoints" in one_line(capsys)
+    assert (
+        f"{folder}: its scores.json lacks finished rounds; remove {folder / 'checkpoints'} to start from scratch"
+        in one_line(capsys)
+    )
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}"])
@@ -367,7 +371,7 @@ def test_masks_that_lack_rounds_are_told_before_anything_is_trained(
     path = unfinished(run, tmp_path) / MASKS_FILE
     path.unlink() if content is None else path.write_bytes(content)
     assert main(["train", "--resume", str(path.parent)]) == 2
-    told = "its masks.safetensors lacks what has been found before; remove checkpoints there to start anew"
+    told = f"its masks.safetensors lacks finished rounds; remove {path.parent / 'checkpoints'} to start from scratch"
     assert f"{path.parent}: {told}" in one_line(capsys)
 
 
@@ -378,7 +382,7 @@ def test_results_of_controls_that_are_lost_are_told_before_anything_is_trained(
     folder = unfinished(run_with_controls, tmp_path)
     (folder / CONTROLS_FILE).write_text(content)
     assert main(["train", "--resume", str(folder)]) == 2
-    assert f"{folder}: its controls.json lacks what has been found before" in one_line(capsys)
+    assert f"{folder}: its controls.json lacks finished controls; remove " in one_line(capsys)
 
 
 @pytest.fixture(scope="module")
@@ -409,7 +413,7 @@ def test_a_finished_run_without_its_ticket_says_how_to_make_it_again(
     damage(folder / TICKET_FILE)
     assert main(["train", "--resume", str(folder)]) == 2
     line = one_line(capsys)
-    assert f"{folder / TICKET_FILE}: " in line and f"remove {folder / 'summary.json'}, and the same command" in line
+    assert f"{folder / TICKET_FILE}: " in line and f"remove {folder / 'summary.json'} and run the same command" in line
     (folder / "summary.json").unlink()
     assert main(["train", "--resume", str(folder)]) == 0
     assert (folder / TICKET_FILE).read_bytes() == (run / TICKET_FILE).read_bytes()

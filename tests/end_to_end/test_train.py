@@ -259,7 +259,7 @@ def test_a_finished_run_shows_its_result_again_and_trains_nothing(
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--seed", "1"], "holds a run with other settings: --seed 1 (was 0); give another --out, or --resume"),
+        (["--seed", "1"], "holds a run with other settings: --seed 1 (was 0); choose another --out, or resume"),
         (["--model", "resnet6"], "--model resnet6 (was lenet300100)"),
         (["--lr-schedule", "1", "--lr-drops", "0.5"], "--lr-schedule 1 (was 10 13), --lr-drops 0.5 (was 0.1 0.1)"),
     ],
@@ -335,7 +335,7 @@ def test_a_folder_that_is_not_empty_and_holds_no_run_is_refused(
 ) -> None:
     (tmp_path / "notes").write_text("mine")
     assert train.main([*QUICK, "--out", str(tmp_path)]) == 2
-    assert "which is not empty and holds no run, wanted an empty or new folder" in capsys.readouterr().err
+    assert ": not empty and not a run directory; choose an empty or new one" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]
 
 

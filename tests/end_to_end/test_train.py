@@ -284,25 +284,25 @@ def _damaged(run: Path, change: Any) -> None:
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda run: (run / "config.json").unlink(), "which holds no run, wanted a folder with config.json"),
-        (lambda run: shutil.rmtree(run), "which holds no run, wanted a folder with config.json"),
-        (lambda run: (run / "config.json").write_text("{"), "whose config.json is damaged"),
-        (lambda run: (run / "config.json").write_text("[]"), "whose config.json is damaged"),
+        (lambda run: (run / "config.json").unlink(), ": not a run directory; it has no config.json"),
+        (lambda run: shutil.rmtree(run), ": not a run directory; it has no config.json"),
+        (lambda run: (run / "config.json").write_text("{"), "its config.json is damaged"),
+        (lambda run: (run / "config.json").write_text("[]"), "its config.json is damaged"),
         (
             lambda run: _damaged(run, lambda stored: stored["versions"].update(cs_jax="0.0.9")),
-            "a run of cs_jax 0.0.9, wanted one of",
+            ": the run was made by cs_jax 0.0.9, this is ",
         ),
         (
             lambda run: _damaged(run, lambda stored: stored.pop("epochs")),
-            "whose config.json cannot be used: stored settings lack 'epochs': made by another version",
+            "its config.json is not valid: stored settings: epochs: missing",
         ),
         (
             lambda run: _damaged(run, lambda stored: stored.update(magic=1)),
-            "whose config.json cannot be used: stored settings have the unknown 'magic': made by another version",
+            "its config.json is not valid: stored settings: magic: unknown",
         ),
         (
             lambda run: _damaged(run, lambda stored: stored.update(epochs="2")),
-            "whose config.json cannot be used: stored settings have epochs '2', wanted a whole number",
+            "its config.json is not valid: stored settings: epochs '2': must be a whole number",
         ),
         (lambda run: (run / "summary.json").write_text("{"), "its summary.json is damaged; remove "),
         (lambda run: (run / "summary.json").write_text("{}"), "its summary.json is damaged; remove "),
@@ -341,7 +341,7 @@ def test_a_folder_that_is_not_empty_and_holds_no_run_is_refused(
 
 @pytest.mark.parametrize(
     "out, message",
-    [("x" * 300, "cannot be used"), ("file", "which is a file, wanted a folder"), ("file/run", "cannot be made")],
+    [("x" * 300, "cannot be used"), ("file", "is a file"), ("file/run", "cannot be created")],
 )
 def test_a_run_directory_that_cannot_be_made_is_refused(
     out: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -349,7 +349,7 @@ def test_a_run_directory_that_cannot_be_made_is_refused(
     (tmp_path / "file").write_text("mine")
     assert train.main([*QUICK, "--out", str(tmp_path / out)]) == 2
     shown = capsys.readouterr().err
-    assert shown.startswith("train.py: error: --out: got ") and message in shown and shown.count("\n") == 1
+    assert shown.startswith("train.py: error: --out ") and message in shown and shown.count("\n") == 1
     assert (tmp_path / "file").read_text() == "mine"
 
 

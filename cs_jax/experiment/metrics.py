@@ -1,4 +1,4 @@
-"""What is reported of an epoch: losses, accuracies, and how its masks are made up."""
+"""Per-epoch metrics: loss, accuracy, mask density, flip rate."""
 
 import functools
 import time

@@ -21,7 +21,7 @@ from cs_jax.experiment.observers.tracking import TensorBoard, Tracker, Tracking
 from cs_jax.experiment.prepare import prepare
 from cs_jax.experiment.presets import without_effect
 from cs_jax.experiment.progress import Observers
-from cs_jax.experiment.storage import config_file, paths, run_directory
+from cs_jax.experiment.storage import config_file, directory_checks, paths, run_directory
 from cs_jax.experiment.storage.checkpoints import Checkpoints
 from cs_jax.experiment.storage.versions import versions
 from cs_jax.training import processes
@@ -64,11 +64,11 @@ def run(
         if unused:
             print_line(terminal, f"--method {config.method} ignores {', '.join(unused)}")
         path = config.run_directory
-        is_new = processes.from_leader(lambda: not run_directory.holds_run(path))
+        is_new = processes.from_leader(lambda: not directory_checks.holds_run(path))
         if is_new:
-            processes.from_leader(lambda: run_directory.check_free(config))
+            processes.from_leader(lambda: directory_checks.check_free(config))
         else:
-            processes.from_leader(lambda: run_directory.check_same_config(config))
+            processes.from_leader(lambda: directory_checks.check_same_config(config))
         summary = None if is_new else processes.from_leader(lambda: run_directory.read_summary(path))
         started, was_finished = time.perf_counter(), summary is not None
         if summary is None:
@@ -88,9 +88,9 @@ def run(
 def _run_to_end(
     config: Config, trackers: Sequence[Tracker], terminal: Console, executor: Executor | None, watch: Interrupts
 ) -> dict[str, Any]:
-    """Trains what is missing of a run, and writes summary.json."""
+    """Runs the unfinished phases of a run, and writes summary.json."""
     path = config.run_directory
-    is_new = processes.from_leader(lambda: not run_directory.holds_run(path))
+    is_new = processes.from_leader(lambda: not directory_checks.holds_run(path))
     with contextlib.ExitStack() as stack:
         figures = TensorBoard(path / paths.TENSORBOARD_FOLDER)
         tracking = stack.enter_context(Tracking(config, [figures, *trackers]))

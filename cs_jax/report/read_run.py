@@ -18,6 +18,7 @@ from cs_jax.experiment.config import SEARCH, TICKET
 from cs_jax.experiment.connectivity import CHILDREN, error_barrier
 from cs_jax.experiment.storage import config_file
 from cs_jax.experiment.storage.paths import (
+    CONFIG_FILE,
     CONNECTIVITY_FILE,
     MASKS_FILE,
     METRICS_FILE,
@@ -26,7 +27,6 @@ from cs_jax.experiment.storage.paths import (
     SUMMARY_FILE,
     TICKET_FILE,
 )
-from cs_jax.experiment.storage.run_directory import CONFIG_FILE
 from cs_jax.methods import METHODS, NONE, Method
 from cs_jax.methods.controls import DENSE
 from cs_jax.report.read_arrays import Masks, read_content, read_masks, read_predictions

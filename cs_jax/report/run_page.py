@@ -15,8 +15,7 @@ from cs_jax.core.settings import flag
 from cs_jax.experiment.config import SEARCH, TICKET, Config
 from cs_jax.experiment.presets import PRESETS
 from cs_jax.experiment.storage import config_file
-from cs_jax.experiment.storage.paths import PREDICTIONS_FILE
-from cs_jax.experiment.storage.run_directory import CONFIG_FILE
+from cs_jax.experiment.storage.paths import CONFIG_FILE, PREDICTIONS_FILE
 from cs_jax.methods.controls import DENSE
 from cs_jax.report import epoch_sections, heatmaps, mask_sections
 from cs_jax.report.pages import Example, Page, Section, Table, Tile, percent, plot, points, shown

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cs_jax.core import files
 from cs_jax.core.errors import ConfigError
-from cs_jax.experiment.storage import config_file, paths, run_directory
+from cs_jax.experiment.storage import config_file, directory_checks, paths, run_directory
 from cs_jax.sweep.spec import PlannedRun, Spec, make_spec
 
 SPEC_FILE = "sweep.json"
@@ -49,7 +49,7 @@ def check_same_spec(directory: Path, spec: Spec) -> None:
         return
     failures = read_failures(directory)
     for run, difference in changed_runs(directory, spec):
-        if run.name not in failures and run_directory.holds_run(folder_of(directory, run)):
+        if run.name not in failures and directory_checks.holds_run(folder_of(directory, run)):
             raise ConfigError(f"{directory}: holds another sweep: {run.name} {difference}; choose another --out")
 
 

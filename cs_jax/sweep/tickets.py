@@ -18,7 +18,7 @@ from cs_jax.experiment.observers.terminal import print_line, print_tickets, warn
 from cs_jax.experiment.observers.tracking import Tracker
 from cs_jax.experiment.prepare import check_all
 from cs_jax.experiment.search import NonFiniteLossError
-from cs_jax.experiment.storage import paths, run_directory
+from cs_jax.experiment.storage import directory_checks, paths, run_directory
 from cs_jax.sweep import autotune
 from cs_jax.sweep.display import SweepDisplay
 from cs_jax.sweep.spec import PlannedRun
@@ -88,7 +88,7 @@ def _run_job(
         if reason:
             print_line(terminal, reason)
         while True:
-            existed = run_directory.holds_run(path)
+            existed = directory_checks.holds_run(path)
             try:
                 summary = experiment_run.run(
                     job.config,
@@ -103,7 +103,7 @@ def _run_job(
                     return on_event(job.name, failed=str(error))
                 time.sleep(0.5)
             except (ConfigError, NonFiniteLossError, OSError) as error:
-                created_meanwhile = run_directory.holds_run(path) and not existed and isinstance(error, ConfigError)
+                created_meanwhile = directory_checks.holds_run(path) and not existed and isinstance(error, ConfigError)
                 if not created_meanwhile:  # else by a process that was stopped just then: try again
                     failure = " ".join(str(error).split())
                     print_line(terminal, f"failed: {failure}")
@@ -161,7 +161,7 @@ def _plan_runs(config: Config, tickets: int) -> list[PlannedRun]:
     """
     if config.seed + tickets > 2**32:
         raise ConfigError(f"--tickets {tickets}: must be at most {2**32 - config.seed} with --seed {config.seed}")
-    if config.out is not None and run_directory.holds_run(config.out):
+    if config.out is not None and directory_checks.holds_run(config.out):
         raise ConfigError(f"--out {config.out}: is a run directory; choose a parent directory for --tickets {tickets}")
     runs = []
     for seed in range(config.seed, config.seed + tickets):
@@ -175,10 +175,10 @@ def _plan_runs(config: Config, tickets: int) -> list[PlannedRun]:
 def _is_done(config: Config) -> bool:
     """True if the run is finished. Rejects a directory with another run."""
     path = config.run_directory
-    if not run_directory.holds_run(path):
-        run_directory.check_free(config)
+    if not directory_checks.holds_run(path):
+        directory_checks.check_free(config)
         return False
-    run_directory.check_same_config(config)
+    directory_checks.check_same_config(config)
     return run_directory.read_summary(path) is not None
 
 

@@ -472,7 +472,8 @@ def test_a_run_does_not_go_on_with_other_data(run: Path, tmp_path: Path, capsys:
     stored = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**stored, "data": "0" * 64}))
     assert main(["train", "--resume", str(folder)]) == 2
-    assert f"--data-dir: got other examples of digits than {folder} began with, wanted the same" in one_line(capsys)
+    differ = f"--dataset digits: its examples differ from those that {folder} started with; use --data-dir"
+    assert differ in one_line(capsys)
 
 
 def test_a_finished_run_without_its_report_gets_one(run: Path, tmp_path: Path) -> None:

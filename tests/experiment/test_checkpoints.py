@@ -297,10 +297,8 @@ def test_a_snapshot_of_another_run_is_refused(problem: Problem, folder: Path, tm
     stopped_at(CONFIG, other, tmp_path / "other", 10)
     shutil.rmtree(folder / "snapshot")
     shutil.copytree(tmp_path / "other" / "snapshot", folder / "snapshot")
-    with (
-        Checkpoints(CONFIG, problem, folder) as saved,
-        pytest.raises(ConfigError, match="its snapshot: belongs to another"),
-    ):
+    told = r"\(00001-000002: its snapshot: belongs to another run\); remove \S+ to start from scratch$"
+    with Checkpoints(CONFIG, problem, folder) as saved, pytest.raises(ConfigError, match=told):
         saved.restore()
 
 

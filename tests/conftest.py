@@ -61,7 +61,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_a_module() -> Iterator[None]:
-    """A module's programs end with it: each takes some of the memory maps, of which a process has 65,530."""
+    """Frees compiled programs after each module: they use memory maps, of which a process has 65,530."""
     yield
     jax.clear_caches()
 

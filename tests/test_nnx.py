@@ -1,4 +1,4 @@
-"""Sparse NNX models against their plain models, inside NNX's transforms, and where they must refuse."""
+"""Sparse NNX models compared with plain models, inside NNX's transforms, and their errors."""
 
 import copy
 import pickle
@@ -28,7 +28,7 @@ IMAGE = jax.random.normal(jax.random.key(2), (2, 6, 6, 3))
 
 
 class MLP(nnx.Module):
-    """Two layers with all that has state of its own."""
+    """Two layers, BatchNorm and dropout, which have state, and a call counter."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.first = nnx.Linear(4, 4, rngs=rngs)
@@ -38,7 +38,7 @@ class MLP(nnx.Module):
         self.calls = 0
 
     def encode(self, x: jax.Array) -> jax.Array:
-        """What comes before the last layer."""
+        """Features before the last layer."""
         return self.dropout(jax.nn.relu(self.norm(self.first(x))))
 
     def __call__(self, x: jax.Array, *, scale: float = 1.0) -> jax.Array:
@@ -62,7 +62,7 @@ class MLP(nnx.Module):
 
 
 class Container(nnx.Module):
-    """Layers in every container that NNX takes."""
+    """Layers in every container that NNX accepts."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.listed = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
@@ -176,7 +176,7 @@ def randomized(sparse: Any, seed: int = 0) -> Any:
 
 
 def baked(sparse: Any, plain: Any) -> Any:
-    """The plain model with the sparse one's weights times their masks."""
+    """The plain model with the sparse model's weights multiplied by their masks."""
     params = nnx.state(sparse, nnx.Param)
     nnx.update(plain, cs_jax.apply_masks(params, nnx.state(sparse, Mask)["masks"]))
     return plain
@@ -192,7 +192,7 @@ def tiny(seed: int = 0) -> tuple[Any, Any]:
     return plain, randomized(sparsify(plain))
 
 
-# What a sparse model is.
+# Structure of a sparse model.
 
 
 @every_model

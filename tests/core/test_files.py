@@ -1,4 +1,4 @@
-"""Files that are written whole: what is left on a full disk, in a folder's place, and for whoever reads meanwhile."""
+"""Atomic file writes: on a full disk, where a folder has the name, and while another process reads."""
 
 import os
 import threading
@@ -12,7 +12,7 @@ from cs_jax.core.files import write_all, write_whole
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """All that is in a folder by name, hidden or not; None for a folder."""
+    """Contents of all files in a folder, hidden ones too, by name; None for a folder."""
     return {path.name: path.read_bytes() if path.is_file() else None for path in folder.iterdir()}
 
 

@@ -1,4 +1,4 @@
-"""Scores to masks and back: exact small cases, properties over random trees, and what is refused."""
+"""Masks from scores: exact small cases, properties over random trees, and refused arguments."""
 
 import hypothesis
 import hypothesis.strategies as st

@@ -1,4 +1,4 @@
-"""What rules select of the models of four libraries, the table that shows it, and what they refuse."""
+"""Weights that rules select in models of four libraries, the printed table, and refused rules."""
 
 import dataclasses
 from collections import OrderedDict
@@ -19,7 +19,7 @@ from cs_jax.core import rules, trees
 
 
 def shaped(**shapes: tuple[int, ...]) -> Any:
-    """A tree of shapes by path, with __ for a slash."""
+    """Tree of arrays of the given shapes, by path; `__` means a slash."""
     leaves = {tuple(path.split("__")): jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
     return trees.nest(leaves)
 
@@ -121,7 +121,7 @@ class Net(eqx.Module):
 
 
 def test_equinox_modules_are_known_by_their_class() -> None:
-    """An embedding's and a norm's weights have no telling name, and None and functions are passed over."""
+    """Names of embedding and norm weights do not identify them; None and functions are skipped."""
     keys = jax.random.split(jax.random.key(0), 4)
     layers = [eqx.nn.Conv2d(1, 2, 3, key=keys[0], use_bias=False), eqx.nn.GRUCell(2, 3, key=keys[1])]
     net = Net(eqx.nn.Embedding(5, 4, key=keys[2]), eqx.nn.LayerNorm((4, 4)), layers)

@@ -1,4 +1,4 @@
-"""Tickets of exactly the density that was asked for, and scores held at it in training."""
+"""Tickets with exactly the target density, and scores that track the target in training."""
 
 from typing import Any
 
@@ -68,7 +68,7 @@ def test_without_a_budget_scores_above_zero_are_kept() -> None:
 
 
 def channels_kept(values: list[list[float]], target: float) -> list[int]:
-    """Channels kept of two arrays, whose channels have 4 and 2 weights."""
+    """Number of kept channels in two arrays, whose channels have 4 and 2 weights."""
     selection = selection_of((4, len(values[0])), (2, len(values[1])), target=target, group="output_channel")
     ticket = target_density.ticket_masks(selection, scores_of(selection, *values), init_value=0.0)
     for mask in jax.tree.leaves(ticket):

@@ -272,7 +272,7 @@ def test_an_unknown_set_is_refused_with_the_closest_name(tmp_path: Path) -> None
 def test_a_missing_set_is_reported_soon_with_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_tensorflow: bool, reason: str
 ) -> None:
-    """Even where name servers hang; and nothing is left behind."""
+    """Also where name servers do not answer; no file is left."""
     import requests
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: has_tensorflow or None)

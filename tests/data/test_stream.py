@@ -1,4 +1,4 @@
-"""Images that are streamed: batches, crops, hosts, damage, and runs that stop and go on."""
+"""Streamed images: batches, crops, several hosts, damaged records, and resumed runs."""
 
 import contextlib
 import dataclasses
@@ -47,7 +47,7 @@ SIZE = 12
 
 
 def photograph(number: int, width: int, height: int) -> bytes:
-    """A JPEG of a colour that tells its number, dark on one side."""
+    """JPEG image whose colour encodes its number, dark on the left side."""
     shade = np.linspace(0.3, 1, width)[None, :, None]
     colour = np.array([50 + 5 * (number % 40), 128, 255 - 5 * (number % 40)])
     file = io.BytesIO()
@@ -316,7 +316,7 @@ def test_what_does_not_fit_the_set_is_refused(settings: Config, change: dict[str
 
 
 def fixed(folder: Path) -> Config:
-    """A set of small images of one shape, with the config that holds them in memory."""
+    """Writes a set of small images of one shape, and gives the config that loads it into memory."""
 
     def encode(i: int) -> bytes:
         file = io.BytesIO()
@@ -371,7 +371,7 @@ def test_images_of_one_shape_are_streamed_as_they_are_or_cut(tmp_path: Path) -> 
 
 
 def test_labels_kept_secret_leave_validation_to_test_on(tmp_path: Path) -> None:
-    """As ImageNet has them, whose test split may be prepared too."""
+    """As in ImageNet, whose test split may be prepared too."""
     settings = prepare(
         tmp_path,
         splits={"train": 20, "validation": 5, "test": 6},
@@ -461,7 +461,7 @@ def empty(path: Path) -> None:
 
 
 def scramble(path: Path) -> None:
-    """Changes what is in the records; the index at the end stays."""
+    """Changes bytes of the records, not of the index at the end."""
     with open(path, "r+b") as file:
         content = bytearray(file.read())
         start = content.find(b"JFIF")
@@ -566,7 +566,7 @@ def finished(settings: Config, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_a_run_that_stops_inside_an_epoch_goes_on_to_the_same_ticket(
     settings: Config, finished: Path, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And its stream is just the rest."""
+    """The resumed stream has only the remaining batches."""
     asked, whole = [], ImageStream.batches
 
     def watched(stream: ImageStream, order: Any, **options: Any) -> Iterator[Batch]:
@@ -653,7 +653,7 @@ def test_the_smallest_step_is_checked_without_reading(settings: Config, monkeypa
 
 @pytest.mark.usefixtures("x64")
 def test_streamed_steps_are_the_same_on_several_devices(stream: ImageStream) -> None:
-    """Eight examples a batch over four devices; the last batch, of three, is whole on each of them."""
+    """Batches of eight over four devices; each device has all three examples of the last batch."""
     recipe = Recipe(LeNet300100(num_classes=4), augment="resized-crop")
     hyper = search.hyperparams(PRESETS["digits"], "search", 0)
     wanted, found = (

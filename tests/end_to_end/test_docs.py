@@ -1,4 +1,4 @@
-"""The documentation: its examples run, its tables are what is printed, and it builds without a warning."""
+"""The documentation: its examples run, its tables match the printed ones, and it builds without a warning."""
 
 import importlib
 import importlib.util
@@ -59,7 +59,7 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 
 def save_ticket(path: Path) -> None:
-    """Writes an untrained ticket for 8x8 images, in place of one that a command of a guide would have made."""
+    """Writes an untrained ticket for 8x8 images, in place of the ticket that a guide's command makes."""
     path.parent.mkdir(parents=True)
     variables = {"batch_stats": {}, **cs_jax.models.LeNet300100().init(jax.random.key(0), jnp.ones((1, 8, 8, 1)))}
     model = {"name": "lenet300100", "num_classes": 10, "image_shape": [8, 8, 1]}

@@ -1,4 +1,4 @@
-"""The README: its examples run, its tables are what is printed, and what it names exists."""
+"""The README: its examples run, its tables match the printed ones, and all names in it exist."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""`train.py` as its users meet it: results, files, plain output, and what happens when something is wrong."""
+"""`train.py` from the user's side: results, files, plain output, and errors."""
 
 import contextlib
 import io
@@ -34,7 +34,7 @@ QUICK = "--model lenet300100 --epochs 2 --rounds 2 --rewind-epoch 1 --lr 0.01".s
 
 
 def prepared(name: str) -> str:
-    """The folder of prepared data sets; skips where it does not hold `name`."""
+    """Folder of prepared data sets; skips the test if data set `name` is missing there."""
     folder = os.environ.get("TFDS_DATA_DIR")
     if not folder or not (Path(folder) / name).is_dir():
         pytest.skip(f"TFDS_DATA_DIR ({folder or 'not set'}) holds no prepared {name}")
@@ -193,7 +193,7 @@ def test_plain_lines_and_the_table_without_a_terminal(tmp_path: Path, capsys: py
 
 @pytest.mark.slow
 def test_digits_end_with_a_small_and_good_ticket(tmp_path: Path) -> None:
-    """The default command, in a process and folder of its own."""
+    """Runs the default command in a new process and folder."""
     result = run_script(cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     summary = json.loads((tmp_path / "runs" / "digits-seed0" / "summary.json").read_text())

@@ -18,7 +18,7 @@ SCORE_TX = optax.sgd(0.5, momentum=0.9, nesterov=True)
 
 
 class Net(nn.Module):
-    """A convolution and a hidden layer to mask, BatchNorm and a classifier to leave alone."""
+    """Convolution and hidden layer with masks; BatchNorm and classifier without."""
 
     conv: Any = nn.Conv
     dense: Any = nn.Dense
@@ -49,7 +49,7 @@ def batches(dtype: Any) -> list[tuple[jax.Array, jax.Array]]:
 
 
 def by_module(model: nn.Module, params: Any, dtype: Any) -> list[Any]:
-    """Two rounds, reset, rewind and retraining with a model that reads masks; what it has at the end of each."""
+    """Weights, scores and masks after two rounds, the reset and the retraining of a model that reads masks."""
     images, labels = batches(dtype)[0]
     masks = model.init(jax.random.key(9), images)["masks"]
     scores = cs_jax.init_scores(masks, INIT_VALUE)
@@ -93,7 +93,7 @@ def descend(values: Any, states: Any, gradients: Any, txs: Any) -> tuple[Any, An
 
 
 def by_transformation(params: Any, dtype: Any) -> list[Any]:
-    """The same with the plain model."""
+    """The same for the plain model and the transformation."""
     tx = cs_jax.continuous_sparsification(
         WEIGHT_TX,
         SCORE_TX,
@@ -130,7 +130,7 @@ def by_transformation(params: Any, dtype: Any) -> list[Any]:
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.float64, 1e-11)], ids=["float32", "float64"])
 @pytest.mark.usefixtures("x64")
 def test_the_three_ways_in_agree(dtype: Any, tolerance: float) -> None:
-    """Weights, scores and masks of 30 steps with one reset, and of the retraining after the rewind."""
+    """Compares 30 steps with one reset, and the retraining after the rewind."""
     images, _ = batches(dtype)[0]
     params = PLAIN.init(jax.random.key(1), images)["params"]
     by_layers = by_module(MASKED, params, dtype)

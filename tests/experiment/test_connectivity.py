@@ -116,7 +116,7 @@ def pixels(values: Any, labels: Any) -> ImageSet:
 
 
 def magnitude_network(first: int, second: int) -> dict[str, Any]:
-    """LeNet that calls the pixel x a 1 where |x| > 0.4, by hidden units for x and for -x."""
+    """LeNet that predicts class 1 for a pixel x with |x| > 0.4, from hidden units for x and -x."""
     params = jax.tree.map(
         np.zeros_like, LeNet300100(num_classes=2).init(jax.random.key(0), jnp.ones((1, 1, 1, 1)))["params"]
     )

@@ -1,4 +1,4 @@
-"""What a run warns of at a round's end: once, and not where all is well."""
+"""Warnings at the end of a round: each given once, and none for a healthy run."""
 
 import dataclasses
 import warnings
@@ -18,13 +18,13 @@ CONFIG = dataclasses.replace(small.SEARCH, epochs=3, rounds=4, lmbda=1e-8)
 
 
 def end(number: int, layers: dict[str, float], soft: float | None = 0.9, hard: float | None = 0.9) -> EpochRecord:
-    """The last epoch of a round whose layers have one size."""
+    """Record of a round's last epoch; all layers have one size."""
     density = sum(layers.values()) / len(layers)
     return EpochRecord("search", number, 2, 50.0, 0.05, 1.0, 0.1, density, layers, None, soft, hard, 100.0, 1.0)
 
 
 def told(*ends: EpochRecord, examples: int = 100, first: int = 0, **changes: Any) -> list[list[tuple[type, str]]]:
-    """What is told at each of these rounds' ends, from that of `first`."""
+    """Warnings at the end of each round, from round `first` on."""
     health = Health(dataclasses.replace(CONFIG, **changes), examples)
     lists = []
     for number in range(first, len(ends)):

@@ -1,4 +1,4 @@
-"""Rounds, snapshot, resets, ticket and retraining on a network that trains in no time."""
+"""Rounds, snapshot, resets, ticket and retraining on a small network."""
 
 import dataclasses
 import math
@@ -224,7 +224,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(problem: Pro
 
 
 def test_an_update_that_is_not_finite_stops_the_run_even_if_it_is_the_last(problem: Problem) -> None:
-    """One step, whose loss is fine; what it makes of the weights is not."""
+    """One step: its loss is finite, the weights after it are not."""
     config = dataclasses.replace(CONFIG, lr=3e38, epochs=1, rounds=1, rewind_epoch=0, batch_size=48)
     problem = dataclasses.replace(problem, recipe=dataclasses.replace(problem.recipe, decay=100.0))
     with pytest.raises(search.NonFiniteLossError, match="no longer finite in round 0, epoch 0, after step 0$"):

@@ -1,4 +1,4 @@
-"""Figures as trackers get them, and event files read back byte for byte."""
+"""Metrics passed to trackers, and TensorBoard event files read back byte for byte."""
 
 import dataclasses
 import re
@@ -30,7 +30,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "experiments" / "tracking.md"
 
 
 class Log(Tracker):
-    """Keeps what it is told."""
+    """Records all logged values."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -58,7 +58,7 @@ class History(Observer):
 
 
 def run(problem: Problem, *trackers: Tracker) -> History:
-    """Search, ticket and dense network, two epochs each round or phase."""
+    """Runs search, ticket and dense network, two epochs in each round or phase."""
     history = History()
     with Tracking(CONFIG, trackers) as watch:
         observer = Observers(history, watch)
@@ -71,7 +71,7 @@ def run(problem: Problem, *trackers: Tracker) -> History:
 
 
 def read_events(path: Path) -> Iterator[Any]:
-    """The events of a TFRecord file: length, its checksum, data, its checksum."""
+    """Events of a TFRecord file; each record is length, checksum, data, checksum."""
     content = path.read_bytes()
     while content:
         header, length = content[:8], struct.unpack("<Q", content[:8])[0]
@@ -83,7 +83,7 @@ def read_events(path: Path) -> Iterator[Any]:
 
 
 def shown(folder: Path) -> dict[tuple[str, int], Any]:
-    """What TensorBoard shows: by tag and step, less what a later start has voided."""
+    """Values that TensorBoard shows, by tag and step, without those that a later start removes."""
     values: dict[tuple[str, int], Any] = {}
     for path in sorted(folder.iterdir()):
         for event in read_events(path):

@@ -1,6 +1,6 @@
-"""Our numbers against those of the authors' code: layers, single steps and whole searches, in float64.
+"""Golden tests against arrays of the authors' code: layers, single steps and whole searches, in float64.
 
-tests/helpers/reference.py explains the tolerances. A tolerance that is written here is for a single pass, in which only
+tests/helpers/reference.py explains the tolerances. A tolerance in this file is for a single pass, in which only
 rounding differs.
 """
 
@@ -134,7 +134,7 @@ METRICS = ("cross_entropy", "penalty")
 
 
 class Recorder(Observer):
-    """Keeps what a search shows of itself, under the names of the reference."""
+    """Records a search under the reference's names."""
 
     def __init__(self, predict: Any) -> None:
         self._predict = predict

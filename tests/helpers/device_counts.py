@@ -1,9 +1,9 @@
-"""Takes steps of the digits' network in double precision, on some devices, and writes what comes out.
+"""Takes search steps on the digits in double precision, on several devices, and writes the results.
 
     python tests/helpers/device_counts.py FOLDER LAYOUT... [--coordinator HOST:PORT --processes N --process-id I]
 
-A LAYOUT is DATAxMODEL, as 4x2; FOLDER/LAYOUT.npz takes its arrays. With a coordinator all devices of all processes are
-in one layout, whose arrays the first process writes. How many devices a process has, XLA_FLAGS says.
+A LAYOUT is DATAxMODEL, for example 4x2; its arrays are written to FOLDER/LAYOUT.npz. With a coordinator, all devices of
+all processes form one layout, and the first process writes. XLA_FLAGS sets the number of devices of a process.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main(folder: Path, layouts: list[str]) -> None:
 
 
 def train(problem: Problem) -> dict[str, np.ndarray]:
-    """Weights, statistics, scores, momenta and hard masks after `STEPS` steps of a search, by name."""
+    """Weights, statistics, scores, momenta and hard masks after `STEPS` search steps, by name."""
     state = problem.executor.place(jax.tree.map(to_double, search.init_state(CONFIG, problem)))
     hyper, size = search.hyperparams(CONFIG, SEARCH, 3), CONFIG.batch_size
     order = np.concatenate([np.random.default_rng(epoch).permutation(len(problem.train)) for epoch in range(3)])

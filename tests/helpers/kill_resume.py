@@ -1,11 +1,11 @@
-"""Kills real runs at random moments, lets the same command go on, and compares what comes out.
+"""Kills real runs at random moments, resumes them with the same command, and compares the results.
 
     python tests/helpers/kill_resume.py [--kills 25] [--signal KILL] [--seed 0] [-- train.py's words]
 
-A run on handwritten digits is killed at moments that take turns: anywhere, in the search, at the reset between rounds,
-at the rewind, while the ticket is retrained, and while a checkpoint is written. The same command goes on after every
-kill. After each the run is finished, and its ticket.safetensors has to be, byte for byte, that of a run that nobody
-killed, and its metrics.jsonl and scores.json to say the same. Prints a line a kill; exits with 1 if any differs.
+A run on handwritten digits is killed at moments of six kinds in turn: anywhere, in the search, at the reset between
+rounds, at the rewind, in the ticket's retraining, and while a checkpoint is written. The same command then resumes the
+run and finishes it. Its ticket.safetensors must equal, byte for byte, the ticket of a run that was not killed.
+metrics.jsonl and scores.json must have equal content. Prints one line per kill; exits with 1 if any result differs.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def command(folder: Path, words: list[str]) -> list[str]:
 
 
 def finish(folder: Path, words: list[str]) -> str:
-    """Runs the command to its end, and returns what it printed."""
+    """Runs the command to its end; returns its output."""
     result = subprocess.run(command(folder, words), capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"exit code {result.returncode}: {result.stderr}")
@@ -43,14 +43,14 @@ def finish(folder: Path, words: list[str]) -> str:
 
 
 def outcome(folder: Path) -> tuple[bytes, list[Any], Any]:
-    """What two equal runs have in common."""
+    """Ticket bytes, metrics without times, and score histograms: equal for equal runs."""
     lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
     metrics = [{**line, "seconds": None, "images_per_second": None} for line in lines]
     return (folder / TICKET_FILE).read_bytes(), metrics, json.loads((folder / SCORES_FILE).read_text())
 
 
 def moments(words: list[str], seconds: float) -> dict[str, Callable[[Path, random.Random], float | None]]:
-    """For each kind of moment, whether it has come: the seconds still to wait, or None for not yet."""
+    """Moments by kind: a function that gives the seconds to wait before the kill, or None if it is too early."""
     settings = parse(words)
     search = settings.epochs * settings.search_rounds
     epoch = seconds / (search + settings.epochs * len(settings.retrainings))
@@ -80,7 +80,7 @@ def is_saving(folder: Path) -> bool:
 def kill_at(
     folder: Path, words: list[str], due: Callable[[Path, random.Random], float | None], number: int, rng: random.Random
 ) -> float:
-    """Starts the command and kills it: the seconds that this took, 0 if it had ended before."""
+    """Starts the command and kills it; returns the seconds until it ended, or 0 if it ended before the kill."""
     process = subprocess.Popen(command(folder, words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while process.poll() is None:
         wait = due(folder, rng)
@@ -91,14 +91,14 @@ def kill_at(
     asked = time.monotonic()
     process.send_signal(number)
     _, error = process.communicate()
-    # Before it listens to signals, while libraries load, and after its end, a signal just ends it.
+    # A signal ends the process at once while libraries load, before the handlers are installed, and at exit.
     if process.returncode not in (0, EXIT_CODES[number], -number):
         raise RuntimeError(f"exit code {process.returncode}: {error}")
     return time.monotonic() - asked if process.returncode else 0.0
 
 
 def main(kills: int, number: int, seed: int, words: list[str]) -> int:
-    """Number of kills after which the run did not end as it should."""
+    """Number of kills after which the result differs."""
     rng, wrong = random.Random(seed), 0
     with tempfile.TemporaryDirectory() as temporary:
         started = time.monotonic()
@@ -110,10 +110,10 @@ def main(kills: int, number: int, seed: int, words: list[str]) -> int:
         for index in range(kills):
             kind = list(kinds)[index % len(kinds)]
             folder = Path(temporary) / str(index)
-            while not (took := kill_at(folder, words, kinds[kind], number, rng)):  # it ended before: once more
+            while not (took := kill_at(folder, words, kinds[kind], number, rng)):  # ended before: again
                 shutil.rmtree(folder)
             epochs = count(folder)
-            if rng.random() < 0.5:  # what goes on is killed too
+            if rng.random() < 0.5:  # the resumed run is killed too
                 kill_at(folder, words, kinds["anywhere"], number, rng)
             went_on = [line for line in finish(folder, words).splitlines() if line.startswith("resuming ")]
             parts = [a == b for a, b in zip(outcome(folder), expected, strict=True)]

@@ -1,12 +1,12 @@
-"""Kills a real sweep at random moments, starts it again at once, and compares what comes out.
+"""Kills a real sweep at random moments, restarts it at once, and compares the results.
 
     python tests/helpers/kill_sweep.py [--kills 5] [--seed 0]
 
-The sweep's own process gets SIGKILL, SIGTERM and SIGINT in turn, and the same command goes on at once, while workers
-of the killed one may still be saving. When all kills are done the sweep is let finish; one that finishes before is
-compared, and another one begun. Its tickets have to be, byte for byte, those of a sweep that nobody killed, and its
-table the same but for the seconds. Prints a line a kill, with the seconds that the workers have outlived it; exits
-with 1 if anything differs.
+The sweep's process gets SIGKILL, SIGTERM and SIGINT in turn. The same command restarts the sweep at once, while workers
+of the killed process may still be saving. After the last kill the sweep finishes. If a sweep finishes earlier, it is
+compared and another sweep is started. Its tickets must equal, byte for byte, those of a sweep without kills, and its
+table must be equal except for the seconds. Prints one line per kill, with the seconds until the last worker ended.
+Exits with 1 if any result differs.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def finish(process: subprocess.Popen[str]) -> None:
 
 
 def outcome(spec: Path, folder: Path) -> tuple[dict[str, bytes], list[list[str]]]:
-    """What two equal sweeps have in common: tickets by run, and the table without its column of seconds."""
+    """Tickets by run, and the table without its column of seconds: equal for equal sweeps."""
     subprocess.run(command("pareto", spec, folder), check=True, stdout=subprocess.DEVNULL)
     rows = [row.split("|") for row in (folder / "pareto.md").read_text().splitlines() if row.startswith("|")]
     seconds = [cell.strip() for cell in rows[0]].index("seconds")
@@ -69,7 +69,7 @@ def outcome(spec: Path, folder: Path) -> tuple[dict[str, bytes], list[list[str]]
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Of checkpoints, of which a sweep that is done has none."""
+    """Checkpoint folders; a finished sweep has none."""
     return [str(path) for path in folder.glob(f"{RUNS_FOLDER}/*/{CHECKPOINTS_FOLDER}")]
 
 
@@ -84,7 +84,7 @@ def children(process: int) -> list[int]:
 
 
 def stat(process: int) -> list[str]:
-    """State, parent and so on of a process; nothing if there is none."""
+    """State, parent and further fields of a process; empty if the process does not exist."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -96,26 +96,27 @@ def is_alive(process: int) -> bool:
 
 
 def kill(process: subprocess.Popen[str], number: signal.Signals) -> tuple[list[int], float]:
-    """Kills a sweep: its workers then, and when it got the signal."""
+    """Kills a sweep; returns its workers' process ids and the time of the signal."""
     workers = children(process.pid)
     asked = time.monotonic()
     process.send_signal(number)
     _, error = process.communicate()
     told = process.returncode == 128 + number and "interrupted" in error
-    if not told and process.returncode not in (0, -number):  # ended before, or killed before it listened to signals
+    # Without an own message it ended before the kill, or was killed before its handlers were installed.
+    if not told and process.returncode not in (0, -number):
         raise RuntimeError(f"exit code {process.returncode} after {number.name}: {error}")
     return workers, asked
 
 
 def outlived(workers: list[int], asked: float) -> float:
-    """Waits until workers are gone: the seconds that the last has needed."""
+    """Waits until all workers have ended; returns the seconds since the signal."""
     while any(map(is_alive, workers)):
         time.sleep(0.05)
     return time.monotonic() - asked
 
 
 class Kills:
-    """Kills that are still to be done, and how long the workers of those that are done have lived on.
+    """Remaining kills, and the longest time that workers lived after a kill.
 
     Args:
         number: of kills.
@@ -128,13 +129,13 @@ class Kills:
         self._number, self._rng, self._seconds = number, rng, seconds
 
     def spend(self, spec: Path, folder: Path) -> None:
-        """Kills a sweep and starts it again, until no kill is left or it has ended; then it ends by itself."""
+        """Kills and restarts a sweep until no kill is left or the sweep ends; then waits for its end."""
         process = start(spec, folder)
         while self.left:
             wait = self._rng.uniform(0, 0.8 * self._seconds)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(wait)
-                break  # it has ended before
+                break  # the sweep ended before the kill
             number = SIGNALS[(self._number - self.left) % len(SIGNALS)]
             workers, asked = kill(process, number)
             process = start(spec, folder)
@@ -147,7 +148,7 @@ class Kills:
 
 
 def main(kills: int, seed: int) -> int:
-    """Number of sweeps that have not ended as they should."""
+    """Number of sweeps whose results differ."""
     wrong = sweeps = 0
     with tempfile.TemporaryDirectory() as temporary:
         spec, whole = Path(temporary) / "sweep.toml", Path(temporary) / "whole"

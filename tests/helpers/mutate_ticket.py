@@ -1,4 +1,4 @@
-"""Damages ticket files in every way we know, and sees that each is refused in one line or loads to what it was.
+"""Damages ticket files in many ways; each must be refused in one line or load to its old content.
 
     python tests/helpers/mutate_ticket.py --files 1000
 
@@ -35,18 +35,18 @@ Rng = np.random.Generator
 
 
 class Verdict(NamedTuple):
-    """What became of a damaged file."""
+    """Result of loading a damaged file."""
 
-    outcome: str  # "refused", "equal", or what is wrong
+    outcome: str  # "refused", "equal", or an error
     seconds: float
-    megabytes: float  # that the process grew by at its peak
+    megabytes: float  # growth of the process's memory at its peak
 
 
 # Good tickets, to start from.
 
 
 def write_tickets(folder: Path) -> list[Path]:
-    """A network of the library's and one of somebody's own, whose masks end inside a byte, in both forms."""
+    """Tickets in both forms: of a library network, and of a custom network whose masks end inside a byte."""
     paths = []
     for name, content in (("resnet6", resnet6()), ("own", own_network())):
         for form in (FULL, COMPACT):
@@ -56,7 +56,7 @@ def write_tickets(folder: Path) -> list[Path]:
 
 
 def random_variables(name: str, image_shape: tuple[int, ...], density: float) -> dict[str, Any]:
-    """Random weights and state of a network of the library's, and masks of 0 and 2 that keep about so many of them."""
+    """Random weights and state of a library network, and masks of 0 and 2 with about the given density."""
     model, rng = MODELS[name](num_classes=10), np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *image_shape))))
     noise = jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32) + np.float32(0.1), dict(shapes))
@@ -65,7 +65,7 @@ def random_variables(name: str, image_shape: tuple[int, ...], density: float) ->
 
 
 def resnet6() -> dict[str, Any]:
-    """Arguments of `save_ticket` for a ResNet6 of 8x8 images, some 5% of it kept."""
+    """Arguments of `save_ticket` for a ResNet6 of 8x8 images with a density of about 5%."""
     variables = random_variables("resnet6", (8, 8, 1), density=0.05)
     trained = {collection: variables[collection] for collection in ("params", "batch_stats")}
     return variables | {
@@ -109,7 +109,7 @@ class Array(NamedTuple):
 
 @dataclass
 class Parts:
-    """Arrays and metadata of a file; `build` makes a file of them whatever they are."""
+    """Arrays and metadata of a file; `build` writes them without checks."""
 
     arrays: dict[str, Array]
     about: Any
@@ -207,7 +207,7 @@ def random_bytes(content: bytes, rng: Rng) -> bytes:
 
 
 def laid_out_anew(content: bytes, rng: Rng) -> bytes:
-    """The same ticket, as another program may write it: arrays in another order, a header with spaces."""
+    """The same ticket as written by other software: arrays in another order, a header with spaces."""
     parts = Parts.of(content)
     parts.arrays = {name: parts.arrays[name] for name in rng.permutation(list(parts.arrays))}
     return parts.build()
@@ -272,7 +272,7 @@ def with_another_shape(content: bytes, rng: Rng) -> bytes:
 
 
 def with_an_axis_more(content: bytes, rng: Rng) -> bytes:
-    """The same entries in another shape: only other arrays, the metadata or the model can tell."""
+    """The same entries in another shape: detectable only from other arrays, the metadata or the model."""
     parts = Parts.of(content)
     name = _any([name for name in parts.arrays if not _is_free(name, parts)], rng)
     array = parts.arrays[name]
@@ -281,7 +281,7 @@ def with_an_axis_more(content: bytes, rng: Rng) -> bytes:
 
 
 def _is_free(name: str, parts: Parts) -> bool:
-    """Whether nothing fixes an array's shape: in a compact file of a network that is not named."""
+    """True if nothing determines an array's shape: in a compact file of an unnamed network."""
     masked = any(name.endswith("/" + layer) for layer in parts.about["layers"])
     return "model" not in parts.about and parts.about["form"] == COMPACT and not masked
 
@@ -336,7 +336,7 @@ def with_a_padding_bit_set(content: bytes, rng: Rng) -> bytes:
 
 
 def with_other_kept_weights(content: bytes, rng: Rng) -> bytes:
-    """In the full form a weight where there is none, in the compact one a value more or less."""
+    """Adds a removed weight in the full form; adds or drops a value in the compact form."""
     parts = Parts.of(content)
     layer = _any(parts.about["layers"], rng)
     name = "params/" + layer
@@ -466,7 +466,7 @@ CRAFTED: tuple[Callable[[bytes, Rng], bytes], ...] = (
 
 
 def mutation(contents: list[bytes], index: int, seed: int) -> tuple[str, int, bytes]:
-    """The damaged file of a number: what was done, to which of the contents, and its bytes."""
+    """Damaged file by number: kind of damage, index of the damaged content, and the bytes."""
     rng = np.random.default_rng([seed, index])
     damage = (*BLIND, *CRAFTED)[index % len(BLIND + CRAFTED)]
     original = int(rng.integers(len(contents)))
@@ -477,7 +477,7 @@ def mutation(contents: list[bytes], index: int, seed: int) -> tuple[str, int, by
 
 
 def judge(path: Path, original: ticket.LoadedTicket) -> Verdict:
-    """Loads a damaged file and looks what came of it."""
+    """Loads a damaged file and judges the result."""
     before = _start_of_peak()
     # What other processes and threads do meanwhile is not the loader's, nor is a collection of all that is here.
     gc.disable()
@@ -505,7 +505,7 @@ def _outcome(path: Path, original: ticket.LoadedTicket) -> str:
 
 
 def fingerprint(found: ticket.LoadedTicket) -> Any:
-    """All that a ticket holds, in a form that can be compared bit for bit."""
+    """Content of a ticket in a form that can be compared bit for bit."""
     leaves, structure = jax.tree.flatten((found.variables, found.rewound))
     arrays = [(str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes()) for leaf in leaves]
     return str(structure), arrays, json.dumps(found.metadata)
@@ -527,7 +527,7 @@ def _peak_memory() -> int:
 
 
 def judge_range(folder: Path, begin: int, end: int, seed: int) -> None:
-    """What a child does: judges some files, a line of JSON for each."""
+    """Body of a child process: judges files and prints one line of JSON for each."""
     paths = sorted(folder.glob("*.safetensors"))
     contents, originals = [path.read_bytes() for path in paths], [ticket.load_ticket(path) for path in paths]
     damaged = folder / f"damaged-{begin}"
@@ -540,7 +540,7 @@ def judge_range(folder: Path, begin: int, end: int, seed: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--files", type=int, default=1000, help="how many to damage")
-    parser.add_argument("--seed", type=int, default=0, help="of what is done to them")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the damage")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS, metavar=("FOLDER", "BEGIN", "END"))
     flags = parser.parse_args()
     if flags.child:

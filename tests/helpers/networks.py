@@ -22,7 +22,7 @@ FAMILIES = {
 
 
 def masked(model: nn.Module, image_shape: tuple[int, ...], *, scale: float = 1.9) -> Any:
-    """Variables of a network with random norms and biases, and masks that keep nothing of a layer's first channel."""
+    """Variables with random norms and biases, and masks that remove the first channel of every layer."""
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *image_shape))))
     rng, dtype = np.random.default_rng(0), model.param_dtype  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -38,13 +38,13 @@ def masked(model: nn.Module, image_shape: tuple[int, ...], *, scale: float = 1.9
                 noise = 1 + 0.1 * noise
             case _, "kernel":
                 noise /= np.sqrt(math.prod(leaf.shape[:-1]))
-        return np.asarray(noise, dtype)  # of NumPy: nothing is compiled
+        return np.asarray(noise, dtype)  # a NumPy array: compiles nothing
 
     return jax.tree.map_with_path(fill, dict(shapes))
 
 
 def ticket(model: nn.Module, image_shape: tuple[int, ...], *, scale: float = 1.9) -> LoadedTicket:
-    """A ticket of such a network, as it would be loaded."""
+    """Loaded ticket of such a network."""
     channels = image_shape[-1]
     metadata = {
         "model": {"image_shape": list(image_shape)},

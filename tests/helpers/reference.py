@@ -1,4 +1,4 @@
-"""Reads arrays that the authors' code produced, and says how far a comparison with them can be trusted.
+"""Reads arrays that the authors' code produced, and gives the tolerances of comparisons with them.
 
 The files hold layers (`layer_*.npz`), single steps of the ResNet-20 (`resnet_step_*.npz`) and whole miniature searches
 (`search_*.npz`). They lie in the folder that CS_JAX_REFERENCE names, by default tests/golden/data.
@@ -19,15 +19,15 @@ from cs_jax.training.step import Recipe, TrainState
 FOLDER = Path(os.environ.get("CS_JAX_REFERENCE") or Path(__file__).parents[1] / "golden" / "data")
 MEAN, STD = np.array([125.3, 123.0, 113.9]), np.array([63.0, 62.1, 66.7])
 
-# Tolerances, of the largest difference over the largest magnitude, that hold for a search without chaos. Where one is
-# chaotic its file says how much a perturbation of 1e-14 or another order of summation alone moves each figure; other
-# code cannot come closer than a multiple of that.
+# Tolerances of the largest difference over the largest magnitude, for a search without chaos. The file of a chaotic
+# search has the sensitivity of each figure to a perturbation of 1e-14 or another order of summation. Other code cannot
+# come closer than a multiple of that sensitivity.
 TOLERANCES = {"after_step1": 1e-10, "after_step2": 1e-9, "checkpoint": 1e-9, "round0": 1e-8, "later": 1e-7}
 MULTIPLE_OF_SENSITIVITY = 100.0
 
 
 def files(pattern: str) -> list[Path]:
-    """Reference files of one kind; a folder may hold some kinds only, but not none."""
+    """Reference files of one kind; the folder may lack a kind, but must not be empty."""
     assert list(FOLDER.glob("*.npz")), f"no reference files in {FOLDER}"
     return sorted(FOLDER.glob(pattern))
 
@@ -55,7 +55,7 @@ def images(data: dict[str, np.ndarray], dtype: Any, prefix: str = "") -> ImageSe
 
 
 def tree(arrays: dict[str, np.ndarray], leaves: tuple[str, ...], dtype: Any) -> dict[str, Any]:
-    """Nested dict as Flax has it, of those reference arrays whose last name is in `leaves`."""
+    """Nested dict, with Flax's names, of the reference arrays whose last name is in `leaves`."""
     nested: dict[str, Any] = {}
     for name, array in arrays.items():
         *modules, leaf = name.split("/")
@@ -68,7 +68,7 @@ def tree(arrays: dict[str, np.ndarray], leaves: tuple[str, ...], dtype: Any) -> 
 
 
 def names(nested: dict[str, Any], rename: str | None = None) -> dict[str, np.ndarray]:
-    """The reverse of `tree`: reference name -> array; with `rename`, that is the last name of all."""
+    """Inverse of `tree`: reference name -> array; `rename` replaces the last part of each name."""
     flat = {}
     for path, array in jax.tree.leaves_with_path(nested):
         name = "/".join(key.key for key in path).replace("_block", "/block")

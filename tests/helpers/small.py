@@ -1,4 +1,4 @@
-"""A search that trains in no time, whose data and network are fixtures of conftest.py, and a disk that is full."""
+"""Config of a small search, whose data and network are fixtures of conftest.py, and a limit on file sizes."""
 
 import contextlib
 import resource
@@ -23,7 +23,7 @@ SEARCH = Config(
 
 @contextlib.contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """No file can grow beyond `size` bytes meanwhile, as on a full disk."""
+    """Inside the context no file can grow beyond `size` bytes, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -1,4 +1,4 @@
-"""Masked layers against the plain layers of Flax, inside lifted transforms, and where they must refuse."""
+"""Masked layers compared with Flax's layers, inside lifted transforms, and their errors."""
 
 from functools import partial
 from typing import Any

@@ -1,4 +1,4 @@
-"""Sparse modules against their plain modules on weights masked beforehand, however Linen lets them be used."""
+"""Sparse modules compared with plain modules on masked weights, in all uses that Linen allows."""
 
 import copy
 import dataclasses
@@ -40,7 +40,7 @@ class MLP(nn.Module):
 
 
 class AutoEncoder(nn.Module):
-    """Methods that call each other and are called alone, a property, and methods of other kinds."""
+    """Methods that call each other, a property, and static, class and unwrapped methods."""
 
     features: int = 3
 
@@ -94,7 +94,7 @@ class Block(nn.Module):
 
 
 class Lifted(nn.Module):
-    """Lifted classes inside, none of which carries masks."""
+    """Contains lifted classes that do not carry masks."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -106,7 +106,7 @@ class Lifted(nn.Module):
 
 
 class LiftedFunctions(nn.Module):
-    """Lifted functions and methods of the module itself, in which Linen makes copies of it."""
+    """Lifted functions and methods of the module, for which Linen copies the module."""
 
     def setup(self) -> None:
         self.dense = nn.Dense(4)
@@ -139,7 +139,7 @@ class Reuse(nn.Module):
 
 
 class Parts(nn.Module):
-    """Submodules in fields and containers; one of them may come from elsewhere."""
+    """Submodules in fields and containers; a submodule may belong to another module."""
 
     first: nn.Module
     rest: Any
@@ -151,7 +151,7 @@ class Parts(nn.Module):
 
 
 class LoRA(nn.Module):
-    """A module that shares its scope with its child, and has a method with a scope of its own."""
+    """Shares its scope with its child; one method has a separate scope."""
 
     wrap: Any = lambda module: module
 
@@ -190,7 +190,7 @@ class TreeParam(nn.Module):
 
 
 class Pair(nn.Module):
-    """A parent that calls a sparse child's method, its submodule, and the child as a whole."""
+    """Parent that calls a sparse child, a method of the child and a submodule of the child."""
 
     child: Any
 
@@ -201,7 +201,7 @@ class Pair(nn.Module):
 
 
 class Net(nn.Module):
-    """A parent that makes its sparse children in setup and in a compact method."""
+    """Parent that makes sparse children in setup and in a compact method."""
 
     where: Any = None
 
@@ -244,7 +244,7 @@ CASES = {
 
 
 def without_masks(variables: Any) -> Any:
-    """What a plain module is applied to: weights that were masked beforehand."""
+    """Variables for the plain module: weights multiplied by the masks, and no masks."""
     rest = {name: value for name, value in variables.items() if name != "masks"}
     return {**rest, "params": cs_jax.apply_masks(variables["params"], variables["masks"])}
 
@@ -475,7 +475,7 @@ def test_a_parent_may_use_submodules_alone() -> None:
 
 
 class Sharing(nn.Module):
-    """Uses a layer of its own, and in a field of a child."""
+    """Uses one layer directly and in a field of a child."""
 
     wrap: Any = lambda module: module
 

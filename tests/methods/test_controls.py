@@ -1,4 +1,4 @@
-"""Networks trained beside a ticket: what each changes of it, and that nothing else is."""
+"""Control networks trained in addition to a ticket: each changes one thing of the ticket and nothing else."""
 
 import dataclasses
 import json
@@ -44,7 +44,7 @@ def differ(a: Any, b: Any) -> bool:
 
 
 def counts(some_masks: Any) -> list[int]:
-    """Weights that each array keeps."""
+    """Number of kept weights in each array."""
     return [int((mask != 0).sum()) for mask in jax.tree.leaves(some_masks)]
 
 
@@ -147,7 +147,7 @@ def test_making_and_training_a_control_leaves_the_ticket_alone(control: str, pro
 
 
 class Phases(Observer):
-    """Copies of the state that every phase begins with."""
+    """Copies of the state at the start of every phase."""
 
     def __init__(self) -> None:
         self.starts: dict[str, Any] = {}
@@ -157,7 +157,7 @@ class Phases(Observer):
 
 
 def run(config: Config, problem: Problem, observer: Observer) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The whole experiment: its summary, and the lines of metrics.jsonl."""
+    """Runs the whole experiment; returns the summary and the lines of metrics.jsonl."""
     assert problem.validation is not None
     data = Data(problem.train, problem.validation, problem.validation, classes=("a", "b", "c", "d"))
     with open_run_directory(config, new=True) as directory:
@@ -169,7 +169,7 @@ def run(config: Config, problem: Problem, observer: Observer) -> tuple[dict[str,
 
 
 def recorded(problem: Problem) -> tuple[Problem, list[tuple[int, int]]]:
-    """The problem, and a list that grows with the phase and epoch of every order that is asked for."""
+    """The problem, and a list of the phase and epoch of every requested order."""
     asked = []
 
     def order(phase: int, epoch: int) -> jax.Array:
@@ -214,7 +214,7 @@ def test_a_control_of_the_tickets_weights_begins_where_the_ticket_does(
 
 
 def first_half(problem: Problem, ticket: Ticket) -> Ticket:
-    """The ticket's weights under masks that keep the first half of every array."""
+    """The ticket's weights with masks that keep the first half of every array."""
 
     def half(mask: jax.Array) -> jax.Array:
         return (jnp.arange(mask.size) < mask.size // 2).reshape(mask.shape).astype(mask.dtype)

@@ -1,4 +1,4 @@
-"""What every method promises of its masks and weights, on a network that trains in no time."""
+"""Properties of the masks and weights of every method, on a small network."""
 
 import dataclasses
 from pathlib import Path
@@ -60,13 +60,13 @@ FROZEN = [name for name, method in METHODS.items() if not method(Config()).recip
 
 
 def configure(method: str, **fields: Any) -> Config:
-    """A config of a method, with a target density where it takes one."""
+    """Config of a method, with a target density if the method accepts one."""
     target = DENSITY if METHODS[method].wants_target is not False else None
     return dataclasses.replace(CONFIG, **{"method": method, "target_density": target, **fields})
 
 
 def named_afters(*wanted: str) -> list[tuple[str, str]]:
-    """Methods with what can follow them, out of `wanted`."""
+    """Pairs of method and retraining, for the retrainings in `wanted`."""
     return [(name, after) for name, method in METHODS.items() for after in wanted if after in method.retrainings]
 
 
@@ -79,7 +79,7 @@ def differ(a: Any, b: Any) -> bool:
 
 
 def counts(some_masks: Any) -> dict[str, int]:
-    """Weights that each array keeps."""
+    """Number of kept weights in each array."""
     return {trees.name(path): int((mask != 0).sum()) for path, mask in trees.leaves_by_path(some_masks).items()}
 
 
@@ -88,12 +88,12 @@ def all_zero(tree: Any) -> bool:
 
 
 def copied(progress: Progress) -> Progress:
-    """The progress with a state of its own, because the run goes on in the arrays of the other."""
+    """Copy of the progress and its state, whose arrays the run donates to the next step."""
     return progress._replace(state=jax.tree.map(np.array, progress.state))
 
 
 class History(Observer):
-    """The progress at every phase's start and end and after every epoch."""
+    """Copies of the progress at every phase's start and end and after every epoch."""
 
     def __init__(self) -> None:
         self.starts: list[Progress] = []
@@ -318,7 +318,7 @@ def test_supermasks_are_frozen() -> None:
 
 
 class Penalties(Observer):
-    """The penalty of every step: with a weight of 1, the sum of its masks."""
+    """Penalty of every step: with a weight of 1, the sum of the masks."""
 
     def __init__(self) -> None:
         self.sums: list[float] = []
@@ -328,7 +328,7 @@ class Penalties(Observer):
 
 
 def test_iss_draws_other_masks_of_0_and_1_in_every_step(problem: Problem) -> None:
-    """Scores do not move; sums of 1680 masks of a mean of 0.505 tell most draws apart."""
+    """Scores do not move; sums of 1680 masks with a mean of 0.505 differ for most draws."""
     config = configure("iss", score_lr=1e-30, lmbda=1.0, target_density=None)
     penalties = Penalties()
     find_ticket(config, problem, penalties)
@@ -399,7 +399,7 @@ def test_a_search_that_leaves_a_layer_without_weights_tells(method: str, problem
 
 
 def prune_by_magnitude(weights: list[np.ndarray], shares: list[float], *, per_layer: bool) -> list[list[np.ndarray]]:
-    """Kept weights after each level, by their definition: the largest that are left, the first of equal ones."""
+    """Kept weights after each level, by definition: the largest of the rest, the first of equal weights."""
     flat = [np.abs(weight).ravel() for weight in weights]
     groups = flat if per_layer else [np.concatenate(flat)]
     kept = [np.ones(len(group), bool) for group in groups]
@@ -540,7 +540,7 @@ class StopAt(Observer):
 
 
 def finish(config: Config, problem: Problem, progress: Progress | None, observer: Observer) -> Any:
-    """What is left of a search and a retraining: the weights that this began with, and the trained state."""
+    """Runs the remaining search and retraining; returns the start weights of the retraining and its final state."""
     progress = progress or search.begin_search(search.init_state(config, problem))
     if progress.phase == "search":
         ticket, _ = search.search_ticket(config, problem, progress, observer)
@@ -568,7 +568,7 @@ def test_a_run_stopped_in_the_middle_of_a_round_ends_with_the_same_bits(
 
 
 class EverySecond(Method):
-    """Keeps every second weight from the first epoch's end on."""
+    """Keeps every second weight from the end of the first epoch."""
 
     wants_target = False
 

@@ -1,4 +1,4 @@
-"""Networks: sizes, what is masked, how they start, what they refuse, and BatchNorm's running variance."""
+"""Networks: sizes, masked arrays, initialisation, errors, and BatchNorm's running variance."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "experiments" / "models.md").read_t
 
 
 def sizes(model: Any, image_shape: tuple[int, ...]) -> tuple[int, int]:
-    """Weights in all, and masked ones."""
+    """Number of all weights, and of masked weights."""
     shapes = jax.eval_shape(lambda: model.init(KEY, jnp.zeros((1, *image_shape)), train=False))
     return tuple(sum(leaf.size for leaf in jax.tree.leaves(shapes[c])) for c in ("params", "masks"))  # pyright: ignore
 

@@ -1,4 +1,4 @@
-"""Multiply-adds: against counts by hand, by masked array, and through everything that a jaxpr can nest."""
+"""Multiply-adds: compared with counts by hand, by masked array, and in nested jaxprs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -69,7 +69,7 @@ def test_products_of_activations_are_nobodys() -> None:
 
 
 class Layer(nn.Module):
-    """A masked layer for lifted transforms; the carry stays as wide as it is."""
+    """Masked layer for lifted transforms; the carry keeps its width."""
 
     @nn.compact
     def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
@@ -77,7 +77,7 @@ class Layer(nn.Module):
 
 
 class Lifted(nn.Module):
-    """Eleven layers in a loop: with stacked weights, or with the same ones each time."""
+    """Eleven layers in a loop, with stacked or with shared weights."""
 
     shared: bool
 
@@ -140,7 +140,7 @@ class Tied(nn.Module):
 
 
 class Own(Masked, nn.Module):
-    """Two masked arrays and one product, which `multiply` makes of them."""
+    """Two masked arrays and their product, computed by `multiply`."""
 
     multiply: Callable
 

@@ -98,7 +98,7 @@ def test_a_linen_model(digits: Any) -> None:
 
 
 def test_an_equinox_model(digits: Any) -> None:
-    """The module goes through as it is, activation functions and all."""
+    """The whole module is optimised, activation functions included."""
     images, labels = digits
     start = model = eqx.nn.MLP(64, 10, 48, 2, key=jax.random.key(0))
     tx = optimizer()

@@ -1,4 +1,4 @@
-"""The optax transformation: its gradients, what it composes with, rounds and tickets, and what it refuses."""
+"""The optax transformation: gradients, composition with other transformations, rounds, tickets, and errors."""
 
 import functools
 import warnings
@@ -204,7 +204,7 @@ WRAPPERS = {
 @pytest.mark.filterwarnings("ignore::cs_jax.CollapsedLayerWarning")
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_it_composes_with(wrap: Any) -> None:
-    """Trains by a compiled step and gets the density; helpers find the state inside whatever wraps it."""
+    """Trains with a compiled step and reaches the density; helpers find the state inside the wrappers."""
     tx = wrap(make(target_density=0.25))
     params, state = train(tx, PARAMS, tx.init(PARAMS), 12)
     assert int(find_state(state).step) == (6 if hasattr(state, "mini_step") else 12)
@@ -347,7 +347,7 @@ def test_state_memory_is_scores_and_their_momentum_beyond_plain_optax() -> None:
 
 
 def template(tx: Any, phase: str, params: Any) -> Any:
-    """What a process that has nothing but optimizer and weights restores into."""
+    """Template for restoring in a process that has only the optimizer and the weights."""
     state = tx.init(params)
     if phase == "ticket":
         state = cs_jax.freeze_ticket(state, masks=cs_jax.current_masks(state))
@@ -398,7 +398,7 @@ def test_a_loop_that_forgets_masked_params_fails_at_its_first_step() -> None:
 
 @pytest.mark.parametrize("wrong", ["the weights", "a copy of them", "those of another round"])
 def test_other_weights_than_the_masked_ones_spoil_the_update(wrong: str) -> None:
-    """Inside jit arguments cannot be told apart by identity: their values are compared."""
+    """Inside jit, values are compared, because arguments have no identity."""
     tx = make()
     params, state = train(tx, PARAMS, tx.init(PARAMS), 4)
     masked = {

@@ -1,4 +1,4 @@
-"""Sections of reports on masks: flip rate, overlap of rounds, methods and seeds, and the line between retrainings."""
+"""Report sections on masks: flip rate, overlap of rounds, methods and seeds, and linear connectivity."""
 
 import json
 import math
@@ -30,7 +30,7 @@ TICKET = {**SECOND, CLASSIFIER: (0, 88)}
 
 
 def kept(layers: dict[str, tuple[int, int]]) -> dict[str, np.ndarray]:
-    """Masks that keep the weights from a first to before a last one."""
+    """Masks that keep the weights with index in [first, last)."""
     return {
         name: (np.arange(SIZES[name]) >= start) & (np.arange(SIZES[name]) < stop)
         for name, (start, stop) in layers.items()
@@ -47,7 +47,7 @@ def write_masks(run: Path, *rounds: dict[str, tuple[int, int]]) -> None:
 
 
 def write_ticket(folder: Path, layers: dict[str, tuple[int, int]] = TICKET) -> None:
-    """A ticket of no known model, whose masks are 2 where they keep."""
+    """Writes a ticket of a custom model, with masks of 0 and 2."""
     flat = {name: 2 * mask.astype(np.float32).reshape(2, -1) for name, mask in kept(layers).items()}
     masks: dict[str, Any] = {
         "conv0": {"kernel": flat[CONV]},
@@ -83,7 +83,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def z(both: int, layers: list[tuple[int, int, int]]) -> float:
-    """From the counts of two masks in layers of n weights."""
+    """Z-score from the counts of two masks in layers of n weights."""
     mean = sum(a * b / n for a, b, n in layers)
     variance = sum(a * b * (n - a) * (n - b) / (n * n * (n - 1)) for a, b, n in layers)
     return (both - mean) / math.sqrt(variance)
@@ -203,7 +203,7 @@ def test_without_a_known_rate_no_flips_are_drawn(run: Path) -> None:
 
 
 def broken(run: Path, **changes: np.ndarray | None) -> None:
-    """Masks of which some arrays are others, or missing."""
+    """Masks with changed or missing arrays."""
     write_masks(run, FIRST, SECOND)
     arrays = safetensors.numpy.load_file(run / MASKS_FILE) | changes
     arrays = {name: array for name, array in arrays.items() if array is not None}
@@ -412,7 +412,7 @@ def test_many_methods_or_layers_fit_a_plot(methods: int, layers: int) -> None:
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """A folder in which two of the runs of a sweep have ended."""
+    """Folder of a sweep with two finished runs."""
     spec = make_spec("some", SPEC)
     for planned in spec.runs[:2]:
         folder = storage.folder_of(tmp_path, planned)
@@ -431,7 +431,7 @@ def test_tickets_are_those_of_the_runs_that_have_ended(sweep: Path) -> None:
     assert [ticket[:4] for ticket in found] == [("imp", 0.1, None, 0), ("imp", 0.1, None, 1)]
     for name, mask in kept(TICKET).items():
         np.testing.assert_array_equal(found[0].masks[name].ravel(), mask)
-    folder = storage.folder_of(sweep, spec.runs[2])  # the dense network is nobody's ticket
+    folder = storage.folder_of(sweep, spec.runs[2])  # the dense network is no ticket
     folder.mkdir()
     (folder / SUMMARY_FILE).write_text("{}")
     assert len([*read_tickets(spec, sweep)]) == 2

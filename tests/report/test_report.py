@@ -39,7 +39,7 @@ def make_run(
     thin: bool = False,
     seed: int = 0,
 ) -> Path:
-    """A run directory with figures like those of a real one; a thin one has no layers, scores and predictions."""
+    """Makes a run directory with realistic results; a thin run has no layers, scores and predictions."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     given = ["digits", "--epochs", str(epochs), "--rounds", str(rounds), "--rewind-epoch", "0", "--seed", str(seed)]
@@ -154,7 +154,7 @@ def page(run: Path) -> str:
 
 
 def words(text: str) -> str:
-    """The page's text as a reader sees it."""
+    """Visible text of the page."""
     body = re.sub(r"<style>.*?</style>|<[^>]*>", " ", text, flags=re.DOTALL)
     return " ".join(html.unescape(body).split())
 

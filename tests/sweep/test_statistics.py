@@ -46,7 +46,7 @@ CS = trio("cs", (0.91, 0.93, 0.95))  # 0.01, 0.02 and 0.03 above
 
 
 def sweep(methods: int, targets: tuple[float, ...], controls: tuple[str, ...]) -> list[Result]:
-    """Made-up figures of methods at targets, three seeds each, with controls and a dense network."""
+    """Invented results of methods at targets, three seeds each, with controls and a dense network."""
     rng = np.random.default_rng(0)
     names = ["imp", *(f"method-{number}" for number in range(1, methods))]
     results = trio("dense", (0.95, 0.94, 0.96), control="dense", target=None, density=1.0)
@@ -82,7 +82,7 @@ def front(page: Page) -> list[list[str]]:
 
 
 def cost(page: Page) -> str:
-    """What is said first of costs."""
+    """First text on costs."""
     (section,) = (section for section in page.sections if section.title == "Cost")
     return section.texts[0]
 
@@ -333,7 +333,7 @@ def test_the_page_says_why_no_method_is_compared():
 
 
 def terminal(results: list[Result]) -> list[str]:
-    """What is shown of a sweep where there are 80 columns."""
+    """Printed output of a sweep in a terminal of 80 columns."""
     file = io.StringIO()
     print_cells(Console(file=file, width=80), statistics.summarize(results))
     return [line.rstrip() for line in file.getvalue().splitlines()]

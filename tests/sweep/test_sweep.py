@@ -1,4 +1,4 @@
-"""Sweeps: what a spec asks for and what it cannot, runs on several workers, their end by signals, and what is shown."""
+"""Sweeps: valid and refused specs, runs on several workers, signals, and printed output."""
 
 import io
 import json
@@ -53,7 +53,7 @@ TROUBLE = (
     + '[method.wild]\nmethod = "imp"\nlr = 1e30\n'
     + '[method.slow]\nmethod = "imp"\nepochs = 40\ncheckpoint_seconds = 0.0\n'
 )
-"""A run that fails, one that is long enough to be killed, and one that is neither."""
+"""A run that fails, a run that is long enough to be killed, and another run."""
 
 ANYWHERE = Device((), {})
 
@@ -77,7 +77,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(swept: Path, tmp_path: Path) -> Path:
-    """That folder, to be changed."""
+    """Copy of that folder, which a test may change."""
     return Path(shutil.copytree(swept, tmp_path / "copied"))
 
 
@@ -469,7 +469,7 @@ def test_pareto_says_that_a_sweep_has_no_reference(copied: Path, capsys: pytest.
 
 
 class Killing(SweepObserver):
-    """Notes what ends, and kills the workers of some runs: after an epoch and a checkpoint, or, where 0, at the end."""
+    """Records ended runs, and kills workers: after the given epoch and a checkpoint, or at the run's end if 0."""
 
     def __init__(self, directory: Path, epochs: dict[str, int]) -> None:
         self._directory, self._epochs = directory, epochs
@@ -527,7 +527,7 @@ def test_failures_and_killed_workers_do_not_stop_the_other_runs_and_are_tried_ag
     assert commands.main(["pareto", str(spec), "--out", str(out)]) == 0
     told = f"not finished: wild-density0.1-seed0 failed: {failures['wild-density0.1-seed0']}\n"
     assert told in capsys.readouterr().out
-    # What has failed may be asked for differently, what is done may not.
+    # Settings of failed runs may change; settings of finished runs may not.
     written(spec, TROUBLE.replace("lr = 1e30", "lr = 0.05").replace("epochs = 40", "epochs = 39"))
     assert sweep(spec, "--jobs", "1") == 2
     assert "holds another sweep: slow-density0.1-seed0 has epochs 39 (was 40); " in one_line(capsys)
@@ -557,7 +557,7 @@ def test_workers_that_cannot_begin_end_the_sweep(tmp_path: Path) -> None:
 
 
 def worker(folder: Path) -> subprocess.Popen[str]:
-    """A worker that has been told to run something that takes minutes."""
+    """Starts a worker with a run that takes minutes."""
     settings = {**tomllib.loads(QUICK)["settings"], "epochs": 5000}
     (run,) = grid(methods=["imp"], settings=settings).runs
     settings = {**to_json(run.config), "out": str(folder / "run")}
@@ -640,7 +640,7 @@ def test_jax_is_asked_in_another_process_and_its_refusal_told(monkeypatch: pytes
 
 
 def shown(*, terminal: bool) -> str:
-    """What a display writes about four runs: one was done before, one goes on and ends, one fails, and one is begun."""
+    """Output of a display for four runs: done before, resumed and finished, failed, and started."""
     runs = list(grid(densities=[0.5, 0.25, 0.1, 0.05], settings={"epochs": 20}).runs)
     file = io.StringIO()
     with SweepDisplay(Console(force_terminal=terminal, file=file, width=110), len(runs), runs[1:]) as display:
@@ -669,7 +669,7 @@ def test_without_a_terminal_there_is_a_line_for_each_run_that_ends() -> None:
 
 
 def test_a_terminal_has_a_bar_for_the_sweep_and_one_for_each_worker() -> None:
-    """Epochs that are not to be trained, of runs that go on or have failed, are not counted."""
+    """Epochs of resumed or failed runs that need no training are not counted."""
     text = Text.from_ansi(shown(terminal=True)).plain
     lines = [" ".join(re.sub("[━╸╺]", " ", line).split()) for line in text.splitlines() if line]
     assert [line for line in lines if " of 4 cs-" in line] == LINES.replace("  ", " ").splitlines()

@@ -1,4 +1,4 @@
-"""Tickets for other programs: what they compute there, what the files hold, and what is refused."""
+"""Exports of tickets: results in other programs, file contents, and errors."""
 
 import contextlib
 import dataclasses

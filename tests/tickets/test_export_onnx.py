@@ -1,4 +1,4 @@
-"""ONNX models: what ONNX Runtime computes of them. Wants jax2onnx, which CI's environment does not have."""
+"""ONNX models and their results in ONNX Runtime. Requires jax2onnx, which CI installs in a separate environment."""
 
 import importlib.util
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A masked network as a plain one: the same outputs, without masks and without norms."""
+"""Masked networks folded into plain networks: equal outputs, without masks and norms."""
 
 from functools import partial
 from typing import Any
@@ -99,7 +99,7 @@ class NormFirst(nn.Module):
 
 
 class NormBeside(NormFirst):
-    """A norm of a layer that something else reads too."""
+    """A norm after a layer whose output has another reader."""
 
     def wire(self, net: Wiring, x: Signal) -> Signal:
         y = net.dense(x, "dense0")
@@ -140,7 +140,7 @@ def test_a_module_without_the_fields_is_refused() -> None:
 
 
 class ThreeNorms(nn.Module):
-    """Layers with norms, told rightly or in one of several wrong ways; one is hidden if it is in no field."""
+    """Layers with norms, with a right or one of several wrong wirings; a layer in no field is hidden."""
 
     told: str = "rightly"
     hidden: bool = False
@@ -208,7 +208,7 @@ def test_images_that_the_network_does_not_take_are_refused(make: Any) -> None:
 
 
 class Doubled(cs_jax.MaskedDense):
-    """A masked layer of a user's own, which does more than Flax's and masks its bias too."""
+    """Custom masked layer that extends Flax's layer and masks its bias too."""
 
     masked_params = ("kernel", "bias")
 
@@ -222,7 +222,7 @@ class Renamed(Doubled):
 
 
 class Mixed(cs_jax.Masked, nn.Dense):
-    """A masked layer that is made as those of the library are."""
+    """Masked layer made like the library's layers."""
 
     use_bias: bool = False
 

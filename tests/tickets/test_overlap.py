@@ -1,4 +1,4 @@
-"""Overlap of masks against counts by hand and all masks there are."""
+"""Overlap of masks, compared with counts by hand and with all possible masks."""
 
 import itertools
 import math

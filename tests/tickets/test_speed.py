@@ -18,7 +18,7 @@ IMAGE = (4, 4, 1)
 
 
 def save(path: Path) -> Path:
-    """A LeNet of random weights, where nothing flows into half of the first units, and few weights are left."""
+    """Saves a LeNet of random weights; half of the first units have no kept inputs, and few weights are kept."""
     variables = LeNet300100().init(jax.random.key(0), jnp.zeros((1, *IMAGE)))
     rng = np.random.default_rng(0)
     masks = jax.tree.map(lambda mask: np.array(rng.random(mask.shape) < 0.1, np.float32), variables["masks"])

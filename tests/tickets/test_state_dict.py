@@ -1,4 +1,4 @@
-"""PyTorch's state dicts: names, layouts, the way there and back, what PyTorch computes of them, and what is refused."""
+"""PyTorch state dicts: names, layouts, round trips, PyTorch's results, and errors."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""Ticket files: bits that come back, equal bytes, a size, and every kind of file that is refused."""
+"""Ticket files: round trips, equal bytes, sizes, and refused files."""
 
 import functools
 import io
@@ -59,7 +59,7 @@ def bits_of(tree: Any) -> Any:
 
 
 def one_line(caught: pytest.ExceptionInfo[BaseException], path: Path) -> str:
-    """What a TicketError says of a file, which it names."""
+    """Message of a TicketError without the file's name."""
     message = str(caught.value)
     assert message.startswith(f"{path}: ") and len(message.splitlines()) == 1
     return message.removeprefix(f"{path}: ")
@@ -77,7 +77,7 @@ def tickets(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return mutate_ticket.write_tickets(tmp_path_factory.mktemp("tickets"))
 
 
-# What comes back.
+# Round trips.
 
 
 @pytest.mark.parametrize("compact", [False, True])
@@ -260,7 +260,7 @@ def test_a_folder_in_the_place_of_the_file_is_an_error_and_stays(tmp_path: Path)
     assert list(tmp_path.iterdir()) == [tmp_path / "t"]
 
 
-# What cannot be saved.
+# Errors of saving.
 
 KERNEL = np.ones((5, 3), np.float32)
 
@@ -369,7 +369,7 @@ def test_what_cannot_be_a_ticket_is_not_written(tmp_path: Path, content: dict[st
     assert not list(tmp_path.iterdir())
 
 
-# What cannot be loaded.
+# Errors of loading.
 
 
 def a_folder(path: Path) -> None:
@@ -439,7 +439,7 @@ def a_header_of_3_megabytes(path: Path) -> None:
 
 
 def change(path: Path, edit: Callable[[mutate_ticket.Parts], Any]) -> None:
-    """A ticket with something changed, and the right hash of it."""
+    """Ticket with a change and the matching hash."""
     save_ticket(path, **network())
     parts = mutate_ticket.Parts.of(path.read_bytes())
     edit(parts)
@@ -560,7 +560,7 @@ def test_damaged_files_are_refused_in_one_line_or_load_to_what_they_were(
         assert verdict.outcome == ("equal" if damage is mutate_ticket.laid_out_anew else "refused"), verdict
 
 
-# What is printed, and the guide.
+# Printed output, and the guide.
 
 
 def printed(renderable: Any) -> str:

@@ -1,4 +1,4 @@
-"""Programs that are kept for the next process."""
+"""Compiled programs that are kept for the next process."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((3, 3))).block_until_ready()
 
 
 def compiled(cache: Path, **variables: str) -> tuple[str, set[str]]:
-    """The folder that a process kept its programs in, and the names of what is in `cache` afterwards."""
+    """Program folder of a new process, and the names of the programs in `cache` afterwards."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     ended = subprocess.run(
         [sys.executable, "-c", CODE],

@@ -1,4 +1,4 @@
-"""Several devices, simulated on this one: where arrays lie, and that results are those of one device."""
+"""Several simulated devices: placement of arrays, and results equal to those on one device."""
 
 import dataclasses
 from pathlib import Path
@@ -41,7 +41,7 @@ def spec(sharded: Any) -> PartitionSpec:
     return sharded.spec
 
 
-# Where arrays lie.
+# Placement of arrays.
 
 
 def test_one_device_has_no_layout() -> None:
@@ -108,7 +108,7 @@ def test_devices_that_would_share_no_weights_are_refused() -> None:
         prepare(config)
 
 
-# The same answer.
+# Equal results.
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_scores_are_rounded_at_random_alike_on_several_devices(problem: Problem)
 
 
 def test_each_device_computes_its_share_of_a_batch(problem: Problem) -> None:
-    """Read from the program: products of the first layer have an eighth of the rows."""
+    """In the compiled program, products of the first layer have an eighth of the rows."""
     executor = Executor(layout(8, 1))
     here = dataclasses.replace(problem, executor=executor, train=executor.place_everywhere(problem.train))
     state = search.init_state(small.SEARCH, here)
@@ -232,7 +232,7 @@ def test_a_run_goes_on_on_another_number_of_devices(
 
 @pytest.mark.slow
 def test_no_device_holds_much_of_a_large_transformer(synthetic: ImageSet) -> None:
-    """65 million weights over 4 of 8 devices: a step runs, and read from its shards no device holds 0.3 of anything."""
+    """65 million weights over 4 of 8 devices: a step runs, and no device holds 0.3 or more of any array."""
     model = VisionTransformer(num_classes=4, depth=9, width=768, num_heads=12, patch_size=3)
     problem = on(Problem(Recipe(model), synthetic, None, jax.random.key(0)), 2, 4)
     state = search.init_state(small.SEARCH, problem)

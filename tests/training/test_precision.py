@@ -1,4 +1,4 @@
-"""What is computed and stored in bfloat16, what stays in float32, and what that does to training."""
+"""Values computed and stored in bfloat16, values kept in float32, and the effect on training."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -93,7 +93,7 @@ def test_weights_momentum_scores_and_statistics_stay_float32(synthetic: ImageSet
 
 
 def test_statistics_of_a_batch_in_bfloat16_are_computed_in_float32() -> None:
-    """4,096 values of which a sum in bfloat16 would lose nearly all."""
+    """4,096 values, most of which a sum in bfloat16 would lose."""
     x = (100 + jax.random.normal(KEY, (64, 8, 8, 1))).astype(jnp.bfloat16)
     norm = BatchNorm(use_running_average=False, momentum=0.0, dtype=jnp.bfloat16)
     variables = norm.init(KEY, x)
@@ -122,7 +122,7 @@ def test_gradients_are_close_to_those_of_float32(synthetic: ImageSet) -> None:
 
 
 def test_a_masked_kernel_is_rounded_once() -> None:
-    """A scale of 1 / sigmoid(0.1) is no bfloat16: rounding weight, mask and product would miss some kernels."""
+    """The scale 1 / sigmoid(0.1) is no bfloat16 number: rounding weight, mask and product would change kernels."""
     weights = jax.random.normal(KEY, (4, 500))
     mask = masks.hard_mask(jnp.ones((4, 500)), init_value=0.1)
     layer = MaskedDense(500, use_bias=False, dtype=jnp.bfloat16)
@@ -164,7 +164,7 @@ def narrow_search(config: Config, problem: Problem, steps: int, rate: float) -> 
 
 
 def test_tiny_updates_move_bfloat16_scores_on_average(problem: Problem) -> None:
-    """Ten steps, each a fiftieth of what lies between two bfloat16 numbers: to nearest none would be seen."""
+    """Ten steps, each 1/50 of the gap between two bfloat16 numbers: rounding to nearest would lose all of them."""
     moved = {}
     for name in ("float32", "bfloat16"):
         state = narrow_search(dataclasses.replace(SEARCH, score_dtype=name), problem, 10, rate=2e-8)
@@ -234,7 +234,7 @@ def test_every_method_with_scores_keeps_them_in_their_dtype(
 
 
 def test_weights_that_a_stochastic_search_pruned_stay_pruned_in_bfloat16(problem: Problem) -> None:
-    """The score of a weight that is gone is no bfloat16, and is not above itself when it is rounded."""
+    """The score of a pruned weight is no bfloat16 number; rounding must not raise it."""
     config = dataclasses.replace(
         SEARCH, method="iss", target_density=0.25, score_dtype="bfloat16", epochs=1, rewind_epoch=0
     )

@@ -1,4 +1,4 @@
-"""Several processes as one run, started on this host: the same answer, and what happens where one is missing."""
+"""One run of several processes on this host: equal results, and errors where a process is missing."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ def free_port() -> int:
 
 
 def start(words: list[str | Path], folder: Path, each: tuple[list[str], ...] = ([], [])) -> list[subprocess.Popen]:
-    """As many processes of one run as there are words of their own in `each`, with two simulated devices each."""
+    """Starts the processes of one run, with two simulated devices each; `each` has their separate arguments."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     place = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(len(each))]
     return [
@@ -55,7 +55,7 @@ def start(words: list[str | Path], folder: Path, each: tuple[list[str], ...] = (
 
 
 def said(process: subprocess.Popen, timeout: float = 300) -> list[str]:
-    """Lines that a process has printed when it has ended."""
+    """Lines that a process printed, after its end."""
     return process.communicate(timeout=timeout)[0].splitlines()
 
 
@@ -76,7 +76,7 @@ def test_two_processes_of_two_devices_compute_what_one_does(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_run_whose_worker_is_killed_ends_with_a_line_and_goes_on(tmp_path: Path) -> None:
-    """Killed on two processes, stopped there by SIGTERM to one of them, and finished by one process alone."""
+    """A run of two processes is killed, resumed, stopped by SIGTERM to one process, and finished by one process."""
     words = [TRAIN, *QUICK, "--out", "run"]
     leader, worker = start(words, tmp_path)
     _wait_for_checkpoint(tmp_path / "run" / "checkpoints", 1, leader)
@@ -130,7 +130,7 @@ def test_an_error_that_nobody_expects_ends_all_processes(tmp_path: Path) -> None
 
 
 def _wait_for_checkpoint(folder: Path, epochs: int, process: subprocess.Popen) -> None:
-    """Waits for one that is whole, after so many epochs."""
+    """Waits for a complete checkpoint after the given number of epochs."""
     deadline = time.monotonic() + 200
     while not list(folder.glob(f"{epochs:05d}-[0-9]*[0-9]")):
         assert process.poll() is None and time.monotonic() < deadline

@@ -1,4 +1,4 @@
-"""Runs that share a program: each ends as it would alone, however the others fare; and the commands that ask for it."""
+"""Runs that share one program: each ends as if it ran alone; and the commands that start them."""
 
 import dataclasses
 import json
@@ -77,7 +77,7 @@ def doubled() -> Iterator[None]:
 
 @pytest.fixture(params=["cpu", "gpu"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whose form of calls is taken, on the CPU: one step or several."""
+    """Backend whose form of calls is used on the CPU: one step or several per call."""
     monkeypatch.setattr(executor, "STEPS_PER_CALL", 2)
     monkeypatch.setattr(jax, "default_backend", lambda: request.param)
     return request.param
@@ -92,7 +92,7 @@ class Life(NamedTuple):
     progress: Progress | None = None  # an earlier one's end
 
     def live(self, steps_taken_by: Executor) -> tuple[Any, TrainState]:
-        """Masks of the ticket, and the state that it was trained to."""
+        """Masks of the ticket, and the state after its training."""
         problem = dataclasses.replace(self.problem, executor=steps_taken_by)
         progress = self.progress or search.begin_search(search.init_state(self.config, problem))
         ticket, ends = search.search_ticket(self.config, problem, progress, self.observer)
@@ -101,7 +101,7 @@ class Life(NamedTuple):
 
 
 def live(*lives: Any) -> list[Any]:
-    """What lives end with together; fails where they wait for each other for ever."""
+    """Results of lives that run together; fails if they wait for each other forever."""
     ends: list[Any] = []
     waiting = threading.Thread(target=lambda: ends.extend(Together().run(lives)), daemon=True)
     waiting.start()
@@ -120,7 +120,7 @@ def check_same(end: Any, alone: Any) -> None:
 
 
 def lives_of(images: ImageSet, *changes: dict[str, Any], **options: Any) -> list[Life]:
-    """Lives on the same images with keys of their own, for settings that differ."""
+    """Lives on the same images, with separate keys and different settings."""
     constants = {"mean": images.mean.astype(float), "std": images.std.astype(float)}
     images = images.replace(**constants)
     recipe = Recipe(**{"model": TinyDense(), "decay": 1e-3, **options})
@@ -163,7 +163,7 @@ def test_runs_of_other_methods_lengths_and_data_end_together_as_alone(doubled: N
 
 
 class Ends(Observer):
-    """Ends a run inside of an epoch, and keeps a copy of where it stood."""
+    """Ends a run inside an epoch, and keeps a copy of its progress."""
 
     def __init__(self, error: BaseException, step: int = 2, epoch: int = 1) -> None:
         self._error, self._moment = error, (epoch, step)
@@ -182,7 +182,7 @@ FIELDS = dataclasses.fields(TrainState)
 def test_a_run_that_goes_on_inside_of_an_epoch_meets_fresh_ones(
     doubled: None, backend: str, synthetic: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They wait where it stands in its epoch; it is alone where its ticket is trained and they still search."""
+    """Fresh runs wait at its position in the epoch; it runs alone while its ticket is trained and the others search."""
     lives = lives_of(synthetic, *DIFFERENT)
     alone = [life.live(Executor()) for life in lives]
     ends = Ends(Stopped(signal.SIGTERM))
@@ -243,7 +243,7 @@ def test_what_cannot_be_computed_fails_where_it_was_asked_for(synthetic: ImageSe
 
 
 class Copies(Observer):
-    """Keeps what is seen after every call."""
+    """Copies of the state after every call."""
 
     def __init__(self) -> None:
         self.states: list[Progress] = []
@@ -392,7 +392,7 @@ NAMES = ["imp-density0.1-seed0", "imp-density0.1-seed1", "wild-density0.1-seed0"
 
 
 class Notes(SweepObserver):
-    """Keeps what happens, and kills the worker at an epoch of a run."""
+    """Records events, and kills the worker at an epoch of a run."""
 
     def __init__(self, directory: Path, kill_at: tuple[str, int] | None = None) -> None:
         self._directory, self._kill_at = directory, kill_at
@@ -441,7 +441,7 @@ def test_a_sweep_whose_worker_takes_several_at_once_is_killed_fails_and_goes_on(
 
 
 def test_a_worker_gives_back_what_it_is_slower_with(tmp_path: Path, on_cores: None) -> None:
-    """This one has no accelerator after all. Places share what waits."""
+    """This host has no accelerator. Places share the waiting runs."""
     spec = make_spec("many", {**SPEC, "methods": ["imp"], "method": {}, "seeds": [0, 1, 2]})
     notes = Notes(tmp_path)
     assert run_sweep(spec, tmp_path, [Device((), {}, accelerator=True)], notes) == {}

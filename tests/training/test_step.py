@@ -164,7 +164,7 @@ def test_a_step_keeps_every_dtype_and_has_its_loss_in_float32_at_least(
 def test_an_epoch_in_one_call_equals_its_steps(
     lenet: Recipe, synthetic: ImageSet, make_state: Any, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The form that accelerators run, on the CPU: same figures, weights, scores and momentum."""
+    """Runs the accelerators' form on the CPU: equal metrics, weights, scores and momentum."""
     lenet = SMALL_RESNET if batch_size == 16 else lenet
     monkeypatch.setattr(executor, "STEPS_PER_CALL", 2)
     order = jax.random.permutation(KEY, 37)

@@ -470,7 +470,7 @@ def test_a_run_whose_wiring_is_wrong_keeps_its_ticket_and_says_so(
     command = [word.replace("tiny_resnet", "miswired") for word in COMMAND]
     assert train.main([*command, "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
-    assert "warning: the ticket cannot be made smaller, and nobody knows what it computes: the wiring" in said
+    assert "warning: the ticket cannot be shrunk, so its multiply-adds are unknown: wiring of Miswired is wrong" in said
     ticket = json.loads((tmp_path / "run" / "summary.json").read_text())["ticket"]
     assert "multiply_adds" not in ticket and ticket["dense_multiply_adds"] > 0
     assert load_ticket(tmp_path / "run" / "ticket.safetensors").model is not None

@@ -191,7 +191,7 @@ def test_a_part_too_small_for_batch_norm_is_refused_before_training() -> None:
     config = parser.parse(["digits", "--batch-size", "64", "--accumulate", "64"])
     prepare(config)  # 8x8 pixels: enough in one image
     assert make_recipe(config, 10).part_size == 1
-    with pytest.raises(ConfigError, match="^--model: got vgg16, which cannot be trained"):
+    with pytest.raises(ConfigError, match="^--model vgg16: cannot be trained"):
         prepare(dataclasses.replace(config, model="vgg16"))
 
 

@@ -346,8 +346,8 @@ def test_metrics_that_lack_epochs_are_told(run: Path, tmp_path: Path, capsys: py
     (folder / "summary.json").unlink()
     (folder / METRICS_FILE).write_text("")
     assert main(["train", "--resume", str(folder)]) == 2
-    told = "its metrics.jsonl is damaged: it lacks some of the 6 epochs done; remove checkpoints there to start anew"
-    assert f"{folder}: {told}" in one_line(capsys)
+    told = "its metrics.jsonl is damaged: it lacks some of the 6 finished epochs"
+    assert f"{folder}: {told}; remove {folder / 'checkpoints'} to start from scratch" in one_line(capsys)
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"edges": [], "rounds": []}'])
@@ -357,7 +357,9 @@ def test_scores_that_lack_rounds_are_told_before_anything_is_trained(
     folder = unfinished(run, tmp_path)
     (folder / SCORES_FILE).write_text(content)
     assert main(["train", "--resume", str(folder)]) == 2
-    assert f"{folder}: its scores.json lacks rounds that are done; remove checkpoints" in one_line(capsys)
+    assert f"{folder}: its scores.json lacks finished rounds; remove {folder / 'checkpoints'} to start" in one_line(
+        capsys
+    )
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}"])
@@ -367,8 +369,8 @@ def test_masks_that_lack_rounds_are_told_before_anything_is_trained(
     path = unfinished(run, tmp_path) / MASKS_FILE
     path.unlink() if content is None else path.write_bytes(content)
     assert main(["train", "--resume", str(path.parent)]) == 2
-    told = "its masks.safetensors lacks what has been found before; remove checkpoints there to start anew"
-    assert f"{path.parent}: {told}" in one_line(capsys)
+    told = "its masks.safetensors lacks finished rounds"
+    assert f"{path.parent}: {told}; remove {path.parent / 'checkpoints'} to start from scratch" in one_line(capsys)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"reinit": {}}'])
@@ -378,7 +380,9 @@ def test_results_of_controls_that_are_lost_are_told_before_anything_is_trained(
     folder = unfinished(run_with_controls, tmp_path)
     (folder / CONTROLS_FILE).write_text(content)
     assert main(["train", "--resume", str(folder)]) == 2
-    assert f"{folder}: its controls.json lacks what has been found before" in one_line(capsys)
+    assert f"{folder}: its controls.json lacks finished controls; remove {folder / 'checkpoints'} to start" in one_line(
+        capsys
+    )
 
 
 @pytest.fixture(scope="module")
@@ -472,7 +476,8 @@ def test_a_run_does_not_go_on_with_other_data(run: Path, tmp_path: Path, capsys:
     stored = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**stored, "data": "0" * 64}))
     assert main(["train", "--resume", str(folder)]) == 2
-    assert f"--data-dir: got other examples of digits than {folder} began with, wanted the same" in one_line(capsys)
+    told = f"--dataset digits: its examples differ from those that {folder} started with; use --data-dir with the same"
+    assert f"{told} data" in one_line(capsys)
 
 
 def test_a_finished_run_without_its_report_gets_one(run: Path, tmp_path: Path) -> None:

@@ -259,7 +259,7 @@ def test_a_finished_run_shows_its_result_again_and_trains_nothing(
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--seed", "1"], "holds a run with other settings: --seed 1 (was 0); give another --out, or --resume"),
+        (["--seed", "1"], "holds a run with other settings: --seed 1 (was 0); choose another --out, "),
         (["--model", "resnet6"], "--model resnet6 (was lenet300100)"),
         (["--lr-schedule", "1", "--lr-drops", "0.5"], "--lr-schedule 1 (was 10 13), --lr-drops 0.5 (was 0.1 0.1)"),
     ],
@@ -284,25 +284,25 @@ def _damaged(run: Path, change: Any) -> None:
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda run: (run / "config.json").unlink(), "which holds no run, wanted a folder with config.json"),
-        (lambda run: shutil.rmtree(run), "which holds no run, wanted a folder with config.json"),
-        (lambda run: (run / "config.json").write_text("{"), "whose config.json is damaged"),
-        (lambda run: (run / "config.json").write_text("[]"), "whose config.json is damaged"),
+        (lambda run: (run / "config.json").unlink(), ": not a run directory; it has no config.json"),
+        (lambda run: shutil.rmtree(run), ": not a run directory; it has no config.json"),
+        (lambda run: (run / "config.json").write_text("{"), ": its config.json is damaged; choose another --out"),
+        (lambda run: (run / "config.json").write_text("[]"), ": its config.json is damaged; choose another --out"),
         (
             lambda run: _damaged(run, lambda stored: stored["versions"].update(cs_jax="0.0.9")),
-            "a run of cs_jax 0.0.9, wanted one of",
+            ": the run was made by cs_jax 0.0.9, this is ",
         ),
         (
             lambda run: _damaged(run, lambda stored: stored.pop("epochs")),
-            "whose config.json cannot be used: stored settings lack 'epochs': made by another version",
+            ": its config.json is not valid: stored settings: epochs: missing",
         ),
         (
             lambda run: _damaged(run, lambda stored: stored.update(magic=1)),
-            "whose config.json cannot be used: stored settings have the unknown 'magic': made by another version",
+            ": its config.json is not valid: stored settings: magic: unknown",
         ),
         (
             lambda run: _damaged(run, lambda stored: stored.update(epochs="2")),
-            "whose config.json cannot be used: stored settings have epochs '2', wanted a whole number",
+            ": its config.json is not valid: stored settings: epochs '2': must be a whole number",
         ),
         (lambda run: (run / "summary.json").write_text("{"), "its summary.json is damaged; remove "),
         (lambda run: (run / "summary.json").write_text("{}"), "its summary.json is damaged; remove "),
@@ -335,13 +335,19 @@ def test_a_folder_that_is_not_empty_and_holds_no_run_is_refused(
 ) -> None:
     (tmp_path / "notes").write_text("mine")
     assert train.main([*QUICK, "--out", str(tmp_path)]) == 2
-    assert "which is not empty and holds no run, wanted an empty or new folder" in capsys.readouterr().err
+    assert (
+        f"--out {tmp_path}: not empty and not a run directory; choose an empty or new one\n" in capsys.readouterr().err
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]
 
 
 @pytest.mark.parametrize(
     "out, message",
-    [("x" * 300, "cannot be used"), ("file", "which is a file, wanted a folder"), ("file/run", "cannot be made")],
+    [
+        ("x" * 300, "cannot be used: File name too long; choose another one"),
+        ("file", "is a file; choose a directory"),
+        ("file/run", "cannot be created: "),
+    ],
 )
 def test_a_run_directory_that_cannot_be_made_is_refused(
     out: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -349,7 +355,7 @@ def test_a_run_directory_that_cannot_be_made_is_refused(
     (tmp_path / "file").write_text("mine")
     assert train.main([*QUICK, "--out", str(tmp_path / out)]) == 2
     shown = capsys.readouterr().err
-    assert shown.startswith("train.py: error: --out: got ") and message in shown and shown.count("\n") == 1
+    assert shown.startswith(f"train.py: error: --out {tmp_path / out}: {message}") and shown.count("\n") == 1
     assert (tmp_path / "file").read_text() == "mine"
 
 

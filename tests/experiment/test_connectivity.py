@@ -406,7 +406,7 @@ def compacted(run: Path) -> None:
         (lambda run: (run / "config.json").unlink(), [], ": not a run directory; it has no config.json"),
         (lambda run: (run / "summary.json").unlink(), [], ": not finished; finish it with --resume "),
         (lambda run: edited(run, after="none"), [], ": has no retraining; requires a run that retrains its ticket"),
-        (lambda run: edited(run, data="0" * 64), [], "--data-dir: got other examples of digits than"),
+        (lambda run: edited(run, data="0" * 64), [], "--dataset digits: its examples differ from those that "),
         (lambda run: edited(run, epochs="many"), [], "its settings: epochs 'many': must be a whole number"),
         (compacted, [], ": its ticket file is compact; requires one with the rewound network"),
         (lambda run: None, ["--points", "1"], "--points 1: must be at least 2"),

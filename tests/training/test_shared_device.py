@@ -505,12 +505,12 @@ def test_tickets_of_one_command_at_once(
         ),
         (["--tickets", "2", "--seed", "4294967295"], "--tickets 2: must be at most 1 with --seed 4294967295"),
         (["--tickets", "2", "--val-set-size", "9999"], "--val-set-size 9999: must be less than 1437, the number "),
-        (["--tickets", "2", "--out", "file"], "--out: got file/digits-seed0, "),
+        (["--tickets", "2", "--out", "file"], "--out file/digits-seed0: "),
         (
             ["--tickets", "2", "--out", "run"],
             "--out run: is a run directory; choose a parent directory for --tickets 2",
         ),
-        (["--tickets", "2", "--out", "full"], "--out: got full/digits-seed1, which is not empty and holds no run"),
+        (["--tickets", "2", "--out", "full"], "--out full/digits-seed1: not empty and not a run directory"),
     ],
 )
 def test_tickets_that_cannot_be_searched_are_refused_in_one_line(

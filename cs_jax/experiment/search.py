@@ -1,4 +1,4 @@
-"""Rounds of search, the ticket, its rewind and retraining: the same for every method.
+"""Search rounds, rewind and retraining of a ticket, for every pruning method.
 
 References:
     Savarese, Silva and Maire, "Winning the Lottery with Continuous Sparsification", NeurIPS 2020, arXiv:1912.04427,
@@ -28,11 +28,11 @@ from cs_jax.training.step import Hyperparams, StepMetrics, TrainState
 
 
 class NonFiniteLossError(ArithmeticError):
-    """Loss or weights are no longer finite; says in which phase, round, epoch and step."""
+    """Loss, weights or scores are not finite. The message names phase or round, epoch and step."""
 
 
 def init_state(config: Config, problem: Problem) -> TrainState:
-    """State before the search's first step: a fresh network, with the scores or masks that the method begins with."""
+    """Train state before the first step of the search: a fresh network with the method's initial scores or masks."""
     variables = problem.init_variables()
     scores, fixed = config.pruning_method.begin(problem, variables)
     params, batch_stats = variables["params"], variables["batch_stats"]
@@ -41,32 +41,32 @@ def init_state(config: Config, problem: Problem) -> TrainState:
 
 
 def begin_search(state: TrainState) -> Progress:
-    """The search's start from a state that `init_state` makes, which is donated."""
+    """Position at the start of the search. The state, from `init_state`, is donated."""
     return Progress(SEARCH, 0, 0, 0, state, snapshot=None)
 
 
 def search_ticket(
     config: Config, problem: Problem, progress: Progress, observer: Observer
 ) -> tuple[Ticket, tuple[EpochRecord, ...]]:
-    """Trains over all rounds of the method, and takes its masks.
+    """Trains all rounds of the search, and selects the masks of the ticket.
 
     Args:
-        config: method, rounds, epochs, schedules and the rest.
+        config: settings of the run.
         problem: model and data.
-        progress: `begin_search`, or where an earlier search stood; its state is donated, not to be used again.
-        observer: told of every phase, step and epoch.
+        progress: result of `begin_search`, or the position to resume from. Its state is donated: do not use it again.
+        observer: called at every phase, step and epoch.
 
     Returns:
-        The ticket, with the weights that its retraining begins with: those of the snapshot if the config rewinds, or
-        the trained ones. Where nothing follows, BatchNorm statistics are those of the ticket's masks. And the record of
-        each round's last epoch.
+        The ticket, and the record of each round's last epoch. The ticket's weights are the initial weights of its
+        retraining: the snapshot if the config rewinds, otherwise the trained weights. Without a retraining, BatchNorm
+        statistics are estimated again with the masks of the ticket.
 
     Raises:
-        NonFiniteLossError: in which round, epoch and step.
+        NonFiniteLossError: loss, weights or scores are not finite.
 
     Warns:
-        CollapsedLayerWarning: the ticket leaves a layer without weights.
-        UnfinishedSearchWarning: a target density cuts through masks that are still soft.
+        CollapsedLayerWarning: the masks remove all weights of a layer.
+        UnfinishedSearchWarning: a target density separates masks that are still soft.
     """
     if config.search_rounds:
         progress = _phase(config, problem, progress, observer)
@@ -78,7 +78,7 @@ def search_ticket(
     if config.search_rounds and config.retraining == REWIND:
         assert progress.snapshot is not None
         start = progress.snapshot
-    if config.retraining == NONE:  # the last masks may be others than those of the running averages
+    if config.retraining == NONE:  # the running averages may belong to other masks
         model, batch_size = problem.recipe.model, config.batch_size
         variables = training_step.network(problem.recipe.channels, *start, found)
         statistics = problem.executor.estimate_statistics(model, variables, problem.train, batch_size=batch_size)
@@ -87,7 +87,7 @@ def search_ticket(
 
 
 def begin_next_round(config: Config, problem: Problem, progress: Progress) -> Progress:
-    """The next round's start, from a round's end."""
+    """Position at the start of the next round, from the position at the end of a round."""
     assert progress.round is not None
     state = config.pruning_method.begin_round(problem, progress.state, progress.snapshot)
     state = problem.executor.place(state.replace(step=jnp.zeros_like(state.step)))
@@ -95,20 +95,20 @@ def begin_next_round(config: Config, problem: Problem, progress: Progress) -> Pr
 
 
 def take_snapshot(state: TrainState) -> Snapshot:
-    """A copy of weights and BatchNorm state on the host: a device needs them again at the rewind alone."""
+    """A copy of weights and BatchNorm state on the host, because devices need it only at the rewind."""
     return Snapshot(*jax.tree.map(np.array, on_host((state.params, state.batch_stats))))
 
 
 def begin_retraining(
     problem: Problem, ticket: Ticket, *, phase: str = TICKET, round_ends: tuple[EpochRecord, ...] = ()
 ) -> Progress:
-    """The retraining's start: the ticket's weights, fixed masks, a new optimizer.
+    """Position at the start of a retraining: the ticket's weights, fixed masks, a new optimizer state.
 
     Args:
         problem: model and data.
-        ticket: its arrays are copied, not donated.
-        phase: `TICKET` or a control.
-        round_ends: what the search gave; carried along.
+        ticket: weights and masks; copied, not donated.
+        phase: `TICKET` or the name of a control.
+        round_ends: last record of each round, from `search_ticket`; becomes a part of checkpoints.
     """
     return Progress(
         phase, None, 0, 0, fixed_state(problem, ticket), ticket.start if phase == TICKET else None, round_ends
@@ -116,31 +116,34 @@ def begin_retraining(
 
 
 def fixed_state(problem: Problem, ticket: Ticket) -> TrainState:
-    """State of a ticket that has not been trained, of copies of its arrays."""
+    """Train state of an untrained ticket, with copies of its arrays."""
     (params, batch_stats), fixed = problem.executor.copy(tuple(ticket))
     state = training_step.init_state(problem.recipe, params, batch_stats, scores={}, masks=fixed)
     return problem.executor.place(state)
 
 
 def retrain(config: Config, problem: Problem, progress: Progress, observer: Observer) -> TrainState:
-    """Trains a ticket's weights for as many epochs as a round has; its masks stay fixed.
+    """Trains the weights of a ticket or control for `config.epochs` epochs, with fixed masks.
 
-    Controls, retrained the same way, see the same batches.
+    Tickets and controls get the same batches in the same order.
 
     Args:
-        config: epochs, schedules and the rest.
+        config: settings of the run.
         problem: model and data.
-        progress: `begin_retraining`, or where an earlier retraining stood; its state is donated.
-        observer: told of the phase, its steps and epochs.
+        progress: result of `begin_retraining`, or the position to resume from. Its state is donated.
+        observer: called at the phase's start and end, and at every step and epoch.
+
+    Returns:
+        Train state after the last epoch.
 
     Raises:
-        NonFiniteLossError: in which epoch and step.
+        NonFiniteLossError: loss or weights are not finite.
     """
     return _phase(config, problem, progress, observer).state
 
 
 def _phase(config: Config, problem: Problem, progress: Progress, observer: Observer) -> Progress:
-    """What is left of a round or retraining."""
+    """Trains the remaining epochs of a round or retraining."""
     observer.on_phase_start(progress)
     while progress.epoch < config.epochs:
         progress = _epoch(config, problem, progress, observer)
@@ -149,7 +152,7 @@ def _phase(config: Config, problem: Problem, progress: Progress, observer: Obser
 
 
 def _epoch(config: Config, problem: Problem, progress: Progress, observer: Observer) -> Progress:
-    """What is left of an epoch, and its evaluation."""
+    """Trains the remaining steps of an epoch, and evaluates it."""
     if progress.round == 0 and progress.epoch == config.rewind_epoch and progress.snapshot is None:
         progress = progress._replace(snapshot=take_snapshot(progress.state))
     progress = _steps(config, problem, progress, observer)
@@ -170,9 +173,9 @@ def _epoch(config: Config, problem: Problem, progress: Progress, observer: Obser
 
 
 def _steps(config: Config, problem: Problem, progress: Progress, observer: Observer) -> Progress:
-    """What is left of an epoch's steps."""
+    """Trains the remaining steps of an epoch."""
     started = time.perf_counter() - progress.seconds
-    number = min(progress.number(config), config.search_rounds)  # controls see the ticket's batches
+    number = min(progress.number(config), config.search_rounds)  # controls get the batches of the ticket
     recipe = config.pruning_method.recipe(problem.recipe) if progress.phase == SEARCH else problem.recipe
     epoch = Epoch(
         problem.train,
@@ -183,7 +186,7 @@ def _steps(config: Config, problem: Problem, progress: Progress, observer: Obser
         first_step=progress.step,
     )
     calls = problem.executor.train_epoch(recipe, progress.state, epoch)
-    with contextlib.closing(calls):  # a signal may end the run here
+    with contextlib.closing(calls):  # also if a signal ends the run here
         for done, state, metrics in calls:
             if progress.figures:
                 _check_loss(progress, progress.figures[-1], progress.step)
@@ -196,7 +199,11 @@ def _steps(config: Config, problem: Problem, progress: Progress, observer: Obser
 
 
 def hyperparams(config: Config, phase: str, epoch: int) -> Hyperparams:
-    """The scalars of an epoch, on the device. A ticket's penalty is constant; that of other fixed masks is left out."""
+    """Hyperparameters of an epoch, scalars on the device.
+
+    The penalty of a ticket's fixed masks is constant, and is part of the reported loss. Controls have no penalty,
+    nor do methods that do not learn their masks.
+    """
     score_lr = config.lr if config.score_lr is None else config.score_lr
     values = dict(
         temperature=schedules.temperature(epoch, config.epochs, config.final_temp),
@@ -209,7 +216,10 @@ def hyperparams(config: Config, phase: str, epoch: int) -> Hyperparams:
 
 
 def learning_rate(config: Config, phase: str, epoch: int) -> float:
-    """That of the weights: of the schedule; where the ticket is fine-tuned, for trained weights the last of it."""
+    """Learning rate of the weights, from the schedule. Constant in fine-tuning: its last value.
+
+    Controls with new initial weights follow the whole schedule also if the ticket is fine-tuned.
+    """
     finetunes = config.retraining == FINETUNE and phase not in (SEARCH, *FRESH)
     return _scheduled(config, config.epochs - 1 if finetunes else epoch, config.lr)
 
@@ -219,25 +229,25 @@ def _scheduled(config: Config, epoch: int, base: float) -> float:
 
 
 def check_finite(progress: Progress) -> None:
-    """Refuses a progress whose losses, weights or scores are not finite; waits for its steps.
+    """Checks that losses, weights and scores are finite; waits for running steps.
 
-    A step's loss is that before its update, so what the last update made is looked at too.
+    The loss of a step is computed before its update, so the result of the last update is checked too.
 
     Raises:
-        NonFiniteLossError: in which round, epoch and step.
+        NonFiniteLossError: a loss, weight or score is not finite.
     """
     if progress.figures:
         _check_loss(progress, progress.figures[-1], progress.step)
     if not _all_finite((progress.state.params, progress.state.scores)):
         raise NonFiniteLossError(
-            f"weights or scores are no longer finite in {_where(progress)}, epoch {progress.epoch}, "
+            f"weights or scores are not finite in {_where(progress)}, epoch {progress.epoch}, "
             f"after step {progress.step - 1}"
         )
 
 
 def _check_loss(progress: Progress, metrics: StepMetrics, done: int) -> None:
-    """Refuses the figures of a call that ended with `done` steps of the epoch."""
-    losses = np.atleast_1d(StepMetrics(*jax.device_get(tuple(metrics))).loss)  # added up on the host: no dispatch
+    """Checks that the losses of a compiled call are finite. After the call, `done` steps of the epoch are done."""
+    losses = np.atleast_1d(StepMetrics(*jax.device_get(tuple(metrics))).loss)  # sums on the host, without a dispatch
     bad = np.flatnonzero(~np.isfinite(losses))
     if bad.size:
         step = done - len(losses) + bad[0]

@@ -48,7 +48,7 @@ def of_epoch(
     layer_density = _layer_density(hard_masks, counts)
     size = sum(mask.size for mask in jax.tree.leaves(hard_masks))
     density = sum(int(rows.sum()) for rows in jax.tree.leaves(counts)) / size
-    has_hard = soft_masks is None or density > 0  # those that are learned may be empty for a while
+    has_hard = soft_masks is None or density > 0  # learned hard masks may be empty in early epochs
     soft, hard = _evaluate(search, state, soft_masks, hard_masks if has_hard else None)
     record = EpochRecord(
         phase=progress.phase,
@@ -70,7 +70,7 @@ def of_epoch(
 
 
 def step_figures(progress: Progress) -> StepMetrics:
-    """Figures of the epoch's steps so far, on the host; waits until they have been computed."""
+    """Loss and penalty of the current epoch's steps, arrays (steps,) on the host; waits for running steps."""
     figures = jax.device_get(progress.figures)
     return jax.tree.map(lambda *calls: np.concatenate([np.atleast_1d(call) for call in calls]), *figures)
 
@@ -92,7 +92,7 @@ def _evaluate(
 
 
 def logits(search: Search, state: TrainState, some_masks: PyTree, images: Images) -> jax.Array:
-    """Logits (examples, classes) of a state's weights under some masks, for images in their order."""
+    """Logits (examples, classes) of a state's weights with the given masks, in the order of the images."""
     variables = step.network(state.channels, state.params, state.batch_stats, some_masks)
     recipe, executor = search.problem.recipe, search.problem.executor
     batch_size, on_batch = search.config.batch_size, search.observer.on_batch
@@ -101,15 +101,15 @@ def logits(search: Search, state: TrainState, some_masks: PyTree, images: Images
 
 @functools.partial(jax.jit, static_argnames="method")
 def _search_masks(method: type[Method], state: TrainState, hyper: Hyperparams) -> tuple[PyTree | None, PyTree]:
-    """Soft and hard masks of a search's state."""
+    """Soft and hard masks of a state in the search."""
     return method.soft_masks(state, hyper), method.hard_masks(state, hyper)
 
 
 def _mask_figures(hard_masks: PyTree, kept_before: PyTree | None) -> tuple[PyTree, PyTree, PyTree | None]:
-    """Entries kept, row by row, and entries flipped, on the host; which ones are kept, as bits on the device."""
+    """Numbers of kept entries per row and of flipped entries per array, on the host; packed masks on devices."""
     counts, kept, flips = _count(hard_masks, kept_before)
     counts, flips = on_host((counts, flips))
-    return jax.tree.map(lambda rows: rows.astype(np.int64), counts), kept, flips  # no 32-bit count can overflow
+    return jax.tree.map(lambda rows: rows.astype(np.int64), counts), kept, flips  # sums may need more than 32 bits
 
 
 @jax.jit
@@ -123,7 +123,7 @@ def _count(hard_masks: PyTree, kept_before: PyTree | None) -> tuple[PyTree, PyTr
 
 
 def _layer_density(hard_masks: PyTree, counts: PyTree) -> dict[str, float]:
-    """Density of each masked array, by its name."""
+    """Density of each masked array, by name, in [0, 1]."""
     rows = trees.leaves_by_path(counts)
     sizes = {path: mask.size for path, mask in trees.leaves_by_path(hard_masks).items()}
     return {trees.name(path): int(rows[path].sum()) / size for path, size in sizes.items()}

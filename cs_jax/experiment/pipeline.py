@@ -1,4 +1,4 @@
-"""The stages of an experiment: search, retraining, controls, tests; and the summary of their results."""
+"""Stages of an experiment: search, retraining, controls, tests, summary."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ def run(experiment: Experiment, progress: Progress | None = None) -> dict[str, A
         The content of summary.json. Accuracies and densities are shares, in [0, 1].
 
     Raises:
-        NonFiniteLossError: in which round, epoch and step.
+        NonFiniteLossError: loss, weights or scores are not finite.
     """
     config, problem, observer = experiment.config, experiment.problem, experiment.observer
     directory, data = experiment.directory, experiment.data

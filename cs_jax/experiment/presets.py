@@ -30,9 +30,9 @@ PRESETS: dict[str, Config] = {
         lr_schedule=(20, 25),
     ),
     "cifar10": Config(),
-    # As ResNets are usually trained on ImageNet (Goyal et al., 2017, arXiv:1706.02677, without their warm-up): batch,
-    # learning rate and decay, epochs and drops. Rounds, temperature and the rest of the method are the paper's for
-    # CIFAR-10, because its own for ImageNet are not known here.
+    # Batch size, learning rate, decay, epochs and drops are the usual ones for ResNets on ImageNet (Goyal et al., 2017,
+    # arXiv:1706.02677, without their warm-up). Rounds, temperature and other settings of the method are the paper's for
+    # CIFAR-10; the paper's settings for ImageNet are unknown.
     "imagenet-resnet50": Config(
         preset="imagenet-resnet50",
         dataset="imagenet2012",
@@ -46,13 +46,13 @@ PRESETS: dict[str, Config] = {
         lr_drops=(0.1, 0.1, 0.1),
     ),
 }
-"""What `train.py PRESET` starts from. Flags override."""
+"""Config of `train.py PRESET`, by name. Flags override its settings."""
 
 DEFAULT_PRESET = "digits"
 
 
 def without_effect(config: Config) -> list[str]:
-    """Flags, with their values, that are not the preset's and that the method makes no use of."""
+    """Flags and values that differ from the preset and that the method ignores."""
     usual = PRESETS.get(config.preset, PRESETS[DEFAULT_PRESET])
     given = [name for name in config.unused if getattr(config, name) != getattr(usual, name)]
     return [f"{flag(name)} {in_words(getattr(config, name))}" for name in given]

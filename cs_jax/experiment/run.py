@@ -1,4 +1,4 @@
-"""One run, from its start or from its last checkpoint, to its summary and its report."""
+"""One run: starts or resumes it, and writes its summary and report."""
 
 import contextlib
 import dataclasses
@@ -52,8 +52,8 @@ def run(
         The content of summary.json.
 
     Raises:
-        ConfigError: the config and the data or the run directory do not fit.
-        NonFiniteLossError: in which round, epoch and step.
+        ConfigError: the config does not fit the data or the run directory.
+        NonFiniteLossError: loss, weights or scores are not finite.
         Stopped: SIGINT or SIGTERM came; the run is saved.
         OSError: a file cannot be written.
     """
@@ -134,7 +134,7 @@ def resume(experiment: Experiment, watch: Interrupts, terminal: Console, *, new:
         experiment: its observer receives the metrics; terminal, health checks and checkpoints are added here.
         watch: handler of signals.
         terminal: where progress is printed.
-        new: whether the run has just begun, so that no message says that it starts from scratch.
+        new: True if the run has just started; then the message about starting from scratch is not printed.
     """
     config, directory = experiment.config, experiment.directory
     folder = directory.path / paths.CHECKPOINTS_FOLDER

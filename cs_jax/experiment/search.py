@@ -28,7 +28,7 @@ from cs_jax.training.step import Hyperparams, StepMetrics, TrainState
 
 
 class NonFiniteLossError(ArithmeticError):
-    """Loss or weights are no longer finite; says in which phase, round, epoch and step."""
+    """Loss, weights or scores are not finite. The message names phase or round, epoch and step."""
 
 
 def init_state(config: Config, problem: Problem) -> TrainState:
@@ -62,7 +62,7 @@ def search_ticket(
         statistics are estimated again with the ticket's masks.
 
     Raises:
-        NonFiniteLossError: in which round, epoch and step.
+        NonFiniteLossError: loss, weights or scores are not finite.
 
     Warns:
         CollapsedLayerWarning: a layer of the ticket has no weights.
@@ -134,7 +134,7 @@ def retrain(config: Config, problem: Problem, progress: Progress, observer: Obse
         observer: called at the phase, its steps and epochs.
 
     Raises:
-        NonFiniteLossError: in which epoch and step.
+        NonFiniteLossError: loss or weights are not finite.
     """
     return _phase(config, problem, progress, observer).state
 
@@ -172,7 +172,7 @@ def _epoch(config: Config, problem: Problem, progress: Progress, observer: Obser
 def _steps(config: Config, problem: Problem, progress: Progress, observer: Observer) -> Progress:
     """Runs the remaining steps of an epoch."""
     started = time.perf_counter() - progress.seconds
-    number = min(progress.number(config), config.search_rounds)  # controls see the ticket's batches
+    number = min(progress.number(config), config.search_rounds)  # controls get the batches of the ticket
     recipe = config.pruning_method.recipe(problem.recipe) if progress.phase == SEARCH else problem.recipe
     epoch = Epoch(
         problem.train,
@@ -183,7 +183,7 @@ def _steps(config: Config, problem: Problem, progress: Progress, observer: Obser
         first_step=progress.step,
     )
     calls = problem.executor.train_epoch(recipe, progress.state, epoch)
-    with contextlib.closing(calls):  # a signal may end the run here
+    with contextlib.closing(calls):  # also if a signal ends the run here
         for done, state, metrics in calls:
             if progress.figures:
                 _check_loss(progress, progress.figures[-1], progress.step)
@@ -224,13 +224,13 @@ def check_finite(progress: Progress) -> None:
     A step's loss is computed before its update, so the weights after the last update are checked too.
 
     Raises:
-        NonFiniteLossError: in which round, epoch and step.
+        NonFiniteLossError: a loss, weight or score is not finite.
     """
     if progress.figures:
         _check_loss(progress, progress.figures[-1], progress.step)
     if not _all_finite((progress.state.params, progress.state.scores)):
         raise NonFiniteLossError(
-            f"weights or scores are no longer finite in {_where(progress)}, epoch {progress.epoch}, "
+            f"weights or scores are not finite in {_where(progress)}, epoch {progress.epoch}, "
             f"after step {progress.step - 1}"
         )
 

@@ -1,4 +1,4 @@
-"""Figures of summary.json: densities, accuracies, cost, predictions."""
+"""Content of summary.json: densities, accuracies, cost; and predictions for the report."""
 
 import warnings
 from typing import Any
@@ -92,6 +92,7 @@ def count_weights(ticket: Ticket) -> dict[str, float | int]:
 
 
 def summarize_round(record: EpochRecord) -> dict[str, Any]:
+    """Accuracies and density at the end of a round."""
     return {
         "round": record.round,
         "soft_accuracy": record.soft_accuracy,

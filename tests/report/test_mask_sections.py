@@ -233,7 +233,10 @@ def broken(run: Path, **changes: np.ndarray | None) -> None:
         ),
         (lambda run: broken(run, **{f"1/{CONV}": None}), f"round 1: '{CONV}': missing"),
         (lambda run: broken(run, **{"1/other": np.zeros(1, np.uint8)}), "round 1: 'other': unknown layer"),
-        (lambda run: (broken(run), (run / TICKET_FILE).write_bytes(b"ticket")), f"{TICKET_FILE}: not a file of save_ticket: 6 bytes"),
+        (
+            lambda run: (broken(run), (run / TICKET_FILE).write_bytes(b"ticket")),
+            f"{TICKET_FILE}: not a file of save_ticket: 6 bytes",
+        ),
     ],
 )
 def test_damaged_masks_are_refused_by_name(run: Path, damage: Callable[[Path], Any], text: str) -> None:

@@ -1,4 +1,4 @@
-"""The config of a run as JSON: written to config.json, read again, compared."""
+"""Config of a run as JSON: conversion in both directions, reading of config.json, comparison."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -23,11 +23,11 @@ def to_json(config: Config) -> dict[str, Any]:
 
 
 def from_json(fields: Mapping[str, Any], source: str = "stored settings") -> Config:
-    """The config from the fields that `to_json` returned.
+    """The config from the result of `to_json`.
 
     Args:
-        fields: all of them.
-        source: their name in error messages.
+        fields: JSON value of every field, by name.
+        source: name of the fields in error messages.
 
     Raises:
         ConfigError: a field is missing, unknown, or has a value of another type or out of range.
@@ -38,17 +38,17 @@ def from_json(fields: Mapping[str, Any], source: str = "stored settings") -> Con
 
 @cache
 def _stored_type() -> Any:
-    """A type with the fields of a config, all of them required, and no checks of its own."""
+    """A type with the fields of a config, all required; `Config` checks their ranges."""
     return msgspec.defstruct("StoredConfig", list(field_types(Config).items()), forbid_unknown_fields=True)
 
 
 def decides_result(name: str) -> bool:
-    """Whether a field of a config changes the result of a run; the others may differ when a run is resumed."""
+    """True if a field of a config affects the result of a run. Other fields may change when a run is resumed."""
     return effects(Config)[name].on == "result"
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], name_of: Callable[[str], str] = str) -> str:
-    """Settings that decide the result and differ, as "NAME NEW (was OLD), ..."; "" without any.
+    """Differences of settings that affect the result, as "NAME NEW (was OLD), ..."; "" if there are none.
 
     Args:
         before: settings as `to_json` returns them.
@@ -61,7 +61,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], name_of: Call
 
 
 def of_program(config: Config) -> dict[str, Any]:
-    """The settings from which compiled programs are built: runs that have them in common can share programs."""
+    """The settings that affect compiled programs. Runs in which they are equal can share programs."""
     settings = effective(to_json(config))
     return {name: settings[name] for name, effect in effects(Config).items() if effect.compiled}
 
@@ -79,10 +79,10 @@ def read_stored(path: Path, given_by: str) -> dict[str, Any]:
 
     Args:
         path: the run directory.
-        given_by: the flag that names it, for error messages.
+        given_by: flag or argument with the path, for error messages.
 
     Raises:
-        ConfigError: no run is there, its config.json cannot be read, or another version of this package wrote it.
+        ConfigError: not a run directory, its config.json cannot be read, or another version of this package wrote it.
     """
     try:
         stored = json.loads((path / CONFIG_FILE).read_text())

@@ -1,5 +1,8 @@
 """Names of the files in a run directory."""
 
+CONFIG_FILE = "config.json"
+"""Settings of the run, hash of its data, and versions."""
+
 METRICS_FILE = "metrics.jsonl"
 SCORES_FILE = "scores.json"
 MASKS_FILE = "masks.safetensors"
@@ -13,8 +16,4 @@ REPORT_FILE = "report.html"
 CONNECTIVITY_FILE = "connectivity.json"
 LOCK_FILE = "run.lock"
 LOG_FILE = "log.txt"
-"""What a run that is one of several would have printed."""
-
-
-CONFIG_FILE = "config.json"
-"""In a run directory: what was asked. The other names are in `run_directory`."""
+"""Output of a run that is trained together with others; a run alone prints to the terminal."""

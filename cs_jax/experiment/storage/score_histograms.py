@@ -7,13 +7,13 @@ from cs_jax.core.arrays import on_host
 
 _MAGNITUDES = np.logspace(-4, 4, 65)
 SCORE_EDGES = np.concatenate([-_MAGNITUDES[::-1], [0.0], _MAGNITUDES])
-"""Edges of the histograms of scores: eight a decade on either side of 0, so that runs can be compared."""
+"""Edges of the histogram bins: 0, and eight per decade from 1e-4 to 1e4 on both sides. All runs have the same bins."""
 
 
 def score_counts(scores: jax.Array) -> np.ndarray:
-    """How many scores lie between two neighbours of `SCORE_EDGES`, the upper one included; (edges - 1,) integers.
+    """Number of scores in each bin, (edges - 1,) integers. A bin includes its upper edge.
 
-    Scores beyond the outer edges count in the outer bins, so those above 0 are counted to the one.
+    Scores beyond the outer edges count in the outer bins, so the number of scores above 0 is exact.
     """
     values = np.clip(-on_host(scores).astype(np.float64).ravel(), -SCORE_EDGES[-1], SCORE_EDGES[-1])
     counts, _ = np.histogram(values, bins=-SCORE_EDGES[::-1])  # NumPy's bins include the lower edge: mirrored

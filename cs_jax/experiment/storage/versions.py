@@ -10,7 +10,7 @@ from cs_jax.core.version import __version__
 
 
 def cores() -> dict[str, str]:
-    """How many cores a run on a CPU has, which decides in which order sums are added; {} on an accelerator."""
+    """Number of CPU cores of a run, which affects the order of sums; {} on an accelerator."""
     if jax.default_backend() != "cpu":
         return {}
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
@@ -18,7 +18,7 @@ def cores() -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers, and the kind of device it runs on."""
+    """Versions of the libraries that affect the numbers of a run, and the kind of its device."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "pillow")
     return {
         "cs_jax": __version__,

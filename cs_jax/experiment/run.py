@@ -23,6 +23,7 @@ from cs_jax.experiment.presets import without_effect
 from cs_jax.experiment.progress import Observers
 from cs_jax.experiment.storage import config_file, directory_checks, paths, run_directory
 from cs_jax.experiment.storage.checkpoints import Checkpoints
+from cs_jax.experiment.storage.run_directory import RunDirectory
 from cs_jax.experiment.storage.versions import versions
 from cs_jax.training import processes
 from cs_jax.training.executor import Executor
@@ -59,7 +60,7 @@ def run(
     """
     terminal = terminal or Terminal(quiet=not processes.is_leader())
     processes.check_same_everywhere(_identity(config))
-    with watch or Interrupts() as watch, warnings_as_lines(terminal):
+    with watch or Interrupts() as watch, warnings_as_lines(terminal), contextlib.ExitStack() as stack:
         unused = without_effect(config)
         if unused:
             print_line(terminal, f"--method {config.method} ignores {', '.join(unused)}")
@@ -72,7 +73,12 @@ def run(
         summary = None if is_new else processes.from_leader(lambda: run_directory.read_summary(path))
         started, was_finished = time.perf_counter(), summary is not None
         if summary is None:
-            summary = _run_to_end(config, trackers, terminal, executor, watch)
+            figures = TensorBoard(path / paths.TENSORBOARD_FOLDER)
+            tracking = stack.enter_context(Tracking(config, [figures, *trackers]))
+            problem, data, directory = _open(config, executor, terminal, stack, new=is_new)
+            experiment = Experiment(config, problem, tracking, data=data, directory=directory)
+            summary = resume(experiment, watch, terminal, new=is_new)
+            directory.write_summary(summary)
         print_result(terminal, summary)
         has_report = was_finished and (path / paths.REPORT_FILE).exists()
         if write_report and config.report and processes.is_leader() and not has_report:
@@ -85,30 +91,22 @@ def run(
     return summary
 
 
-def _run_to_end(
-    config: Config, trackers: Sequence[Tracker], terminal: Console, executor: Executor | None, watch: Interrupts
-) -> dict[str, Any]:
-    """Runs the unfinished phases of a run, and writes summary.json."""
-    path = config.run_directory
-    is_new = processes.from_leader(lambda: not directory_checks.holds_run(path))
-    with contextlib.ExitStack() as stack:
-        figures = TensorBoard(path / paths.TENSORBOARD_FOLDER)
-        tracking = stack.enter_context(Tracking(config, [figures, *trackers]))
-        if is_new:
-            problem, data, data_hash = _prepare(config, executor)  # before anything is written
-            directory = stack.enter_context(run_directory.open_run_directory(config, new=True))
-            processes.from_leader(lambda: directory.begin(data_hash))
-        else:
-            directory = stack.enter_context(run_directory.open_run_directory(config, new=False))
-            problem, data, data_hash = _prepare(config, executor)
-            changed = processes.from_leader(lambda: directory.check_same_data(data_hash))
-            for name, (before, now) in changed.items():
-                line = f"resuming with {name} {now}, started with {before}: results may differ in the last digits"
-                print_line(terminal, line)
-        experiment = Experiment(config, problem, tracking, data=data, directory=directory)
-        summary = resume(experiment, watch, terminal, new=is_new)
-        directory.write_summary(summary)
-    return summary
+def _open(
+    config: Config, executor: Executor | None, terminal: Console, stack: contextlib.ExitStack, *, new: bool
+) -> tuple[Problem, Data, RunDirectory]:
+    """Problem and data of a config, and its run directory, locked until the stack is closed."""
+    if new:
+        problem, data, data_hash = _prepare(config, executor)  # before anything is written
+        directory = stack.enter_context(run_directory.open_run_directory(config, new=True))
+        processes.from_leader(lambda: directory.begin(data_hash))
+        return problem, data, directory
+    directory = stack.enter_context(run_directory.open_run_directory(config, new=False))
+    problem, data, data_hash = _prepare(config, executor)
+    changed = processes.from_leader(lambda: directory.check_same_data(data_hash))
+    for name, (before, now) in changed.items():
+        line = f"resuming with {name} {now}, started with {before}: results may differ in the last digits"
+        print_line(terminal, line)
+    return problem, data, directory
 
 
 def _prepare(config: Config, executor: Executor | None) -> tuple[Problem, Data, str]:

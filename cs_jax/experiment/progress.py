@@ -57,6 +57,11 @@ class Progress(NamedTuple):
         return self.number(config) * config.epochs + self.epoch
 
 
+def total_epochs(config: Config) -> int:
+    """Number of epochs of a whole run: search rounds, the ticket's retraining and controls."""
+    return config.epochs * (config.search_rounds + len(config.retrainings))
+
+
 class Observer:
     """Base class of observers, whose methods are called during a run. By default they do nothing.
 

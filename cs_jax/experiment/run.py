@@ -20,7 +20,7 @@ from cs_jax.experiment.observers.terminal import ProgressDisplay, Terminal, prin
 from cs_jax.experiment.observers.tracking import TensorBoard, Tracker, Tracking
 from cs_jax.experiment.prepare import prepare
 from cs_jax.experiment.presets import without_effect
-from cs_jax.experiment.progress import Observers
+from cs_jax.experiment.progress import Observers, total_epochs
 from cs_jax.experiment.storage import config_file, directory_checks, paths, run_directory
 from cs_jax.experiment.storage.checkpoints import Checkpoints
 from cs_jax.experiment.storage.run_directory import RunDirectory
@@ -149,9 +149,8 @@ def resume(experiment: Experiment, watch: Interrupts, terminal: Console, *, new:
         elif not new:
             print_line(terminal, "no checkpoint yet: starting from scratch")
         try:
-            total = config.epochs * (config.search_rounds + len(config.retrainings))
             done = 0 if progress is None else progress.epochs_done(config)
-            with ProgressDisplay(terminal, total_epochs=total, epochs_done=done) as display:
+            with ProgressDisplay(terminal, total_epochs=total_epochs(config), epochs_done=done) as display:
                 leading = (directory, experiment.observer, display, health) if processes.is_leader() else ()
                 observers = Observers(*leading, checkpoints, watch)
                 return pipeline.run(dataclasses.replace(experiment, observer=observers), progress)

@@ -15,6 +15,7 @@ from cs_jax.core.errors import ConfigError, closest, one_of
 from cs_jax.core.schema import convert
 from cs_jax.experiment.config import Config
 from cs_jax.experiment.presets import DEFAULT_PRESET, PRESETS
+from cs_jax.experiment.progress import total_epochs
 from cs_jax.experiment.storage import config_file
 from cs_jax.methods import METHODS
 
@@ -59,7 +60,7 @@ class PlannedRun:
     @property
     def epochs(self) -> int:
         """Epochs of the search and all retrainings together."""
-        return self.config.epochs * (self.config.search_rounds + len(self.config.retrainings))
+        return total_epochs(self.config)
 
 
 @dataclass(frozen=True)

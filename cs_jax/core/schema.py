@@ -97,6 +97,11 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
+def shortened(name: str) -> str:
+    """A name of at most `MAX_NAME` characters; a longer name ends with "..."."""
+    return name if len(name) <= MAX_NAME else name[: MAX_NAME - 3] + "..."
+
+
 def _decode(kind: type, value: Any) -> Any:
     """Types that msgspec does not know."""
     if kind is Path and isinstance(value, str):
@@ -113,7 +118,7 @@ def _one_line(message: str, value: Any, kind: Any) -> str:
         if index == "..." and isinstance(value, dict):
             name = next((key for key, inner in value.items() if not _fits(inner, _inner(kind, ""))), "...")
         key: Any = int(index) if index.isdigit() else name
-        shown = name if len(name) <= MAX_NAME else name[: MAX_NAME - 3] + "..."
+        shown = shortened(name)
         field += f"[{key}]" if index.isdigit() else f".{shown}" if field else shown
         kind = _inner(kind, key)
         try:

@@ -14,7 +14,7 @@ from msgspec import Meta, Struct
 
 from cs_jax.core import arrays
 from cs_jax.core.errors import ConfigError
-from cs_jax.core.schema import convert
+from cs_jax.core.schema import convert, shortened
 
 FULL, COMPACT = "full", "compact"
 
@@ -95,8 +95,8 @@ def check(where: str, value: Any, holds: bool, rule: str) -> None:
 
 
 def quoted(name: str) -> str:
-    """A name of a file in quotes, on one line, at most 120 characters of it."""
-    return repr(name if len(name) <= 120 else name[:117] + "...")
+    """A name of a file in quotes, on one line, shortened if it is long."""
+    return repr(shortened(name))
 
 
 def is_shape(value: Any) -> bool:

@@ -12,8 +12,8 @@ and compiled programs are built from it.
 import dataclasses
 import functools
 import typing
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -64,14 +64,9 @@ def at_least(least: float) -> Check:
 COUNT = Check(lambda value: value >= 1, "must be at least 1")
 NOT_NEGATIVE = Check(lambda value: value >= 0, "must be at least 0")
 POSITIVE = Check(is_positive, "must be a finite number above 0")
+SEED = Check(lambda seed: 0 <= seed < 2**32, "must be 0 to 4294967295")
 SHARE = Check(lambda value: 0 < value <= 1, "must be a share above 0 and at most 1")
 OPEN_SHARE = Check(lambda value: 0 < value < 1, "must be a share above 0 and below 1")
-
-
-def choice(choices: Iterable[str]) -> Check:
-    """A check for one of some names."""
-    names = tuple(choices)
-    return Check(lambda value: value in names, f"must be one of {', '.join(names)}")
 
 
 def flag(name: str) -> str:
@@ -84,6 +79,11 @@ def field_types(kind: type) -> Mapping[str, Any]:
     """Types of the fields of a config class, by name, with their annotations."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def bare_type(hint: Any) -> Any:
+    """A field's type without annotations."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
 
 
 @functools.cache
@@ -110,7 +110,7 @@ class Settings:
             for check in _annotations(hint, Check):
                 entries = value if isinstance(value, tuple) else () if value is None else (value,)
                 self._check(name, all(map(check.holds, entries)), check.rule)
-            kind = typing.get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+            kind = bare_type(hint)
             if typing.get_origin(kind) is Literal:
                 self._check_choice(name, typing.get_args(kind))
 
@@ -128,8 +128,3 @@ class Settings:
         value = getattr(self, name)
         shown = "" if value is None or value is True else f" {in_words(value)}"
         return ConfigError(f"{flag(name)}{shown}: {rule}")
-
-
-def steps_up(values: tuple[int, ...]) -> bool:
-    """Whether numbers increase from each to the next."""
-    return all(early < late for early, late in zip(values, values[1:], strict=False))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from cs_jax.core.settings import COUNT, DATA_FILES, NOT_NEGATIVE, RUNTIME, SPEED, Check, Settings
+from cs_jax.core.settings import COUNT, DATA_FILES, NOT_NEGATIVE, RUNTIME, SEED, SPEED, Settings
 from cs_jax.data.images import AUGMENTATIONS
 
 
@@ -38,7 +38,7 @@ class DataConfig(Settings):
     """Augmentation: none, crop (pad by 4 black pixels, random crop), flip-crop (mirror half of the images, then crop),
     or for streamed images resized-crop (random part, resized, half of them mirrored)."""
 
-    seed: Annotated[int, RUNTIME, Check(lambda seed: 0 <= seed < 2**32, "must be 0 to 4294967295")] = 0
+    seed: Annotated[int, RUNTIME, SEED] = 0
     """Seed of all randomness: initial weights, validation split, shuffling, augmentation."""
 
     def __post_init__(self) -> None:

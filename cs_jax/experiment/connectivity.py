@@ -26,6 +26,7 @@ from jaxtyping import PyTree
 from cs_jax.core import files, trees
 from cs_jax.core.arrays import at_least_float32
 from cs_jax.core.errors import ConfigError
+from cs_jax.core.settings import SEED
 from cs_jax.data.stream import Images
 from cs_jax.experiment import metrics, search
 from cs_jax.experiment.config import Config
@@ -220,8 +221,8 @@ def check(*, points: int, seed: int) -> None:
         ConfigError: a number is out of range; names the flag.
     """
     _check_at_least(2, "--points", points)
-    if not 0 <= seed < 2**32:
-        raise ConfigError(f"--seed {seed}: must be 0 to 4294967295")
+    if not SEED.holds(seed):
+        raise ConfigError(f"--seed {seed}: {SEED.rule}")
 
 
 def child(problem: Problem, number: int, *, seed: int) -> Problem:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from cs_jax.core.arrays import DTYPES
-from cs_jax.core.settings import COUNT, DEVICES, POSITIVE, RUNTIME, Settings, at_least, steps_up
+from cs_jax.core.settings import COUNT, DEVICES, POSITIVE, RUNTIME, Settings, at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,8 @@ class TrainingConfig(Settings):
         self._check_schedule()
 
     def _check_schedule(self) -> None:
-        increasing = steps_up(self.lr_schedule) and min(self.lr_schedule, default=0) >= 0
+        steps = zip((-1, *self.lr_schedule), self.lr_schedule, strict=False)
+        increasing = all(early < late for early, late in steps)
         self._check("lr_schedule", increasing, "must be increasing epochs from 0")
         self._check("lr_drops", all(map(POSITIVE.holds, self.lr_drops)), "must be finite numbers above 0")
         count = len(self.lr_schedule)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from cs_jax.core.errors import ConfigError, closest, in_words, one_of
 from cs_jax.core.schema import parse_words
-from cs_jax.core.settings import COUNT, NOT_NEGATIVE, Settings, field_types, flag
+from cs_jax.core.settings import COUNT, NOT_NEGATIVE, Settings, bare_type, field_types, flag
 from cs_jax.data.config import DataConfig
 from cs_jax.experiment.config import Config
 from cs_jax.experiment.presets import DEFAULT_PRESET, PRESETS
@@ -103,7 +103,7 @@ def parse_train(arguments: Sequence[str] | None = None, *, prog: str = "train.py
     preset = DEFAULT_PRESET if named is None else named
     if preset not in PRESETS:
         raise ConfigError(f"preset {preset}: must be {one_of(preset, PRESETS)}")
-    given = _read_words(_make_parser(PRESETS[preset]), words)
+    given = _read_words(words)
     wants_help = given.pop("help", False)
     invocation = Invocation(**_values(Invocation, given))
     base = PRESETS[preset]
@@ -113,7 +113,7 @@ def parse_train(arguments: Sequence[str] | None = None, *, prog: str = "train.py
             raise ConfigError(f"--resume {directory}: excludes the preset {named}; the run has its own settings")
         prog, base = f"{prog} --resume {directory}", dataclasses.replace(_stored_config(directory), out=directory)
     if wants_help:
-        _make_parser(base, prog=f"{prog} [PRESET]", description=_description(base, prog)).print_help()
+        _print_help(base, prog=f"{prog} [PRESET]", description=_description(base, prog))
         raise SystemExit(0)
     values = _values(Config, given)
     if "lr_schedule" in values and "lr_drops" not in values:
@@ -133,21 +133,31 @@ def read_tickets(word: str) -> int | None:
     return number
 
 
-def _make_parser(defaults: Config, **about: Any) -> argparse.ArgumentParser:
-    """A parser of all flags, which leaves their values as words."""
+def _make_parser(**about: Any) -> argparse.ArgumentParser:
+    """A parser with no flag but --help, which raises its errors."""
     about = {"usage": "%(prog)s [flags]", "argument_default": argparse.SUPPRESS, **about}
     parser = _Parser(add_help=False, allow_abbrev=False, exit_on_error=False, **about)
     parser.add_argument("-h", "--help", action="store_true", help="Show the flags and their defaults.")
-    groups = {kind: parser.add_argument_group(title) for kind, title in _GROUPS.items()}
-    for settings in (Invocation(), defaults):
-        for name, hint in field_types(type(settings)).items():
-            if name not in _HIDDEN:
-                declared_in, text = _help_texts(type(settings))[name]
-                if settings is defaults:
-                    value = getattr(settings, name)
-                    text += f" (default: {'none' if value is None else in_words(value)})"
-                groups[declared_in].add_argument(flag(name), dest=name, help=text.replace("%", "%%"), **_argument(hint))
     return parser
+
+
+def _fields() -> Iterator[tuple[type, str, Any]]:
+    """Every field that is a flag: the class of the field, its name and its type."""
+    for kind in (Invocation, Config):
+        yield from ((kind, name, hint) for name, hint in field_types(kind).items() if name not in _HIDDEN)
+
+
+def _print_help(defaults: Config, **about: Any) -> None:
+    """Prints every flag with its help text and, for settings of a run, its default."""
+    parser = _make_parser(**about)
+    groups = {kind: parser.add_argument_group(title) for kind, title in _GROUPS.items()}
+    for kind, name, hint in _fields():
+        declared_in, text = _help_texts(kind)[name]
+        if kind is Config:
+            value = getattr(defaults, name)
+            text += f" (default: {'none' if value is None else in_words(value)})"
+        groups[declared_in].add_argument(flag(name), dest=name, help=text.replace("%", "%%"), **_argument(hint))
+    parser.print_help()
 
 
 def _argument(hint: Any) -> dict[str, Any]:
@@ -164,19 +174,21 @@ def _argument(hint: Any) -> dict[str, Any]:
 
 def _plain_type(hint: Any) -> Any:
     """A field's type without annotations and without None."""
-    if typing.get_origin(hint) is Annotated:
-        hint = typing.get_args(hint)[0]
+    hint = bare_type(hint)
     options = [option for option in typing.get_args(hint) if option is not type(None)]
     return options[0] if type(None) in typing.get_args(hint) else hint
 
 
-def _read_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
+def _read_words(words: Sequence[str]) -> dict[str, Any]:
     """Words of each flag that was given, by the name of its field."""
+    parser, flags = _make_parser(), []
+    for _, name, hint in _fields():
+        flags.append(flag(name))
+        parser.add_argument(flag(name), dest=name, **_argument(hint))
     try:
-        given, unknown = parser.parse_known_args(list(_joined(words)))
+        given, unknown = parser.parse_known_args(_joined(words))
     except argparse.ArgumentError as error:
         raise ConfigError(f"{error.argument_name}: {error.message}") from error
-    flags = [flag(name) for kind in (Config, Invocation) for name in field_types(kind) if name not in _HIDDEN]
     for word in unknown:
         if word.startswith("-"):
             name = word.partition("=")[0]
@@ -201,14 +213,16 @@ def _normalized(word: str) -> str:
     return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
-def _joined(words: Sequence[str]) -> Iterator[str]:
+def _joined(words: Sequence[str]) -> list[str]:
     """The words, with "--decay=-1e-4" for "--decay" "-1e-4", because argparse takes -1e-4 for a flag."""
-    remaining = list(words)
-    while remaining:
-        word = remaining.pop(0)
-        if word.startswith("--") and "=" not in word and remaining and _is_negative(remaining[0]):
-            word = f"{word}={remaining.pop(0)}" if "e" in remaining[0] or "inf" in remaining[0] else word
-        yield word
+    joined: list[str] = []
+    for word in words:
+        after_flag = joined and joined[-1].startswith("--") and "=" not in joined[-1]
+        if after_flag and _is_negative(word) and ("e" in word or "inf" in word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _is_negative(word: str) -> bool:

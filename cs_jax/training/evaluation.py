@@ -108,8 +108,8 @@ def shuffled(count: int, batch_size: int) -> Int[np.ndarray, "steps batch"]:
     """Indices of examples in an order that is shuffled but always the same, in full batches; the rest is left out.
 
     >>> shuffled(5, 2)
-    array([[4, 2],
-           [3, 1]])
+    array([[2, 4],
+           [3, 0]])
     """
     batch_size = min(batch_size, count)
     order = np.random.default_rng(0).permutation(count)[: count // batch_size * batch_size]

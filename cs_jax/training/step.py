@@ -149,19 +149,31 @@ def init_variables(
         image_shape: (height, width, channels).
         place: function from array shapes to shardings; None puts all arrays on the default device.
     """
-    init = functools.partial(_init, recipe, image_shape)
     if isinstance(key, Tracer):
-        return init(key)
+        return _init(recipe.model, recipe.channels, image_shape, key)
+    return _compiled_init(recipe.model, recipe.channels, image_shape, place, jax.default_backend())(key)
+
+
+@functools.cache
+def _compiled_init(
+    model: nn.Module,
+    channels: Channels | None,
+    image_shape: tuple[int, ...],
+    place: Callable[[PyTree], PyTree] | None,
+    platform: str,
+) -> Callable[[Array], dict[str, PyTree]]:
+    """Compiled `_init`, kept for networks that start from other keys."""
+    init = functools.partial(_init, model, channels, image_shape)
     # No optimization on a CPU: the program runs once, and random number generation compiles slowly there.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    shardings = place and place(jax.eval_shape(init, key))
-    return jax.jit(init, out_shardings=shardings, compiler_options=options)(key)
+    options = {"xla_backend_optimization_level": 0} if platform == "cpu" else None
+    shardings = place and place(jax.eval_shape(init, jax.random.key(0)))
+    return jax.jit(init, out_shardings=shardings, compiler_options=options)
 
 
-def _init(recipe: Recipe, image_shape: tuple[int, ...], key: Array) -> dict[str, PyTree]:
-    variables = recipe.model.init(key, jnp.zeros((1, *image_shape)), train=False)
+def _init(model: nn.Module, channels: Channels | None, image_shape: tuple[int, ...], key: Array) -> dict[str, PyTree]:
+    variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
     found = {collection: variables.get(collection, {}) for collection in ("params", "batch_stats", "masks")}
-    return found if recipe.channels is None else {**found, "masks": recipe.channels.only_scored(found["masks"])}
+    return found if channels is None else {**found, "masks": channels.only_scored(found["masks"])}
 
 
 def init_state(recipe: Recipe, params: PyTree, batch_stats: PyTree, *, scores: PyTree, masks: PyTree) -> TrainState:

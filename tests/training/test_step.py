@@ -1,15 +1,17 @@
 """One optimizer step, an epoch in its two forms, and evaluation."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from cs_jax.core import masks
 from cs_jax.data.images import ImageSet
+from cs_jax.layers.masked import MaskedDense
 from cs_jax.models import ResNet
 from cs_jax.training import compiled, executor
 from cs_jax.training import step as training_step
@@ -125,6 +127,24 @@ def test_equal_recipes_share_compiled_code(synthetic: ImageSet) -> None:
         state = search_state(recipe, synthetic)
         epoch(recipe, state, synthetic, np.arange(20), batch_size=16)
     assert compiled.compiled_step._cache_size() == before + 2  # a full batch and a smaller one
+
+
+class Traced(nn.Module):
+    """Counts the traces of its forward pass."""
+
+    traces: ClassVar[list[int]] = []
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        self.traces.append(1)
+        return MaskedDense(4)(x.reshape(len(x), -1))
+
+
+def test_networks_of_other_keys_share_compiled_code() -> None:
+    recipes = Recipe(Traced(), decay=0.1), Recipe(Traced())
+    one, other = (training_step.init_variables(recipes[seed], jax.random.key(seed), (6, 6, 1)) for seed in (0, 1))
+    assert len(Traced.traces) == 1
+    assert not equal(one["params"], other["params"])
 
 
 def test_an_epoch_takes_every_example_once_and_the_last_batch_is_smaller(lenet: Recipe, synthetic: ImageSet) -> None:

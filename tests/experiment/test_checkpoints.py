@@ -30,6 +30,7 @@ from cs_jax.experiment.storage.checkpoint_reader import DamagedCheckpointWarning
 from cs_jax.experiment.storage.checkpoint_writer import CheckpointWriter
 from cs_jax.experiment.storage.checkpoints import Checkpoints
 from cs_jax.methods.controls import DENSE
+from cs_jax.training import compiled
 from cs_jax.training.problem import Problem
 from cs_jax.training.step import Recipe
 
@@ -115,6 +116,16 @@ def test_a_run_stopped_at_a_step_or_evaluation_ends_with_the_same_bits(
             assert progress is not None and progress.epochs_done(config) == len(before.records)
             assert same(run(config, problem, progress, Observers(resumed, saved)), whole), moment
         assert before.records + resumed.records == records.records
+
+
+@pytest.mark.filterwarnings("ignore::cs_jax.UnfinishedSearchWarning")
+def test_a_resumed_run_uses_the_programs_of_a_new_one(problem: Problem, tmp_path: Path) -> None:
+    stopped_at(CONFIG, problem, tmp_path, 5)
+    run(CONFIG, problem, None, Observer())
+    before = compiled.compiled_step._cache_size()
+    with Checkpoints(CONFIG, problem, tmp_path) as saved:
+        run(CONFIG, problem, saved.restore(), Observer())
+    assert compiled.compiled_step._cache_size() == before
 
 
 @pytest.mark.parametrize("score_dtype", ["float32", "bfloat16"])

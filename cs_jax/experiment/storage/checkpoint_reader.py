@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
@@ -123,7 +124,10 @@ class CheckpointReader:
             like,
             self._problem.executor.shardings(like),
         )
-        return self._orbax.restore((path / ARRAYS).absolute(), args=ocp.args.StandardRestore(placed))  # pyright: ignore
+        arrays = self._orbax.restore((path / ARRAYS).absolute(), args=ocp.args.StandardRestore(placed))  # pyright: ignore
+        if self._problem.executor.mesh_layout is None:  # as in a new run: not bound to a device, so no other programs
+            arrays = jax.tree.map(jnp.array, on_host(arrays))
+        return arrays
 
     def _find_mismatch(self, path: Path, like: PyTree) -> str | None:
         """The first array whose stored shape or dtype differs from `like`, or that only one of the two has."""

@@ -13,7 +13,7 @@ import small
 from cs_jax import CollapsedLayerWarning, UnfinishedSearchWarning
 from cs_jax.core import masks, target_density
 from cs_jax.data.images import ImageSet
-from cs_jax.experiment import search
+from cs_jax.experiment import metrics, search
 from cs_jax.experiment.config import SEARCH, TICKET, Config
 from cs_jax.experiment.progress import EpochRecord, Observer, Progress
 from cs_jax.methods.controls import DENSE
@@ -144,6 +144,26 @@ def test_records_hold_what_the_state_gives(problem: Problem, lenet: Recipe) -> N
     penalties = [record.penalty for record in history.records if record.phase == "ticket"]
     kept = sum(int((leaf > 0).sum()) for leaf in jax.tree.leaves(history.ends[2][2].masks))
     assert penalties == pytest.approx([1e-4 * kept * (1 + math.exp(-0.02))] * 3, rel=1e-5)
+
+
+def test_loss_and_penalty_of_an_epoch_are_means_over_examples(lenet: Recipe, synthetic: ImageSet) -> None:
+    """37 images: batches of 16, 16 and 5."""
+
+    class Steps(Observer):
+        def on_steps(self, progress: Progress, total: int) -> None:
+            self.figures = metrics.step_figures(progress)
+
+        def on_epoch_end(self, record: EpochRecord, progress: Progress) -> None:
+            self.record = record
+
+    steps, config = Steps(), dataclasses.replace(CONFIG, epochs=1, rounds=1, rewind_epoch=0)
+    problem = Problem(lenet, synthetic, validation=None, key=jax.random.key(3))
+    search.search_ticket(config, problem, begin(config, problem), steps)
+    for name in ("loss", "penalty"):
+        figures = getattr(steps.figures, name).astype(np.float64)
+        mean = (16 * figures[0] + 16 * figures[1] + 5 * figures[2]) / 37
+        assert getattr(steps.record, name) == pytest.approx(mean, rel=1e-6)
+        assert abs(mean - figures.mean()) > 1e-4 * mean
 
 
 def test_the_flip_rate_is_the_share_of_masks_that_changed_since_the_epoch_before(problem: Problem) -> None:

@@ -204,7 +204,8 @@ def test_digits_end_with_a_small_and_good_ticket(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_fashion_mnist_from_the_prepared_set(tmp_path: Path) -> None:
-    words = "fashion-mnist --epochs 2 --rounds 1 --rewind-epoch 1 --max-train-examples 6400".split()
+    words = "fashion-mnist --model lenet300100 --epochs 2 --rounds 1 --rewind-epoch 1".split()
+    words += ["--max-train-examples", "6400"]
     words += ["--data-dir", prepared("fashion_mnist"), "--out", str(tmp_path / "run")]
     assert train.main(words) == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["ticket"]["test_accuracy"] > 0.5

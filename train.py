@@ -1,14 +1,14 @@
-"""Searches a ticket, rewinds it, retrains it and writes its files. `train.py --help` lists the flags.
+"""Searches for a ticket, rewinds it, retrains it and writes the files of the run. `train.py --help` lists the flags.
 
-The same as `python -m cs_jax train`, for a checkout of the source.
+Equivalent to `python -m cs_jax train`, for a checkout of the source.
 """
 
 import signal
 import sys
 from collections.abc import Sequence
 
-# Loading libraries takes seconds. Until then Ctrl-C ends the process at once: there is nothing to save, and an
-# exception would get lost in a library's callback or end in a traceback.
+# Importing libraries takes seconds. During the imports, Ctrl-C ends the process at once: there is nothing to save, and
+# a KeyboardInterrupt could be lost in a library's callback or print a traceback.
 is_loading = __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 if is_loading:
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,13 +1,15 @@
-"""Two ways to reach a target density: shifting scores (the library's way) and dual ascent on the penalty weight.
+"""Target density by two methods: shifted scores (as in cs_jax), and dual ascent on the penalty weight.
 
     python benchmarks/density_control.py [--targets 0.2 0.02] [--rates 1e-5 1e-6 1e-7 0] [--seeds 0 1 2 3 4]
 
-Dual ascent follows Gallego-Posada et al., 2022 (arXiv:2208.04425): after every step the penalty weight grows by `rate`
-times the excess of the mean mask (unscaled) over the target density of the round. The penalty weight may be negative
-here, because a search of this preset without a penalty can end below the target. Other settings come from the
-preset; its constant penalty is used only with shifted scores. All tickets meet the target exactly and are retrained in
-the same way. Columns: share of scores above 0 at the end of the search (equal to the target if the search met it),
-validation accuracy of the searched weights with the ticket's masks before the rewind, and test accuracy.
+Dual ascent follows Gallego-Posada et al., 2022 (arXiv:2208.04425). After every step, the penalty weight changes by
+`rate * (mean mask - target density of the round)`, with masks in [0, 1]. Unlike in the paper, the penalty weight may be
+negative, because a search without a penalty can end below the target. All other settings come from the preset `digits`.
+The constant penalty of the preset is used only with shifted scores. All tickets have exactly the target density and are
+retrained in the same way.
+
+Columns: range of the share of scores above 0 at the end of the search (equal to the target if the search met it);
+validation accuracy of the searched weights with the ticket's masks, before the rewind; test accuracy of the ticket.
 """
 
 import dataclasses
@@ -45,10 +47,10 @@ class Settings:
     """Target densities."""
 
     rates: tuple[float, ...] = (1e-5, 1e-6, 1e-7, 0.0)
-    """Learning rates of the penalty weight; 0 is a search without penalty."""
+    """Learning rates of the penalty weight; 0 searches without a penalty."""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Seeds of each run."""
+    """Seeds; one run for each seed in every row of the table."""
 
 
 def main(settings: Settings) -> None:
@@ -67,7 +69,7 @@ def main(settings: Settings) -> None:
 
 
 def run(target: float, rate: float | None, seed: int) -> tuple[float, float, float]:
-    """Share of scores above 0, validation accuracy before the rewind, test accuracy of the ticket; rate None shifts."""
+    """Share of scores above 0, validation accuracy before the rewind, and test accuracy; `rate` None shifts scores."""
     config = dataclasses.replace(PRESETS["digits"], seed=seed, target_density=target, controls=())
     problem, data = prepare(config)
     assert problem.validation is not None

@@ -1,10 +1,11 @@
-"""Benchmarks of one accelerator in under nine minutes: steps, PyTorch, roofline, many tickets, CIFAR-10 end to end.
+"""Benchmarks of one accelerator: training steps, PyTorch, roofline, several tickets at once, CIFAR-10 end to end.
 
     python benchmarks/gpu.py            # needs CIFAR-10, prepared as for train.py cifar10
-    python benchmarks/gpu.py --small    # the same on a CPU in one or two minutes: a small network on the digits
+    python benchmarks/gpu.py --small    # small networks, and the digits in place of CIFAR-10; for a CPU
 
-Steps run as in train.py, many in one call, on random images. PyTorch, if it is installed, runs the same number of steps
-between synchronisations. Compared steps run interleaved.
+Steps run as in train.py, up to 100 in one call on an accelerator, on random images. If PyTorch is installed, search
+steps in PyTorch are measured too, with the same number of steps between synchronisations. Compared steps run
+interleaved.
 """
 
 # pyright: reportMissingImports=false
@@ -45,7 +46,7 @@ from cs_jax.training.step import Recipe
 BATCH_SIZE, IMAGE_SIZE = 128, 32
 
 PEAKS = {"H100": (495e12, 3.35e12), "H200": (495e12, 4.8e12), "A100": (156e12, 2.04e12)}
-"""Peak TF32 FLOP/s without sparsity and memory bytes/s: vendor figures of the SXM modules with 80 (H200: 141) GB."""
+"""Peak TF32 FLOP/s without sparsity, and memory bytes/s: vendor data of the SXM modules with 80 GB (H200: 141 GB)."""
 
 CONSOLE = Console(width=120)
 
@@ -55,10 +56,10 @@ class Settings:
     """Settings of the benchmark."""
 
     small: bool = False
-    """Run everything at a small size."""
+    """Use small networks, few steps, and the digits in place of CIFAR-10."""
 
     tickets: int = 8
-    """Tickets in one program."""
+    """Number of tickets that are searched at once."""
 
     repeats: int = 7
     """Timed repeats, after two warm-up repeats."""
@@ -76,7 +77,7 @@ class Settings:
 
 
 class Steps:
-    """Search, ticket or dense steps as in train.py, for `timing.interleave`."""
+    """Search, ticket or dense steps as in train.py; has the method `run` that `timing.interleave` calls."""
 
     def __init__(self, network: Network, data: ImageSet, steps: int) -> None:
         self._recipe, self._state = network
@@ -85,7 +86,7 @@ class Steps:
         self._hyper = search.hyperparams(parser.parse(["cifar10"]), SEARCH, 3)
 
     def run(self) -> float:
-        """Seconds of a step."""
+        """Mean seconds of a step."""
         started = time.perf_counter()
         epoch = Epoch(self._data, self._order, jax.random.key(1), self._hyper, batch_size=BATCH_SIZE)
         calls = Executor().train_epoch(self._recipe, self._state, epoch)
@@ -98,7 +99,7 @@ class Steps:
 def main(settings: Settings) -> None:
     device = jax.devices()[0].device_kind
     CONSOLE.print(f"{device}, {os.cpu_count()} cores, jax {jax.__version__}, {time.strftime('%Y-%m-%d')}")
-    prepare(whole_run(settings))  # fails at once if the data set is missing
+    prepare(whole_run(settings))  # raises here if the data set is missing, before any measurement
     recipe = Recipe(MODELS[settings.model](), augment="flip-crop")
     networks = make_networks(recipe, make_data(BATCH_SIZE, IMAGE_SIZE))
     seconds = print_steps(settings, networks)
@@ -108,7 +109,7 @@ def main(settings: Settings) -> None:
 
 
 def print_steps(settings: Settings, networks: dict[str, Network]) -> float:
-    """Prints the times of all steps; returns the seconds of a search step."""
+    """Prints the times of all steps; returns the median seconds of a search step."""
     data = make_data(BATCH_SIZE * min(settings.steps, 100), IMAGE_SIZE)
     stepped: dict[str, Timed] = {name: Steps(network, data, settings.steps) for name, network in networks.items()}
     if importlib.util.find_spec("torch"):
@@ -118,14 +119,14 @@ def print_steps(settings: Settings, networks: dict[str, Network]) -> float:
         name = f"PyTorch {torch.__version__}, eager"
         stepped[name] = TorchStepper(BATCH_SIZE, "cuda" if torch.cuda.is_available() else "cpu", settings.steps)
     else:
-        CONSOLE.print("PyTorch is not installed; PyTorch steps are not measured")
+        CONSOLE.print("PyTorch is not installed: the PyTorch step is not measured")
     times = interleave(stepped, settings.repeats)
     title = f"{settings.model}, batch {BATCH_SIZE}, {settings.steps} steps at a time, n={settings.repeats}"
     table = Table("step", "median ms", "min ms", "ratio to dense", "ratio to search", title=title)
     for name, found in times.items():
         ratios = (median_ratio(found, times[other]) for other in ("dense", "search"))
-        figures = (1e3 * statistics.median(found), 1e3 * min(found))
-        table.add_row(name, *(f"{figure:.3f}" for figure in figures), *(f"{ratio:.3f}" for ratio in ratios))
+        milliseconds = (1e3 * statistics.median(found), 1e3 * min(found))
+        table.add_row(name, *(f"{ms:.3f}" for ms in milliseconds), *(f"{ratio:.3f}" for ratio in ratios))
     CONSOLE.print(table)
     return statistics.median(times["search"])
 
@@ -133,20 +134,20 @@ def print_steps(settings: Settings, networks: dict[str, Network]) -> float:
 def print_roofline(settings: Settings, device: str, network: Network, seconds: float) -> None:
     """Prints the share of the device's roofline that a search step reaches."""
     recipe, state = network
-    state = jax.tree.map(jnp.zeros_like, state)  # the original buffers may be donated already
+    state = jax.tree.map(jnp.zeros_like, state)  # the timed steps may have donated the original buffers
     compiled = make_step(recipe, state, make_data(BATCH_SIZE, IMAGE_SIZE)).compiled
     operations = 3 * 2 * multiply_adds(recipe.model, (IMAGE_SIZE, IMAGE_SIZE, 3)) * BATCH_SIZE
     moved = compiled.cost_analysis()["bytes accessed"]
-    CONSOLE.print(f"a search step: {operations / 1e9:.1f} GFLOP, {moved / 1e6:.0f} MB moved (compiler's cost analysis)")
+    CONSOLE.print(f"a search step: {operations / 1e9:.1f} GFLOP; {moved / 1e6:.0f} MB accessed (compiler's estimate)")
     peaks = next((peaks for name, peaks in PEAKS.items() if name in device), None)
     if peaks is None:
-        CONSOLE.print(f"no peak figures for {device}; roofline share not computed")
+        CONSOLE.print(f"{device}: peak speed unknown, so the share of the roofline is not computed")
         return
     computing, moving = operations / peaks[0], moved / peaks[1]
     bound = "compute" if computing > moving else "memory"
     CONSOLE.print(
-        f"at the device's peak: {1e3 * computing:.3f} ms compute, {1e3 * moving:.3f} ms memory; "
-        f"{max(computing, moving) / seconds:.0%} of the roofline, {bound}-bound"
+        f"at the device's peak: {1e3 * computing:.3f} ms for compute, {1e3 * moving:.3f} ms for memory; "
+        f"the step reaches {max(computing, moving) / seconds:.0%} of the roofline ({bound}-bound)"
     )
 
 
@@ -157,7 +158,7 @@ def print_tickets(settings: Settings) -> None:
 
 
 def print_experiment(settings: Settings) -> None:
-    """Runs the whole experiment, from compilation to the ticket, and prints its time and result."""
+    """Runs the whole experiment, from compilation to the test of the ticket, and prints time and accuracy."""
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(whole_run(settings), out=Path(folder))
         started = time.perf_counter()
@@ -168,8 +169,9 @@ def print_experiment(settings: Settings) -> None:
     each = statistics.median(epoch["seconds"] for epoch in epochs)
     rate = statistics.median(epoch["images_per_second"] for epoch in epochs)
     CONSOLE.print(
-        f"{config.dataset} end to end: {seconds:.0f} s for {len(epochs)} epochs; {each:.2f} s per epoch with "
-        f"evaluation, {rate:,.0f} images/s in steps; ticket: test accuracy {summary['ticket']['test_accuracy']:.2%} "
+        f"{config.dataset} end to end: {seconds:.0f} s for {len(epochs)} epochs; median epoch with evaluation "
+        f"{each:.2f} s; {rate:,.0f} images/s in training; "
+        f"ticket: test accuracy {summary['ticket']['test_accuracy']:.2%} "
         f"at density {summary['ticket']['density']:.2%}"
     )
 

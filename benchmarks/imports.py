@@ -1,8 +1,9 @@
-"""Import time of `cs_jax` beyond the import time of the libraries that it uses.
+"""Import time of `cs_jax`, and its difference from the import time of Flax and optax.
 
     python benchmarks/imports.py [--repeats 7]
 
-Each statement runs in a new interpreter, in turns. Prints medians, and the median over repeats of the difference.
+Each statement runs in a new interpreter; the statements are interleaved. Prints medians over repeats. The difference is
+the median of the differences within each repeat.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ class Settings:
     """Settings of the benchmark."""
 
     repeats: int = 7
-    """New interpreters per statement, after one warm-up."""
+    """Timed runs of each statement, after one warm-up run."""
 
     def __post_init__(self) -> None:
         check_positive(self, "repeats")
@@ -40,7 +41,7 @@ def main(settings: Settings) -> None:
 
 
 def seconds(statement: str) -> float:
-    """Wall time of an interpreter that runs one statement, start and exit included."""
+    """Wall time of an interpreter that runs one statement, including its start and exit."""
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", statement], check=True)
     return time.perf_counter() - started

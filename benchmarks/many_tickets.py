@@ -1,11 +1,12 @@
-"""Time of several searches in one vectorised program compared with one search after another.
+"""Time of a search for several tickets in one vectorised function, compared with one search after another.
 
     python benchmarks/many_tickets.py [--tickets 4] [--repeats 9] [--model resnet6] [--dataset digits]
 
-Times one search epoch (at most its first 400 steps) of N tickets in one program, as `train.py --tickets N` runs them,
-and N single runs of the same epoch, interleaved in one process. Prints the median seconds of a step and the median over
-repeats of the ratio; above 1, the single program is slower. On a CPU, `python -m cs_jax sweep` starts one process per
-ticket instead, which is not measured here.
+Times the first search epoch (at most 400 steps) in two ways, interleaved in one process: with N tickets in one compiled
+function, as in `train.py --tickets N`; and with one ticket, whose time is multiplied by N ("sequential"). Prints the
+median time for one step of all N tickets, and the ratio (one function / sequential) as a median of the ratios within
+each repeat. Above 1, the single function is slower. On a CPU, `python -m cs_jax sweep` starts one process per ticket
+instead, which is not measured here.
 """
 
 import argparse
@@ -27,14 +28,14 @@ def main(tickets: int, repeats: int, model: str, dataset: str) -> None:
     def both() -> tuple[float, float]:
         return seconds_sequential(config, problem, tickets), seconds_batched(config, problem, tickets)
 
-    both()  # compiled
+    both()  # compiles
     pairs = [both() for _ in range(repeats)]
-    turn, once = (statistics.median(times) for times in zip(*pairs, strict=True))
+    sequential, batched = (statistics.median(times) for times in zip(*pairs, strict=True))
     ratio = statistics.median(b / a for a, b in pairs)
     device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}"
     print(f"{dataset}, {model}, batch {config.batch_size}, {tickets} tickets, {repeats} repeats; {device}")
-    print("| in turn, ms | one program, ms | ratio |\n| --- | --- | --- |")
-    print(f"| {1e3 * turn:.1f} | {1e3 * once:.1f} | {ratio:.2f} |")
+    print("| sequential, ms | one function, ms | ratio |\n| --- | --- | --- |")
+    print(f"| {1e3 * sequential:.1f} | {1e3 * batched:.1f} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":

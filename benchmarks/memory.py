@@ -1,10 +1,11 @@
-"""Memory of search, ticket and dense training, and the effect of each memory-saving flag.
+"""Memory of dense, search and ticket steps, and the effect of each memory-saving flag.
 
     python benchmarks/memory.py [--model resnet20] [--batch-size 128] [--image-size 32] [--repeats 0]
 
-The first table has the bytes of each kind of state per masked weight. The second has the peak memory of a compiled step
-from the compiler's memory analysis: arguments, results and temporaries, without buffers that are updated in place. No
-step is run for these. With `--repeats`, search steps are also timed, interleaved in one process.
+The first table shows the bytes of each kind of state, divided by the number of masked weights. The second table shows
+the peak memory of a compiled step by the compiler's memory analysis: arguments, results and temporary buffers. Buffers
+that are updated in place count once. No step runs for these tables. With `--repeats`, search steps are also timed,
+interleaved in one process.
 """
 
 import dataclasses
@@ -51,7 +52,7 @@ class Settings:
     def __post_init__(self) -> None:
         check_positive(self, "batch_size", "image_size")
         for fields in FLAGS.values():
-            Config(model=self.model, **fields)  # raises for a model without this field
+            Config(model=self.model, **fields)  # raises if the model does not support a flag
 
 
 def main(settings: Settings) -> None:
@@ -66,8 +67,11 @@ def main(settings: Settings) -> None:
     console.print(step_table(settings, steps, times))
     extra = steps[NO_FLAG]["search"].peak_bytes() - steps[NO_FLAG]["dense"].peak_bytes()
     _, state = plain["search"]
-    own = size((state.scores, state.score_momentum))
-    console.print(f"search over dense: {extra / 2**20:.1f} MiB, scores and their momentum: {own / 2**20:.1f} MiB")
+    stored = size((state.scores, state.score_momentum))
+    console.print(
+        f"peak memory of a search step minus a dense step: {extra / 2**20:.1f} MiB, of which scores and their momentum "
+        f"are {stored / 2**20:.1f} MiB"
+    )
 
 
 def networks(settings: Settings, data: ImageSet, flag: str) -> dict[str, Network]:

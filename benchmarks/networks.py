@@ -1,4 +1,4 @@
-"""Networks and data of the step benchmarks: search, ticket and dense network with equal weights."""
+"""Networks and data of the step benchmarks: dense, search and ticket network with equal weights."""
 
 import dataclasses
 from typing import Any
@@ -11,7 +11,7 @@ from cs_jax.core import masks
 from cs_jax.core.arrays import DTYPES
 from cs_jax.data.images import ImageSet
 from cs_jax.tickets import fold
-from cs_jax.training import compiled as compiled_programs
+from cs_jax.training import compiled as compiled_steps
 from cs_jax.training import step
 from cs_jax.training.step import Hyperparams, Recipe, StepInputs, TrainState
 
@@ -47,9 +47,9 @@ def make_networks(recipe: Recipe, data: ImageSet, *, score_dtype: str = "float32
 
 
 def make_step(recipe: Recipe, state: TrainState, data: ImageSet) -> Stepper:
-    """The compiled step with all of `data` as its batch; the state is donated."""
+    """Compiled training step whose batch is all of `data`; the state is donated."""
     order, key = jnp.arange(len(data)), jax.random.key(1)
     hyper = Hyperparams(*(jnp.asarray(value, float) for value in (3.0, 0.0, 0.01, 0.01, 1e-8)))
     inputs = StepInputs(data, order, key, hyper)
-    compiled = compiled_programs.compiled(recipe)[0].lower(recipe, state, inputs).compile()
+    compiled = compiled_steps.compiled(recipe)[0].lower(recipe, state, inputs).compile()
     return Stepper(compiled, state, (inputs,))

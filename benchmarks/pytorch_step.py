@@ -1,12 +1,12 @@
-"""Time of the search step compared with the same step in eager PyTorch, as in the authors' release.
+"""Time of the search step, compared with the same step in eager PyTorch, which the authors' code uses.
 
-    pip install torch   # needed only here and, optionally, by gpu.py
+    pip install torch   # used only by this script and, if installed, by gpu.py
     python benchmarks/pytorch_step.py [--batch-size 128] [--repeats 15]
 
-ResNet-20 with one score per weight of its 3x3 convolutions: masks from scores, forward and backward pass, SGD with
-Nesterov momentum for weights and scores. The PyTorch code is written from the paper. PyTorch gets normalised images
-that are already on the device; cs_jax also takes its batch from the data set, augments and normalises it in the step.
-The steps run interleaved in one process, on all CPU cores or one GPU, in float32. Each library keeps its default
+ResNet-20 with one score per weight of its 3x3 convolutions. A step computes masks from scores, forward and backward
+pass, and updates weights and scores with SGD and Nesterov momentum. The PyTorch code is written from the paper. The
+PyTorch step gets normalised images on the device. The cs_jax step also selects, augments and normalises its batch.
+The steps run interleaved in one process, on all CPU cores or one GPU, in float32. Both libraries use their default
 precision of matrix products, which on a GPU may be TF32.
 """
 
@@ -70,7 +70,7 @@ class ResNet20(nn.Module):
 
 
 class TorchStepper:
-    """Search steps in PyTorch for `timing.interleave`; synchronises once after `steps` of them."""
+    """Search steps in PyTorch, with the method `run` that `timing.interleave` calls."""
 
     def __init__(self, batch_size: int, device: str, steps: int = 1) -> None:
         self.device, self.steps = device, steps
@@ -86,7 +86,7 @@ class TorchStepper:
         self.labels = torch.arange(batch_size, device=device) % 10
 
     def run(self) -> float:
-        """Seconds of one step, the mean of `steps`."""
+        """Mean seconds of a step, over `steps` steps and one synchronisation."""
         started = time.perf_counter()
         for _ in range(self.steps):
             self.step()
@@ -110,9 +110,9 @@ def main(settings: Settings) -> None:
     title = f"search step, {device_title(settings)}, torch {torch.__version__}"
     table = Table("step", "median ms", "min ms", "ratio to PyTorch", title=title)
     for name, seconds in times.items():
-        figures = (1e3 * statistics.median(seconds), 1e3 * min(seconds))
+        milliseconds = (1e3 * statistics.median(seconds), 1e3 * min(seconds))
         ratio = median_ratio(seconds, times["PyTorch, eager"])
-        table.add_row(name, *(f"{figure:.1f}" for figure in figures), f"{ratio:.2f}")
+        table.add_row(name, *(f"{ms:.1f}" for ms in milliseconds), f"{ratio:.2f}")
     Console().print(table)
 
 

@@ -1,9 +1,9 @@
-"""Shrunk networks compared with their tickets on the whole test set.
+"""Comparison of shrunk networks with their tickets, on the whole test set.
 
     python benchmarks/shrink.py TICKET ... [--data-dir FOLDER]
 
-Prints for each ticket: the largest difference between the outputs of the shrunk and the masked network, relative to
-the largest output, in float32 and float64; the number of predictions that differ; weights and multiply-adds.
+Prints for each ticket: the largest difference between the outputs of the shrunk network and the ticket, relative to the
+largest output, in float32 and in float64; the number of predictions that differ; weights and multiply-adds.
 """
 
 import argparse

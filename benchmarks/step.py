@@ -1,10 +1,10 @@
-"""Cost of masking: time and memory of search, ticket and dense steps of one network.
+"""Time and memory of dense, search and ticket steps of one network: the cost of masks.
 
     python benchmarks/step.py [--model resnet20] [--batch-size 128] [--repeats 15]
 
-The dense network has plain Flax layers without masks, and the same optimizer. The steps run interleaved in one process,
-so that a change of machine speed affects all of them. Prints medians, and medians over repeats of the ratio to the
-dense step in the same repeat.
+The dense network has plain Flax layers without masks, and the same optimizer of the weights. The steps run interleaved
+in one process, so that a change of machine speed affects all steps. Prints medians over repeats, and medians of the
+ratios to the dense step in the same repeat.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Timing of compiled steps in interleaved repeats, shared by the benchmarks."""
+"""Timing of steps in interleaved repeats, and the start of a script; shared by the benchmarks."""
 
 import statistics
 import sys
@@ -13,7 +13,7 @@ from cs_jax.core.errors import ConfigError
 
 
 def start(main: Callable[[Any], None], settings: type, about: str | None) -> None:
-    """Runs a benchmark with settings from the command line; prints one line and exits with 2 on a ConfigError."""
+    """Runs a benchmark with settings from the command line; on a ConfigError, prints one line and exits with code 2."""
     try:
         main(tyro.cli(settings, description=about))
     except ConfigError as error:
@@ -22,7 +22,7 @@ def start(main: Callable[[Any], None], settings: type, about: str | None) -> Non
 
 
 def check_positive(settings: Any, *names: str) -> None:
-    """Raises a ConfigError for a setting below 1; None passes."""
+    """Raises a ConfigError if one of the named settings is below 1; None is valid."""
     for name in names:
         value = getattr(settings, name)
         if value is not None and value < 1:
@@ -38,7 +38,7 @@ class Timed(Protocol):
 
 
 class Stepper:
-    """A compiled step with its carry: the first result of a call is the first argument of the next call."""
+    """A compiled step and its state: the first result of a call is the first argument of the next call."""
 
     def __init__(self, compiled: Any, carry: Any, arguments: tuple) -> None:
         self.compiled = compiled
@@ -60,11 +60,11 @@ class Stepper:
 
 
 def interleave(steps: Mapping[str, Timed], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each step in each repeat; two more repeats run first and are discarded."""
+    """Seconds of each step in each repeat, after two warm-up repeats."""
     rounds = [{name: stepper.run() for name, stepper in steps.items()} for _ in range(repeats + 2)][2:]
     return {name: [seconds[name] for seconds in rounds] for name in steps}
 
 
 def median_ratio(times: list[float], reference: list[float]) -> float:
-    """Median over repeats of the ratio of two times in the same repeat."""
+    """Median of the ratios of two times in the same repeat."""
     return statistics.median(a / b for a, b in zip(times, reference, strict=True))

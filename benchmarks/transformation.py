@@ -1,10 +1,10 @@
-"""Cost of the optax transformation: time and memory of its steps compared with plain optax on the same model.
+"""Time and memory of steps with the optax transformation, compared with plain optax on the same model.
 
     python benchmarks/transformation.py [--repeats 15]
 
 Two models: the ResNet-20 of `cs_jax.models` with plain Flax layers on random images, and the transformer of
-`examples/transformer.py`. Search steps are timed without and with a target density; with a target, scores are shifted
-every tenth step here. Ticket steps have fixed masks. All steps of a model run interleaved in one process.
+`examples/transformer.py`. Search steps are timed without and with a target density. With a target, scores are shifted
+after every tenth step. Ticket steps have fixed masks. All steps of a model run interleaved in one process.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class Settings:
     """Settings of the benchmark."""
 
     repeats: int = 15
-    """Timed repeats of the ResNet steps, after two warm-up repeats; the transformer has ten times as much."""
+    """Timed repeats of the ResNet steps, after two warm-up repeats; ten times this number for the transformer."""
 
     batch_size: int = 128
     """Images per ResNet step."""

@@ -3,7 +3,8 @@
 `sparsify` and the masked layers multiply the weights of Flax modules by the arrays in the "masks" collection. Pure
 functions turn scores and a temperature into masks. `continuous_sparsification` is an optax transformation for the
 training loop of any JAX library. `save_ticket` and `load_ticket` store tickets. `python -m cs_jax train` runs a whole
-search with rounds, rewinding and retraining. Masks for Flax NNX are in `cs_jax.nnx`, which must be imported by itself.
+search with rounds, rewinding and retraining. Masks for Flax NNX are in `cs_jax.nnx`, which `import cs_jax` does not
+import.
 """
 # ruff: noqa: E402
 

@@ -1,6 +1,6 @@
 """Sparse forms of any Flax NNX model: in every call, the weights that rules select are multiplied by `Mask` variables.
 
-`import cs_jax` does not import this module, because it imports NNX: write `import cs_jax.nnx`.
+`import cs_jax` does not import this module, because this module imports NNX: write `import cs_jax.nnx`.
 """
 
 import functools
@@ -37,34 +37,34 @@ def sparsify(model: M, where: Where = None) -> M:
 
     The copy is an instance of a subclass of the model's class, with the same attributes and the attribute `masks`:
     nested dictionaries along the paths of the Params, with the `Mask` of each selected Param. The first masks are ones
-    with the Param's shape, dtype and sharding. The masks alone decide which Params are masked, so this lasts through
-    `nnx.split` and `nnx.merge`. A Param that several attributes share is masked in all of them, by one Mask.
+    with the Param's shape, dtype and sharding. The Params with a Mask in `masks` are masked, also after `nnx.split` and
+    `nnx.merge`. A Param that several attributes share is masked in all these attributes, by one Mask.
 
     Masks act in calls of the model's public methods, also inside another model. A call may change everything that a
     call of the plain model may change, except masked Params (which `nnx.WeightNorm` and `nnx.SpectralNorm` change).
     Masks do not act
 
-    - on attributes and properties: they are the plain weights, for optimizers to update;
-    - in a submodule taken out of the model, as in `sparse.encoder(x)`; but they act in one that a method returns;
+    - on attributes and properties: these are the plain weights, for optimizers to update;
+    - in a submodule taken out of the model, as in `sparse.encoder(x)` (masks act in submodules that methods return);
     - in methods of the plain class, as in `nnx.jit(Model.encode)(sparse, x)`: write `nnx.jit(type(sparse).encode)`.
 
-    `nnx.capture(..., method_outputs=...)` captures only the method that is called, no methods that it calls.
+    `nnx.capture(..., method_outputs=...)` captures only the method that is called, not methods that this method calls.
 
     Args:
         model: NNX module; it is not changed. The copy has new variables, as from `nnx.clone`. The arrays are shared
-            until one of the two models is updated, so donate neither before that.
-        where: rules for `nnx.state(model, nnx.Param)`, as for `cs_jax.select`; None masks weights of two or more axes,
-            except biases, embeddings, norms and classifier heads. Groups of rules apply to scores only.
+            until one of the two models is updated; before that, do not donate the arrays of either model.
+        where: rules for `nnx.state(model, nnx.Param)`, as for `cs_jax.select`; None selects the default of
+            `cs_jax.Rule`. Groups and target densities of rules apply to scores only.
 
     Returns:
         The copy; with the first masks, its results are exactly the results of `model`.
 
     Raises:
-        TypeError: `model` is not an `nnx.Module` or has no public method; in a call, `masks` contains another object
+        TypeError: `model` is not an `nnx.Module` or has no public method. In a call: `masks` contains another object
             than a Mask.
-        ValueError: `model` or a part of it is already sparse; it has an attribute `masks`; rules select nothing, or an
-            array that is only a part of a Param. In a call: masks are missing, a mask has no Param or another shape
-            than its Param, or the call sets a masked Param.
+        ValueError: `model` or a part of `model` is already sparse; `model` has an attribute `masks`; rules select
+            nothing, or an array that is only a part of a Param. In a call: masks are missing, a mask has no Param or
+            another shape than its Param, or the call sets a masked Param.
 
     >>> import cs_jax
     >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(3, 1, rngs=nnx.Rngs(1)))
@@ -102,7 +102,8 @@ def _check_model(model: Any) -> None:
             raise ValueError(f"model {type(module).__name__}{place}: must not be sparse already; pass the plain model")
     if hasattr(model, "masks"):
         raise ValueError(
-            f"model {type(model).__name__}: must not have an attribute 'masks', the place of the masks; rename it"
+            f"model {type(model).__name__}: must not have an attribute 'masks', because `sparsify` adds one; "
+            "rename the attribute"
         )
     if not _methods(type(model)):
         raise TypeError(f"model {type(model).__name__}: must have a public method, because masks act in public methods")
@@ -161,7 +162,7 @@ def _key(key: Any) -> Any:
 
 @functools.cache
 def _sparse_class(dense: type[nnx.Module]) -> type[nnx.Module]:
-    """The subclass whose public methods mask; cached, so that graph definitions of equal models are equal."""
+    """Subclass whose public methods use masked weights; cached, so that graph definitions of equal models are equal."""
     namespace = {name: _masked_method(dense, name, method) for name, method in _methods(dense).items()}
     namespace |= {
         "_dense_class": dense,
@@ -270,7 +271,7 @@ class _Copies:
                     vars(original)[name] = owned[0] if treedef is None else treedef.unflatten(owned)
 
     def check_weights_unchanged(self) -> None:
-        """Raises a ValueError if a call has changed masked weights without the hook, as `nnx.update` does."""
+        """Raises a ValueError if a call has changed masked weights without calling the hook, as `nnx.update` does."""
         for masked, product, refuse in self.products:
             value = masked.get_raw_value()
             if masked.get_metadata("on_set_value", None) != refuse or not _is_unchanged(value, product):
@@ -278,7 +279,7 @@ class _Copies:
 
 
 def _is_unchanged(value: Any, product: Any) -> bool:
-    """Whether an array is the product, or a copy of it, which `nnx.jit` inside the call leaves in its place."""
+    """Whether an array is the product, or a copy of the product, as `nnx.jit` inside the call makes."""
     if value is product:
         return True
     traced = [isinstance(array, Tracer) for array in (value, product)]
@@ -323,7 +324,7 @@ def _masked_weights(model: nnx.Module) -> Iterator[tuple[nnx.Variable[Any], nnx.
 
 @dataclass(frozen=True)
 class _RefuseToSet:
-    """Hook on setting a masked Param in a call: the copy has the product in its place, so a new value would be lost."""
+    """Hook on setting a masked Param in a call: the copy contains the product instead, so a new value would be lost."""
 
     name: str
 

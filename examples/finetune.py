@@ -1,4 +1,4 @@
-"""Fine-tune a trained network into a ticket with half of its channels; kept channels keep their trained weights.
+"""Fine-tune a trained network into a ticket of whole channels with half of the convolution weights, without a rewind.
 
 Run it: `python examples/finetune.py`.
 """

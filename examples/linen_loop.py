@@ -23,7 +23,7 @@ train, test = slice(0, 1400), slice(1400, None)
 model = cs_jax.sparsify(nn.Sequential([nn.Dense(100), nn.relu, nn.Dense(10)]), where="layers_0/kernel")
 variables = model.init(jax.random.key(0), images[:1])
 params, scores = variables["params"], cs_jax.init_scores(variables["masks"], -0.05)
-snapshot = params  # weights of epoch 0, to which the ticket is rewound
+snapshot = params  # initial weights, for the rewind
 weight_tx, score_tx = optax.adam(3e-3), optax.sgd(1.0, momentum=0.9)
 
 

@@ -1,4 +1,4 @@
-"""Sparsify a convolutional network in NNX, with masks as a separate variable type, on handwritten digits.
+"""Sparsify a convolutional NNX network with BatchNorm, with masks as variables of type `Mask`, on handwritten digits.
 
 Run it: `python examples/nnx_cnn.py`.
 """

@@ -2,9 +2,9 @@
 
 Run it: `python examples/transformer.py`.
 
-The model is plain Flax; the optimizer masks its attention and MLP kernels. The first four fifths of the steps train
-scores and weights together. The last fifth trains the remaining weights with fixed masks. For comparison, a dense model
-is trained with the same batches and steps.
+The model has plain Flax layers. The optax transformation masks the attention and MLP kernels. The first four fifths of
+the steps train scores and weights together. The last fifth trains the kept weights with fixed masks. For comparison, a
+dense model is trained on the same batches.
 """
 
 import pathlib
@@ -45,7 +45,7 @@ class Transformer(nn.Module):
 
 
 def read(*modules: str) -> np.ndarray:
-    """The bytes of modules of the standard library, with spaces in place of non-ASCII bytes."""
+    """Source of modules of the standard library as ASCII codes, with spaces in place of non-ASCII bytes."""
     folder = pathlib.Path(sysconfig.get_path("stdlib"))
     text = np.frombuffer(b"".join((folder / f"{name}.py").read_bytes() for name in modules), np.uint8)
     return np.where(text < VOCABULARY, text, 32).astype(np.int32)
@@ -57,7 +57,7 @@ def loss_fn(params: Any, tokens: jax.Array) -> jax.Array:
 
 
 def train(params: Any, tx: optax.GradientTransformation, text: np.ndarray, sparse: bool) -> Any:
-    """The weights after STEPS updates; with `sparse`, multiplied by their masks."""
+    """Weights after STEPS updates; if `sparse`, multiplied by the masks of the ticket."""
 
     @jax.jit
     def step(params: Any, opt_state: Any, tokens: jax.Array) -> tuple[Any, Any]:

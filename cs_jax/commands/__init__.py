@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `COMMAND ARGUMENTS` and returns the exit code.
 
     Args:
-        arguments: words after the module name; by default the words of this process.
+        arguments: command-line arguments after the module name; None means the arguments of this process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
@@ -50,14 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_command(prog: str, command: Callable[..., None], arguments: Sequence[str]) -> int:
-    """Runs a command and returns its exit code, with one line on stderr if it is not 0.
+    """Runs a command and returns its exit code; prints one line on stderr for most failures.
 
     The code is 2 for invalid arguments, 128 plus the signal's number after a signal, and 1 for other failures.
 
     Args:
-        prog: program and command, with which the line begins.
+        prog: program and command, printed at the start of the line.
         command: one of `COMMANDS`.
-        arguments: of the command.
+        arguments: arguments of the command.
     """
     compile_cache.keep_programs()
     try:
@@ -68,7 +68,7 @@ def run_command(prog: str, command: Callable[..., None], arguments: Sequence[str
     except processes.LostProcessError as error:
         return _complain(prog, f"error: {error}", 1)
     except NonFiniteLossError as error:
-        advice = "the last checkpoint is older; start a new run with a lower --lr, --score-lr or --lmbda"
+        advice = "the last checkpoint is from an earlier step; start a new run with a lower --lr, --score-lr or --lmbda"
         return _complain(prog, f"stopped: {error}; {advice}", 1)
     except ticket.AccuracyError as error:
         return _complain(prog, f"error: {error}", 1)
@@ -76,14 +76,14 @@ def run_command(prog: str, command: Callable[..., None], arguments: Sequence[str
         return _complain(prog, f"interrupted by {stop.number.name}{stop.hint}", stop.exit_code)
     except KeyboardInterrupt:
         return _complain(prog, "interrupted", 130)
-    except BrokenPipeError:  # the reader of a pipe has ended, such as `| head`
+    except BrokenPipeError:  # the reader of a pipe has ended, as with `| head`
         return 1
     except OSError as error:
         return _complain(prog, f"error: {error}", 1)
     except BaseException as error:
         if not processes.are_several() or (isinstance(error, SystemExit) and not error.code):
             raise
-        traceback.print_exc()  # `exit_process` then ends at once: the exit handlers of JAX wait for other processes
+        traceback.print_exc()  # then `exit_process` skips the exit handlers of JAX, which wait for other processes
         return 1
     return 0
 
@@ -96,7 +96,7 @@ def _complain(prog: str, message: str, code: int) -> int:
 
 def exit_process(exit_code: int) -> None:
     """Ends the process if the exit code is not 0, without the interpreter's exit handlers."""
-    if exit_code:  # computations in flight can crash the interpreter during its shutdown
+    if exit_code:  # running computations can crash the interpreter during shutdown
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(exit_code)

@@ -1,4 +1,4 @@
-"""Commands `export` and `import`: tickets in the formats of other programs."""
+"""The commands `export` and `import`: tickets in the formats of other programs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,9 +22,9 @@ def export(arguments: Sequence[str], *, prog: str) -> None:
     parser = command_parser(prog, export)
     parser.add_argument("file", type=Path, metavar="TICKET", help="ticket.safetensors of a run")
     parser.add_argument("--to", required=True, metavar="FORMAT", help=", ".join(formats.FORMATS))
-    parser.add_argument("--out", type=Path, help="file to write (TICKET with the suffix of the format)")
-    parser.add_argument("--keep-shapes", action="store_true", help="do not remove channels")
-    parser.add_argument("--fold", action="store_true", help="fold BatchNorm into the convolutions before it")
+    parser.add_argument("--out", type=Path, help="file to write (default: TICKET with the suffix of the format)")
+    parser.add_argument("--keep-shapes", action="store_true", help="do not shrink the network")
+    parser.add_argument("--fold", action="store_true", help="fold BatchNorm into the preceding layers")
     given = parser.parse_args(arguments)
     if given.to not in formats.FORMATS:
         raise ConfigError(f"--to {given.to}: must be {one_of(given.to, formats.FORMATS)}")
@@ -37,10 +37,10 @@ def export(arguments: Sequence[str], *, prog: str) -> None:
     print_line(
         Console(),
         f"{out}: {found.size:,} bytes, {share:.1%} of the dense weights ({found.dense_size:,} bytes); logits differ "
-        f"by {found.difference:.1e} of the largest",
+        f"by {found.difference:.1e} of the largest logit",
     )
     if found.network.normalization is None:
-        print_line(Console(), "the ticket has no normalization: the file needs normalized images, not pixel values")
+        print_line(Console(), "the ticket has no normalization: the exported network expects normalized images")
 
 
 def import_state_dict(arguments: Sequence[str], *, prog: str) -> None:
@@ -52,13 +52,13 @@ def import_state_dict(arguments: Sequence[str], *, prog: str) -> None:
     parser.add_argument("--model", required=True, help=", ".join(MODELS))
     parser.add_argument("--out", required=True, type=Path, help="ticket to write")
     sizes = {"type": int, "nargs": 3, "metavar": ("HEIGHT", "WIDTH", "CHANNELS")}
-    parser.add_argument("--image-shape", help="size of an image (from the file, if export wrote it)", **sizes)
+    parser.add_argument("--image-shape", help="shape of an image (default: from the file)", **sizes)
     for name, what in (("mean", "mean"), ("std", "standard deviation")):
-        about = f"{what} of pixels by channel, 0 to 255 (from the file)"
+        about = f"{what} of pixels of 0 to 255, for each channel (default: from the file)"
         parser.add_argument(f"--{name}", type=float, nargs="+", metavar="NUMBER", help=about)
     given = parser.parse_args(arguments)
     if (given.mean is None) != (given.std is None):
-        raise ConfigError("--mean and --std: must be given together")
+        raise ConfigError("--mean and --std: must be given together; add the missing flag")
     files.check_out(given.out, source=given.file, kind="state dict")
     with error_in_file(given.file):
         tensors, about = state_dict.read(given.file)
@@ -72,17 +72,19 @@ def import_state_dict(arguments: Sequence[str], *, prog: str) -> None:
 
 
 def _check_normalization(metadata: dict[str, Any]) -> None:
-    """Raises unless there are one mean and one deviation above 0 for all channels or for each."""
+    """Raises a ConfigError unless mean and std have one number, or one for each channel, and std is above 0."""
     channels = metadata["model"]["image_shape"][-1]
     for name, values in metadata.get("normalization", {}).items():
         if len(values) not in (1, channels):
-            raise ConfigError(f"--{name}: {len(values)} numbers; must be one for each of the {channels} channels")
+            raise ConfigError(
+                f"--{name}: {len(values)} numbers; must be one number, or one for each channel ({channels})"
+            )
         if name == "std" and min(values) <= 0:
             raise ConfigError(f"--std {min(values):g}: must be above 0")
 
 
 def _metadata(name: str, model: Any, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata of a ticket for the network of a state dict."""
+    """Metadata of a ticket whose network was read from a state dict."""
     entry = {"name": name, "num_classes": model.num_classes, "image_shape": about["image_shape"]}
     if model.features:
         entry["features"] = dict(model.features)

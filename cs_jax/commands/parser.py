@@ -26,7 +26,7 @@ from cs_jax.training.config import TrainingConfig
 MODULE = "python -m cs_jax"
 
 _HIDDEN = ("preset",)
-"""Fields that are not flags: the first word sets the preset."""
+"""Fields that are not flags: the first argument sets the preset."""
 
 _METAVARS: dict[Any, str] = {int: "INT", float: "FLOAT", str: "NAME", Path: "PATH"}
 
@@ -39,11 +39,11 @@ class Invocation(Settings):
     """Run directory to resume, with the settings stored there; other flags override them."""
 
     tickets: Annotated[int | None, COUNT] = None
-    """Number of tickets to search, with consecutive seeds from --seed on, each in its own folder inside --out."""
+    """Number of tickets to search for, with consecutive seeds from --seed on; each has a run directory inside --out."""
 
     coordinator: str | None = None
-    """HOST:PORT of the first process of a run on several hosts, the same on each of them; auto on a TPU pod or in a
-    cluster of SLURM, Open MPI or Kubernetes."""
+    """HOST:PORT of the first process of a run on several hosts, the same value on all hosts. Use auto on a TPU pod,
+    and in clusters with SLURM, Open MPI or Kubernetes."""
 
     processes: Annotated[int | None, COUNT] = None
     """Number of processes of a run on several hosts."""
@@ -58,7 +58,7 @@ class Invocation(Settings):
             self._check(name, has_coordinator, "requires --coordinator HOST:PORT of the first process")
         alone = "excludes --resume; repeat the command that started the tickets to resume them"
         self._check("tickets", self.tickets is None or self.resume is None, alone)
-        alone = "excludes --coordinator; a run with several processes searches one ticket"
+        alone = "excludes --coordinator; remove one of them"
         self._check("tickets", self.tickets is None or self.coordinator is None, alone)
 
 
@@ -69,7 +69,7 @@ _GROUPS: dict[type, str] = {
     TrainingConfig: "training",
     DataConfig: "data",
 }
-"""Titles in the help, by the class that declares a field."""
+"""Titles of flag groups in the help, by the class that declares the fields."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,8 +78,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def command_parser(prog: str, command: Callable[..., None]) -> argparse.ArgumentParser:
-    """A parser for the arguments of a command, described by its docstring; it raises ConfigError."""
-    return _Parser(prog=prog, description=(command.__doc__ or "").capitalize() + ".")
+    """Parser for the arguments of a command. The docstring of the command is the help text; errors are ConfigErrors."""
+    text = command.__doc__ or ""
+    return _Parser(prog=prog, description=f"{text[:1].upper()}{text[1:]}.")
 
 
 def parse(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> Config:
@@ -91,12 +92,12 @@ def parse_train(arguments: Sequence[str] | None = None, *, prog: str = "train.py
     """The config for a command line, and the flags that are not settings of a run; prints the help for `--help`.
 
     Args:
-        arguments: words after the program's name; by default the words of this process.
-        prog: name of the program, for its help.
+        arguments: command-line arguments after the program's name; None means the arguments of this process.
+        prog: name of the program, for the help.
 
     Raises:
-        ConfigError: an unknown preset or flag, a value that is not allowed, or no run in the directory to resume.
-        SystemExit: after the help.
+        ConfigError: a preset or flag is unknown, a value is not allowed, or the directory to resume has no run.
+        SystemExit: after the help is printed.
     """
     words = [_normalized(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     named = words.pop(0) if words and not words[0].startswith("-") else None
@@ -110,7 +111,7 @@ def parse_train(arguments: Sequence[str] | None = None, *, prog: str = "train.py
     if invocation.resume is not None:
         directory = invocation.resume.expanduser()
         if named is not None:
-            raise ConfigError(f"--resume {directory}: excludes the preset {named}; the run has its own settings")
+            raise ConfigError(f"--resume {directory}: excludes the preset {named}; remove the preset")
         prog, base = f"{prog} --resume {directory}", dataclasses.replace(_stored_config(directory), out=directory)
     if wants_help:
         _print_help(base, prog=f"{prog} [PRESET]", description=_description(base, prog))
@@ -124,7 +125,7 @@ def parse_train(arguments: Sequence[str] | None = None, *, prog: str = "train.py
 
 
 def read_tickets(word: str) -> int | None:
-    """The number in a word after `--tickets`; None for "auto"."""
+    """Value of `--tickets` as a number; None for "auto"."""
     if word == "auto":
         return None
     number = parse_words(word, int, "--tickets") if word.isdecimal() else 0
@@ -134,7 +135,7 @@ def read_tickets(word: str) -> int | None:
 
 
 def _make_parser(**about: Any) -> argparse.ArgumentParser:
-    """A parser with no flag but --help, which raises its errors."""
+    """Parser with the flag --help only; raises errors."""
     about = {"usage": "%(prog)s [flags]", "argument_default": argparse.SUPPRESS, **about}
     parser = _Parser(add_help=False, allow_abbrev=False, exit_on_error=False, **about)
     parser.add_argument("-h", "--help", action="store_true", help="Show the flags and their defaults.")
@@ -142,13 +143,13 @@ def _make_parser(**about: Any) -> argparse.ArgumentParser:
 
 
 def _fields() -> Iterator[tuple[type, str, Any]]:
-    """Every field that is a flag: the class of the field, its name and its type."""
+    """All fields that are flags: class, name and type of each."""
     for kind in (Invocation, Config):
         yield from ((kind, name, hint) for name, hint in field_types(kind).items() if name not in _HIDDEN)
 
 
 def _print_help(defaults: Config, **about: Any) -> None:
-    """Prints every flag with its help text and, for settings of a run, its default."""
+    """Prints every flag with its help text and, for settings of a run, the default."""
     parser = _make_parser(**about)
     groups = {kind: parser.add_argument_group(title) for kind, title in _GROUPS.items()}
     for kind, name, hint in _fields():
@@ -161,7 +162,7 @@ def _print_help(defaults: Config, **about: Any) -> None:
 
 
 def _argument(hint: Any) -> dict[str, Any]:
-    """How argparse reads the words of a type: any number of them for a tuple, else one."""
+    """Options of `add_argument` for a type; a tuple accepts any number of values, other types accept one."""
     kind = _plain_type(hint)
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
@@ -180,7 +181,7 @@ def _plain_type(hint: Any) -> Any:
 
 
 def _read_words(words: Sequence[str]) -> dict[str, Any]:
-    """Words of each flag that was given, by the name of its field."""
+    """Texts of the values of each given flag, by field name."""
     parser, flags = _make_parser(), []
     for _, name, hint in _fields():
         flags.append(flag(name))
@@ -193,7 +194,7 @@ def _read_words(words: Sequence[str]) -> dict[str, Any]:
         if word.startswith("-"):
             name = word.partition("=")[0]
             raise ConfigError(f"{name}: unknown flag{closest(name, flags)}; --help lists all flags")
-        raise ConfigError(f"{word}: not a flag; a preset ({', '.join(PRESETS)}) must be the first word")
+        raise ConfigError(f"{word}: not a flag; a preset ({', '.join(PRESETS)}) must be the first argument")
     return vars(given)
 
 
@@ -208,13 +209,13 @@ def _values(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _normalized(word: str) -> str:
-    """`--batch-size` for `--batch_size`."""
+    """An argument with dashes in the name of the flag: "--batch-size" for "--batch_size"."""
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
 def _joined(words: Sequence[str]) -> list[str]:
-    """The words, with "--decay=-1e-4" for "--decay" "-1e-4", because argparse takes -1e-4 for a flag."""
+    """The arguments, with "--decay=-1e-4" for "--decay" "-1e-4", because argparse parses -1e-4 as a flag."""
     joined: list[str] = []
     for word in words:
         after_flag = joined and joined[-1].startswith("--") and "=" not in joined[-1]
@@ -234,7 +235,7 @@ def _is_negative(word: str) -> bool:
 
 @functools.cache
 def _help_texts(kind: type) -> dict[str, tuple[type, str]]:
-    """For each field, the class that declares it and the string below it in the source."""
+    """For each field, the class that declares the field, and the string below the field in the source."""
     texts = {}
     for owner in reversed(kind.__mro__):
         if owner in _GROUPS:
@@ -249,7 +250,7 @@ def _help_texts(kind: type) -> dict[str, tuple[type, str]]:
 
 def _description(base: Config, prog: str) -> str:
     purpose = (Config.__doc__ or "").splitlines()[0]
-    presets = f"The first word is a preset: {', '.join(PRESETS)} ({DEFAULT_PRESET} without one)."
+    presets = f"The first argument is a preset: {', '.join(PRESETS)} ({DEFAULT_PRESET} without one)."
     defaults = f"The defaults below are {'from the run' if '--resume' in prog else f'of {base.preset}'}."
     return f"{purpose} {presets} {defaults}"
 

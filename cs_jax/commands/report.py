@@ -37,7 +37,7 @@ def report(arguments: Sequence[str], *, prog: str) -> None:
     if given.others:
         more = " ..." * (len(given.others) > 1)
         raise ConfigError(
-            f"RUN {given.run} {given.others[0]}{more}: accepts one run directory; "
+            f"RUN {given.run} {given.others[0]}{more}: must be one run directory; "
             f"to compare runs, use {MODULE} sweep SPEC and {MODULE} pareto SPEC"
         )
     for path in write_report(given.run):
@@ -45,11 +45,11 @@ def report(arguments: Sequence[str], *, prog: str) -> None:
 
 
 def connect(arguments: Sequence[str], *, prog: str) -> None:
-    """retrain the ticket of a finished run twice on different batches, and measure error and loss between the two"""
+    """retrain a finished run's ticket twice with different batches; measure error and loss between the two networks"""
     parser = command_parser(prog, connect)
     parser.add_argument("run", type=Path, metavar="RUN", help="directory of a finished run")
-    parser.add_argument("--points", type=int, default=11, help="number of points on the line, with both ends (11)")
-    parser.add_argument("--seed", type=int, default=0, help="seed for the batches of the two retrainings (0)")
+    parser.add_argument("--points", type=int, default=11, help="points on the line, including both ends (default: 11)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the batches of the retrainings (default: 0)")
     given = parser.parse_args(arguments)
     connectivity.check(points=given.points, seed=given.seed)
     config, ticket = connectivity.read_run(given.run)
@@ -80,15 +80,20 @@ def connect(arguments: Sequence[str], *, prog: str) -> None:
 
 
 def describe(found: Mapping[str, Any]) -> RenderableType:
-    """Table of the line and its barriers, for rich to print, from the result of `connectivity.measure`."""
-    table = Table("share", title="Line between the children", box=box.SIMPLE_HEAD, title_justify="left")
+    """Table of the points on the line, and lines with accuracies and barriers, for printing with rich.
+
+    Args:
+        found: result of `connectivity.measure`.
+    """
+    title = "Line between the two retrained networks"
+    table = Table("share of network 2", title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for header in ("test error", "test loss"):
         table.add_column(header, justify="right")
     for point in found["points"]:
         table.add_row(f"{point['share']:.2f}", f"{point['error']:.2%}", f"{point['loss']:.4f}")
     accuracies = " and ".join(f"{child['test_accuracy']:.2%}" for child in found["children"])
-    children = f"children: test accuracy {accuracies}"
-    barrier = f"barrier: {100 * found['barrier']:.2f} points of error, {found['loss_barrier']:.4f} of loss"
+    children = f"test accuracy of the two networks: {accuracies}"
+    barrier = f"barrier: error {100 * found['barrier']:.2f} percentage points, loss {found['loss_barrier']:.4f}"
     note = barrier_note(*([point[name] for point in found["points"]] for name in ("error", "loss")))
     barrier += note and f"; {note}"
     return Group(table, children, barrier)

@@ -37,25 +37,25 @@ from cs_jax.sweep.statistics import (
 )
 
 LISTED = 5
-"""Unfinished runs that `pareto` lists by name; it counts the others."""
+"""Maximum number of unfinished runs that `pareto` lists by name; `pareto` prints the number of other runs."""
 
 MIN_METHOD_WIDTH = 6
-"""Characters of a method's name in a line of the table, if the terminal is narrow."""
+"""Minimum width of the column of method names, in characters, if the terminal is narrow."""
 
 UNLIMITED_WIDTH = 10_000
-"""Columns, more than any table needs."""
+"""Console width in characters, larger than any table."""
 
 
 @dataclass(frozen=True)
 class _Sweep:
-    """The sweep that the command line names."""
+    """The sweep on the command line."""
 
     spec: Spec
     directory: Path
     arguments: tuple[str, ...]  # SPEC and --out
 
     def command(self, name: str) -> str:
-        """The command line of a command for the same sweep, quoted for a shell."""
+        """Command line of another command for the same sweep, quoted for a shell."""
         return f"{MODULE} {name} {shlex.join(self.arguments)}"
 
 
@@ -63,7 +63,7 @@ def sweep(arguments: Sequence[str], *, prog: str) -> None:
     """run or resume a sweep: a grid of methods, densities and seeds"""
     parser = _sweep_parser(prog, sweep)
     parser.add_argument("--jobs", type=int, help="worker processes (default: one per GPU; without a GPU, one per core)")
-    parser.add_argument("--tickets", metavar="N", help="runs in one program (default: auto, the faster number)")
+    parser.add_argument("--tickets", metavar="N", help="maximum runs in one program (default: auto)")
     given = parser.parse_args(arguments)
     if given.jobs is not None and given.jobs < 1:
         raise ConfigError(f"--jobs {given.jobs}: must be at least 1")
@@ -75,21 +75,21 @@ def sweep(arguments: Sequence[str], *, prog: str) -> None:
     if failures:
         name = next(iter(failures))
         log = swept.directory / storage.LOGS_FOLDER / f"{name}.txt"
-        advice = "failed runs may have other settings: correct the file if a retry cannot help"
+        advice = "if a retry cannot help, correct the settings of failed runs in the spec"
         raise OSError(f"{len(failures)} of {total} runs failed, first {name}: see {log}; {advice}; {resume}")
     print_line(Console(), f"{swept.directory}: all {total} runs finished; compare them with: {swept.command('pareto')}")
 
 
 def _run(swept: _Sweep, jobs: int | None, tickets: int | None, watch: Interrupts) -> dict[str, str]:
-    """Runs the unfinished runs of a sweep, after a check of all settings. Returns failures: reasons by run name."""
+    """Checks all settings and runs the unfinished runs of a sweep; returns the reasons of failures, by run name."""
     spec, directory, terminal = swept.spec, swept.directory, Console()
     storage.check_same_spec(directory, spec)
-    jax.config.update("jax_platforms", "cpu")  # JAX in this process must not take the workers' accelerator memory
+    jax.config.update("jax_platforms", "cpu")  # JAX in this process must not allocate accelerator memory
     check_all(run.config for run in spec.runs)
     waiting = [run for run in spec.runs if not storage.is_done(directory, run)]
     for line in spec.ignored_settings() if waiting else ():
         print_line(terminal, line)
-    watch.check()  # a library's callback may have swallowed the exception of a signal
+    watch.check()  # a library may have caught the exception that a signal raised
     with SweepDisplay(terminal, len(spec.runs), waiting) as display:
         try:
             devices = find_devices(jobs, len(waiting)) if waiting else []
@@ -104,7 +104,7 @@ def pareto(arguments: Sequence[str], *, prog: str) -> None:
     from cs_jax import report as reports
 
     given = _sweep_parser(prog, pareto).parse_args(arguments)
-    jax.config.update("jax_platforms", "cpu")  # no accelerator is needed, and a sweep may be using it
+    jax.config.update("jax_platforms", "cpu")  # no accelerator is needed, and a sweep may be using one
     swept = _read_sweep(given)
     spec, directory = swept.spec, swept.directory
     results, missing = read_results(spec, directory)
@@ -142,10 +142,10 @@ def _read_sweep(given: argparse.Namespace) -> _Sweep:
 
 
 def print_cells(console: Console, cells: Sequence[Cell]) -> None:
-    """Prints the table of a sweep, in percent, with a legend. It fits in 80 columns unless methods have long names.
+    """Prints the results of a sweep as a table in percent, with a legend.
 
-    The table lacks the costs and intervals of pareto.md. The legend lists compared networks with different numbers of
-    epochs.
+    The table has at most 80 columns unless methods have long names, and omits the costs and intervals of pareto.md. The
+    legend lists compared networks with different numbers of epochs.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("method", overflow="fold")
@@ -164,7 +164,7 @@ def print_cells(console: Console, cells: Sequence[Cell]) -> None:
 
 
 def _fit(table: Table, console: Console, longest: int) -> None:
-    """Folds the names of methods on a narrow console. If that is not enough, the table is wider than the console."""
+    """Sets column widths: on a narrow console, method names are folded; if necessary, the table exceeds the console."""
     natural = console.measure(table, options=console.options.update(max_width=UNLIMITED_WIDTH)).maximum
     names = max(longest, MIN_METHOD_WIDTH)
     table.columns[0].width = max(MIN_METHOD_WIDTH, names - max(0, natural - console.width))
@@ -172,7 +172,7 @@ def _fit(table: Table, console: Console, longest: int) -> None:
 
 
 def _figures(cell: Cell, cells: Sequence[Cell]) -> list[str]:
-    """Density, accuracy, epochs, difference and p of a row."""
+    """Texts of density, accuracy, epochs, difference and p in a row."""
     density = f"{cell.density:.2%}"
     if cell.density_deviation:
         density = f"{100 * cell.density:.2f}±{cell.density_deviation:.2%}"  # no spaces: the column is narrow
@@ -186,7 +186,7 @@ def _figures(cell: Cell, cells: Sequence[Cell]) -> list[str]:
 
 
 def _legend(cells: Sequence[Cell]) -> Iterator[str]:
-    """Lines below the table: the meaning of its columns, and differences in epochs."""
+    """Lines below the table: the meaning of the columns, and differences in epochs."""
     compared = [f"vs {method} (ref.) at the same target" for method in reference_methods(cells)]
     if any(cell.compared_with and cell.control for cell in cells):
         compared.append("of a control, vs its ticket")

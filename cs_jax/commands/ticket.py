@@ -1,4 +1,4 @@
-"""Commands on ticket files: `ticket`, `verify`, `shrink` and `speed`."""
+"""The commands on ticket files: `ticket`, `verify`, `shrink` and `speed`."""
 
 import math
 import os
@@ -36,11 +36,12 @@ def measure_test_accuracy(config: Config, ticket: LoadedTicket, name: str) -> fl
 
     Args:
         config: settings of the data set and the batch size; other settings are ignored.
-        ticket: a ticket with a model and the normalisation of its images.
+        ticket: a ticket with a model and normalisation constants.
         name: name of the ticket file, for error messages.
 
     Raises:
-        ConfigError: the data set cannot be read, or the ticket is for other images or classes.
+        ConfigError: the ticket has no model or no constants, the data set cannot be read, or the ticket has another
+            image shape or number of classes.
     """
     normalization = ticket.metadata.get("normalization")
     if ticket.model is None or normalization is None:
@@ -58,11 +59,11 @@ def measure_test_accuracy(config: Config, ticket: LoadedTicket, name: str) -> fl
 
 
 ROUNDING = 0.002
-"""Largest difference in accuracy that rounding on another device can explain."""
+"""Largest difference in accuracy that `verify` attributes to rounding on another device."""
 
 
 class AccuracyError(ArithmeticError):
-    """The test accuracy of a ticket differs from the recorded one."""
+    """The measured test accuracy of a ticket differs from the recorded test accuracy."""
 
 
 def ticket(arguments: Sequence[str], *, prog: str) -> None:
@@ -80,7 +81,7 @@ def verify(arguments: Sequence[str], *, prog: str) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="ticket.safetensors of a run")
     parser.add_argument("dataset", metavar="DATASET", help="preset or name in TensorFlow Datasets")
     parser.add_argument("--data-dir", type=Path, help="folder of prepared data sets")
-    parser.add_argument("--batch-size", type=int, default=128, help="images per call (128)")
+    parser.add_argument("--batch-size", type=int, default=128, help="images per call (default: 128)")
     given = parser.parse_args(arguments)
     loaded = load_ticket(given.file)
     made_with = loaded.metadata.get("config") or {}
@@ -101,11 +102,12 @@ def verify(arguments: Sequence[str], *, prog: str) -> None:
         return print_line(Console(), line)
     print_line(Console(), f"{line}, recorded {recorded:.2%}")
     if abs(found - recorded) > ROUNDING:
-        raise AccuracyError(f"{given.file}: test accuracy {found:.2%} differs from the recorded {recorded:.2%}")
+        rule = f"differs from the recorded {recorded:.2%} by more than {ROUNDING:.1%}; check the data set"
+        raise AccuracyError(f"{given.file}: test accuracy {found:.2%} {rule}")
 
 
 def _image_size(made_with: Mapping[str, Any]) -> int | None:
-    """Setting `image_size` of the run that wrote a ticket; None if it has none."""
+    """Setting `image_size` of the run that wrote a ticket; None if the setting is missing or not positive."""
     size = made_with.get("image_size")
     return size if type(size) is int and size > 0 else None
 
@@ -114,12 +116,12 @@ def shrink(arguments: Sequence[str], *, prog: str) -> None:
     """remove channels, units and heads without effect from a ticket: a smaller network with the same outputs"""
     parser = command_parser(prog, shrink)
     parser.add_argument("file", type=Path, metavar="FILE", help="ticket.safetensors of a run")
-    parser.add_argument("--out", type=Path, help="file to write (FILE-shrunk.safetensors)")
+    parser.add_argument("--out", type=Path, help="file to write (default: FILE-shrunk.safetensors)")
     given = parser.parse_args(arguments)
     out = given.out or given.file.with_name(f"{given.file.stem}-shrunk.safetensors")
     files.check_out(out, source=given.file)
     loaded = load_ticket(given.file)
-    with error_in_file(given.file, TypeError, ValueError):  # the model has no wiring, or a wrong one
+    with error_in_file(given.file, TypeError, ValueError):  # the model has no wiring, or a wrong wiring
         smaller = shrinking.shrink_ticket(loaded)
     save_ticket(out, **smaller.variables, metadata=smaller.metadata)
     terminal = Console()
@@ -129,25 +131,25 @@ def shrink(arguments: Sequence[str], *, prog: str) -> None:
 
 
 def speed(arguments: Sequence[str], *, prog: str) -> None:
-    """time a ticket as dense, masked and shrunk network on this device, and recommend one"""
+    """time a ticket on this device as a dense, masked and shrunk network, and recommend one of them"""
     parser = command_parser(prog, speed)
     parser.add_argument("file", type=Path, metavar="FILE", help="ticket.safetensors of a run")
     parser.add_argument(
-        "--batch-sizes", type=int, nargs="+", default=[1, 128], metavar="N", help="images per call (1 128)"
+        "--batch-sizes", type=int, nargs="+", default=[1, 128], metavar="N", help="images per call (default: 1 128)"
     )
-    parser.add_argument("--repeats", type=int, default=15, help="timed turns; figures are medians over turns (15)")
+    parser.add_argument("--repeats", type=int, default=15, help="timings of each network (default: 15)")
     given = parser.parse_args(arguments)
     for name, values in (("--batch-sizes", given.batch_sizes), ("--repeats", [given.repeats])):
         for value in values:
             if value < 1:
                 raise ConfigError(f"{name} {value}: must be at least 1")
     loaded = load_ticket(given.file)
-    with error_in_file(given.file, TypeError, ValueError):  # the model has no wiring, or a wrong one
+    with error_in_file(given.file, TypeError, ValueError):  # the model has no wiring, or a wrong wiring
         forms = speeds.forms(loaded)
     shape, terminal = loaded.metadata["model"]["image_shape"], Console()
     if loaded.metadata["model"].get("features"):
         print_line(
-            terminal, "the ticket was shrunk before: dense means the shrunk network, not the full network of its family"
+            terminal, "the ticket is already shrunk: dense means the shrunk network, not the network before shrinking"
         )
     device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}"
     for size in given.batch_sizes:
@@ -156,8 +158,8 @@ def speed(arguments: Sequence[str], *, prog: str) -> None:
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
             if not isinstance(error, MemoryError) and not out_of_memory(error):
                 raise
-            raise ConfigError(f"--batch-sizes {size}: does not fit into memory; choose a smaller one") from error
-        Console(width=max(terminal.width, 110)).print(_speeds(rows, f"batch {size}, {given.repeats} turns; {device}"))
+            raise ConfigError(f"--batch-sizes {size}: does not fit into memory; choose a smaller size") from error
+        Console(width=max(terminal.width, 110)).print(_speeds(rows, f"batch {size}, {given.repeats} repeats; {device}"))
         print_line(terminal, speeds.recommend(rows))
 
 
@@ -174,9 +176,9 @@ def _speeds(rows: Sequence[Measured], title: str) -> Table:
 
 
 def _what_changed(before: LoadedTicket, after: LoadedTicket) -> Table:
-    """Table of total size and changed layers of the dense network, the ticket and the shrunk ticket.
+    """Table of total sizes and changed layer widths of the dense network, the ticket and the shrunk ticket.
 
-    The dense network is the model of the family before any shrinking.
+    The dense network is the model with default layer widths.
     """
     table = Table("", "dense", "before", "after", "of dense", box=box.SIMPLE_HEAD)
     table.columns[0].overflow = "fold"
@@ -196,7 +198,7 @@ _TOTALS = ("weights", "multiply-adds")
 
 
 def _sizes(model: nn.Module, image_shape: tuple[int, ...]) -> dict[str, int]:
-    """Weights and multiply-adds of a network, and the output features or heads of its layers."""
+    """Numbers of weights and multiply-adds of a network, and of output features or heads of each layer, by name."""
     shapes = {name: shape for name, (shape, _) in shapes_of(model, image_shape).items()}
     weights = {tuple(name.split("/")[1:]): shape for name, shape in shapes.items() if name.startswith("params/")}
     counts = (sum(map(math.prod, weights.values())), multiply_adds(model, image_shape))

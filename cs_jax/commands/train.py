@@ -1,4 +1,4 @@
-"""The command `train`, and a run with all its files."""
+"""The command `train`, and the function `run`, which also writes the report."""
 
 import functools
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from cs_jax.sweep import tickets as sweep_tickets
 from cs_jax.training import processes
 
 run = functools.partial(experiment_run.run, write_report=write_report)
-"""`experiment.run.run`, with the report at its end."""
+"""`experiment.run.run`, followed by the report of the run."""
 
 
 def train(arguments: Sequence[str], *, prog: str) -> None:
-    """search a ticket, rewind it, retrain it, and report; or resume a run that was stopped"""
+    """search for a ticket, rewind it, retrain it and write a report; or resume a stopped run"""
     config, invocation = parse_train(arguments, prog=prog)
     if invocation.coordinator is not None:
         processes.start(invocation.coordinator, invocation.processes, invocation.process_id, prog=prog)

@@ -1,8 +1,8 @@
-"""Worker process of a sweep: trains the runs that it receives, and compiles equal networks once.
+"""Worker process of a sweep: trains the runs in its input, and compiles equal networks once.
 
-Each input line is a JSON object with one run, or several runs that can share a program. Each output line is a JSON
-object with an event. At the end of the input, when the sweep has ended or died, the process saves its unfinished runs
-and ends.
+Each input line is a JSON object with one run, or with several runs that can share a program. Each output line is a JSON
+object with an event. The input ends when the sweep has ended or died. Then the process saves its unfinished runs and
+ends.
 """
 
 import json
@@ -30,10 +30,10 @@ def send(output: IO[str], **event: Any) -> None:
 
 
 def main() -> int:
-    """Trains runs until the input ends. Returns the exit code."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C of a terminal is for the sweep, which then ends its workers
+    """Trains runs until the input ends; returns the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C, the sweep stops its workers
     output = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # lines that libraries print must not mix with events
+    os.dup2(2, 1)  # output of libraries must not mix with events
     compile_cache.keep_programs()
     send(output, ready=True)
 
@@ -56,7 +56,7 @@ def main() -> int:
 
 
 def _jobs() -> Iterator[dict[str, Any]]:
-    """Parsed lines of the input. At the end of the input, active runs get SIGTERM, which saves them."""
+    """Parsed lines of the input. At the end of the input, the process gets SIGTERM, so that active runs are saved."""
     jobs: queue.Queue[dict[str, Any] | None] = queue.Queue()
     busy, ended = threading.Event(), threading.Event()
 

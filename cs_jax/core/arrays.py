@@ -1,7 +1,7 @@
-"""Dtypes and places of arrays: computation and storage in bfloat16, stochastic rounding, copies on the host.
+"""Helpers for arrays: computation and storage in bfloat16, stochastic rounding, copies on the host.
 
-Training in bfloat16 keeps float32 for sums of small numbers: weights, their momentum, BatchNorm statistics, masks,
-logits and the loss.
+Training in bfloat16 keeps weights, momentum of the weights, BatchNorm statistics, masks, logits and the loss in
+float32, because bfloat16 has too few digits for them.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ DTYPES: dict[str, DTypeLike | None] = {"float32": None, "bfloat16": jnp.bfloat16
 def logits_dtype(dtype: DTypeLike | None) -> DTypeLike | None:
     """Dtype of the logits of a network that computes in `dtype`: at least float32.
 
-    Three digits do not order two classes with nearly equal logits, and the classifier is cheap.
+    In bfloat16, two different logits could become equal. The classifier is cheap, also in float32.
 
     Args:
         dtype: dtype of the other layers; None means the dtype of inputs and weights.
@@ -68,7 +68,7 @@ def narrow_like(key: jax.Array, values: PyTree, like: PyTree) -> PyTree:
     Args:
         key: PRNG key; unused if no dtype changes. The draws do not depend on the sharding of the arrays.
         values: arrays, any shapes.
-        like: tree with the same structure, whose leaves have the dtypes.
+        like: tree with the same structure; its leaves have the wanted dtypes.
 
     Returns:
         Tree like `values`.
@@ -79,15 +79,15 @@ def narrow_like(key: jax.Array, values: PyTree, like: PyTree) -> PyTree:
         return values
     keys, narrowed = jax.random.split(key, len(arrays)), []
     for number, dtype in enumerate(dtypes):
-        # The barrier rounds one array after another: random bits for all arrays at once need more memory than
-        # bfloat16 saves.
+        # The barrier makes XLA round one array after another. Random bits for all arrays at once would need more memory
+        # than bfloat16 saves.
         array, array_key, narrowed = lax.optimization_barrier((arrays[number], keys[number], narrowed))
         narrowed.append(stochastic_round(array_key, array) if dtype == jnp.bfloat16 else array.astype(dtype))
     return treedef.unflatten(narrowed)
 
 
 def stochastic_round(key: jax.Array, array: jax.Array) -> jax.Array:
-    """The array in bfloat16, each entry rounded up or down at random, so that the mean over keys is the entry.
+    """The array in bfloat16, each entry rounded up or down at random, so that the expected value is the entry.
 
     With rounding to nearest, steps below 0.002 would never change a score of 1.
 
@@ -108,10 +108,10 @@ def stochastic_round(key: jax.Array, array: jax.Array) -> jax.Array:
 
 
 def on_host(tree: PyTree) -> PyTree:
-    """The tree with NumPy arrays of all entries.
+    """The tree as NumPy arrays, with all entries of sharded arrays.
 
     Args:
-        tree: arrays, also sharded over several devices; the devices of this process must have every entry.
+        tree: arrays, possibly sharded over several devices; the devices of this process must together have every entry.
     """
     return jax.tree.map(_array_on_host, tree)
 

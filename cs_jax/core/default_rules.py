@@ -1,4 +1,4 @@
-"""Default rule: recognizes weights by their names and the names of their layers, because pytrees store no roles."""
+"""Default rule: recognizes weights by the names of arrays and layers, because a pytree does not store their roles."""
 
 import re
 from collections.abc import Mapping
@@ -22,9 +22,9 @@ _EMBEDDING_NAMES = {"wte", "wpe", "pos", "positional"}
 def default_weights(leaves: Mapping[Path, Any], kinds: Mapping[Path, str]) -> list[Path]:
     """Paths of weight matrices and convolution kernels, except embeddings, norms and classifier heads.
 
-    The exceptions have few weights, and pruning them does much harm: a row of an embedding is trained only with its
-    token, a norm scales whole channels, and a class can lose all its evidence in the head. The kind of a layer is
-    decided by its own name, and in trees of objects also by its class, never by the modules around it.
+    Pruning the exceptions can do much harm: a row of an embedding is trained only with its token, a norm scales whole
+    channels, and a class can lose all its weights in the head. A layer is an exception because of its name or, in trees
+    of objects, because of the name of its class. The names of the modules around the layer have no effect.
 
     Args:
         leaves: arrays, tracers or `jax.ShapeDtypeStruct`, by path.
@@ -43,7 +43,7 @@ def _is_weight(path: Path, leaf: Any) -> bool:
 
 
 def _is_excepted(path: Path, kinds: Mapping[Path, str]) -> bool:
-    layer = trees.name(path[:-1]).split("/")[-1]  # one key of Haiku's contains several names
+    layer = trees.name(path[:-1]).split("/")[-1]  # a Haiku key contains several names
     kind = kinds.get(path[:-1], "")
     leaf = path[-1].lower() if path else ""
     return _is_excepted_layer(layer) or _is_excepted_layer(kind) or leaf in _EMBEDDING_NAMES

@@ -1,4 +1,4 @@
-"""Printed table of the weights that rules mask."""
+"""Prints a table of the weights that rules select for masks."""
 
 import math
 
@@ -20,18 +20,19 @@ def describe(
 ) -> None:
     """Prints a table of all float arrays of a model: masked or not, number of entries, share of all weights.
 
-    In the column "masked", "yes" means one score per entry, "by 3×3×16×1" one score per block of this size, and "2:4"
-    an N:M pattern. "no" means an array of two or more axes that is not masked, and "-" another array.
+    In the column "masked", "yes" means that the array has one score per entry, "by 3×3×16×1" that it has one score per
+    block of this size, and "2:4" that it has this N:M pattern. Arrays without a mask have "no" if they have two or more
+    axes, and "-" if they have fewer.
 
     Args:
         params: weights of any model: arrays, tracers or `jax.ShapeDtypeStruct` in any pytree.
         where: rules, as for `select`.
         target_density: share of all masked weights that the ticket keeps, in (0, 1], or None; as for `select`.
-        allow_empty_layers: whether a ticket may keep no weight of a masked array.
+        allow_empty_layers: whether a ticket may prune all weights of a masked array.
 
     Raises:
-        TypeError: as `select`.
-        ValueError: as `select`.
+        TypeError: as for `select`.
+        ValueError: as for `select`.
     """
     leaves = {path: leaf for path, leaf in trees.leaves_by_path(params).items() if is_float(leaf)}
     selection = select(params, where, target_density=target_density, allow_empty_layers=allow_empty_layers)
@@ -50,7 +51,7 @@ def describe(
     console = Console()
     console.print(table, soft_wrap=True)
     console.print(
-        f"{selection.size:,} of {total:,} weights masked ({selection.size / total:.1%}), in {len(masked)} arrays",
+        f"{selection.size:,} of {total:,} weights have a mask ({selection.size / total:.1%}), in {len(masked)} arrays",
         highlight=False,
     )
     for budget in selection.budgets:

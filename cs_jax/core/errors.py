@@ -13,21 +13,21 @@ class ConfigError(ValueError):
 
 
 class CsJaxWarning(UserWarning):
-    """Base class of all warnings of this package; a run shows every one of them, also repeated ones."""
+    """Base class of all warnings of this package. A run prints each warning that is issued, also repetitions."""
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an error of JAX means that the memory of a device was too small."""
+    """Whether a JAX error reports that the memory of a device is exhausted."""
     return any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "Out of memory"))
 
 
 @contextlib.contextmanager
 def error_in_file(file: Path, *others: type[Exception]) -> Iterator[None]:
-    """Context manager that turns errors about the content of a file into a one-line ConfigError with its path.
+    """Context manager that converts errors about the content of a file into a one-line ConfigError with the path.
 
     Args:
         file: path at the start of the message.
-        others: classes of errors to turn, in addition to ConfigError.
+        others: exception classes to convert, in addition to ConfigError.
 
     Raises:
         ConfigError: the path and the first line of the error.
@@ -44,13 +44,13 @@ def one_of(value: str, choices: Any) -> str:
 
 
 def closest(value: str, choices: Any) -> str:
-    """Hint of a message: " (did you mean a?)", or an empty text if no choice is similar to `value`."""
+    """Hint of a message: " (did you mean a?)", or an empty string if no choice is similar to `value`."""
     close = difflib.get_close_matches(value, list(choices), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def in_words(value: Any) -> str:
-    """Value of a setting as on a command line; "nothing" for None and empty sequences."""
+    """Value of a setting as text, as on a command line; "nothing" for None or an empty sequence."""
     if isinstance(value, tuple | list):
         return " ".join(map(str, value)) or "nothing"
     return "nothing" if value is None else str(value)

@@ -11,7 +11,7 @@ _TEMPORARY = ".tmp"
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether the name of a file is one of `write_all`'s temporary files, which a killed process leaves behind."""
+    """Whether a file is a temporary file of `write_all`, which a killed process leaves behind."""
     return path.name.startswith(".") and path.suffix == _TEMPORARY
 
 
@@ -39,12 +39,12 @@ def check_out(path: Path, *, source: Path | None = None, kind: str = "ticket") -
         kind: kind of the source in the message.
 
     Raises:
-        ConfigError: `path` is a folder, its folder is missing, or it is the source.
+        ConfigError: `path` is a folder, the folder that contains `path` is missing, or `path` is the source.
     """
     if path.is_dir():
-        raise ConfigError(f"--out {path}: must be a file, not a folder")
+        raise ConfigError(f"--out {path}: must be a file, not a folder; add a file name")
     if not path.parent.is_dir():
-        raise ConfigError(f"--out {path}: the folder of the file must exist; create it, or choose another one")
+        raise ConfigError(f"--out {path}: the folder of the file must exist; create this folder, or choose another one")
     if source is not None and path.exists() and source.exists() and path.samefile(source):
         raise ConfigError(f"--out {path}: must not overwrite the {kind}; choose another file")
 
@@ -63,7 +63,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def write_all(contents: Mapping[Path, bytes]) -> None:
-    """Writes or replaces several files: none appears before the contents of all are on the disk.
+    """Writes or replaces several files: no file appears before the contents of all files are on the disk.
 
     Args:
         contents: contents by path; folders must exist.
@@ -72,7 +72,7 @@ def write_all(contents: Mapping[Path, bytes]) -> None:
         OSError: a file cannot be written. On a full disk, no file is changed. If a path is a folder, this path and the
             paths after it are unchanged.
     """
-    # Short names of a fixed length: the name of the file with a suffix could exceed the limit of the file system.
+    # Short names of a fixed length: a file name with a suffix could exceed the limit of the file system.
     staged = {path: path.with_name(f".{secrets.token_hex(8)}{_TEMPORARY}") for path in contents}
     try:
         for path, content in contents.items():
@@ -86,7 +86,7 @@ def write_all(contents: Mapping[Path, bytes]) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes a new file and waits until the content is on the disk, because a rename does not wait for it."""
+    """Writes a new file and waits until the content is on the disk, because a rename does not wait for the content."""
     with open(path, "xb") as file:
         file.write(content)
         file.flush()

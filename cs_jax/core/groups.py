@@ -1,7 +1,8 @@
-"""Groups of weights that share one score: entries, channels, blocks, attention heads, or entries of an N:M pattern.
+"""Groups of weights with a common score (entries, channels, blocks, attention heads), and N:M patterns.
 
-Every group except N:M is a block: the weight array is cut into equal boxes with one score each. A score array therefore
-has the number of axes of its weights, and each of its sizes divides theirs. A mask repeats it along each axis.
+Every group except N:M is a block: the weight array is cut into equal boxes with one score each. A score array has the
+same number of axes as its weight array. Along each axis, the number of scores divides the number of weights, and the
+mask repeats each score.
 """
 
 import math
@@ -20,7 +21,7 @@ LAYOUTS = ("auto", "in_out", "out_in")
 
 @dataclass(frozen=True)
 class Axes:
-    """One score for every index along these axes; entries that differ only along the other axes share it.
+    """One score for every combination of indices along these axes; entries that differ only along other axes share one.
 
     Attributes:
         axes: axes of the weight array, from 0; negative axes count from the last.
@@ -34,8 +35,9 @@ class Block:
     """One score for every box of entries.
 
     Attributes:
-        shape: size of the box along every axis of the weight array, each at least 1 and a divisor of the axis; or two
-            sizes, (input, output), for an array with more axes, which is cut into single entries along the others.
+        shape: size of the box along every axis of the weight array, each at least 1 and a divisor of the axis. For an
+            array with more than two axes, also (input, output): the sizes along these two axes; along the other axes,
+            the box has size 1.
     """
 
     shape: tuple[int, ...]
@@ -54,7 +56,7 @@ class Head:
 
 @dataclass(frozen=True)
 class NM:
-    """One score for every entry; exactly `n` of every `m` neighbours along the input axis are kept.
+    """One score for every entry; exactly `n` of every `m` consecutive entries along the input axis are kept.
 
     Attributes:
         n: kept entries in a group, from 1 to `m`.
@@ -73,12 +75,12 @@ class Grouping:
     """Groups of one masked weight array.
 
     Attributes:
-        path: path of the weights, their scores and their mask.
+        path: path of the weights, the scores and the mask.
         shape: shape of the weights.
         dtype: dtype of the weights.
         block: size of a group along each axis; divides `shape`.
-        pattern: N:M pattern of the mask; None without one.
-        pattern_axis: axis along which the neighbours of the pattern lie.
+        pattern: N:M pattern of the mask, or None.
+        pattern_axis: axis along which the m consecutive entries of a pattern lie.
     """
 
     path: Path
@@ -113,10 +115,12 @@ class AxisHints:
 
     Attributes:
         layout: "in_out" means (..., input, output), as in Flax and Haiku; "out_in" means (output, input, ...), as in
-            Equinox and PyTorch. "auto" decides by the name: `kernel` and `w` are "in_out", `weight` is "out_in", and
-            Flax's attention has (input, heads, size) and (heads, size, output).
-        stacked: number of leading axes along which layers are stacked, as by `nn.scan`; every layer has its own
-            groups. None means 0, and refuses arrays of three axes, which could be either.
+            Equinox and PyTorch. "auto" decides by the name of the array: `kernel`, `w` and `w_*` are "in_out", names
+            with the word "weight" are "out_in". Other names and transposed convolutions raise an error. In Flax's
+            attention, query, key and value are (input, heads, size), and out is (heads, size, output).
+        stacked: number of leading axes along which layers are stacked, as by `nn.scan`; no group spans several layers.
+            None means 0, but raises an error for an array of three axes outside Flax's attention, because the array
+            could be a 1D convolution kernel or a stack of dense kernels.
         in_attention: whether the weights are a projection in Flax's attention.
     """
 
@@ -138,7 +142,7 @@ def grouping(path: Path, weights: Any, group: Group, hints: AxisHints = _NO_HINT
         hints: position of the input and output axes.
 
     Raises:
-        ValueError: the group does not fit the shape, or its axes are ambiguous; names the weights.
+        ValueError: the group does not fit the shape, or its axes are ambiguous. The message names the weights.
     """
     shape, dtype = tuple(weights.shape), np.dtype(weights.dtype)
     single_entries = (1,) * len(shape)
@@ -171,7 +175,8 @@ def check_group(group: Group) -> None:
         if not group.shape or min(group.shape) < 1:
             raise ValueError(f"Block shape {group.shape}: must have sizes of at least 1")
     elif isinstance(group, Head):
-        _check_whole_numbers("Head", "num_heads", (group.num_heads or 1,))
+        if type(group.num_heads or 1) is not int:
+            raise TypeError(f"Head num_heads {group.num_heads!r}: must be a whole number, or None")
         if group.num_heads is not None and group.num_heads < 1:
             raise ValueError(f"Head num_heads {group.num_heads}: must be at least 1")
     elif isinstance(group, Axes):
@@ -192,7 +197,7 @@ def words(text: str) -> list[str]:
 
 
 def _layer_name(path: Path) -> str:
-    """Name of the layer that contains the weights; one key of Haiku's contains several names with slashes."""
+    """Name of the layer that contains the weights; a Haiku key contains several names, separated by slashes."""
     return trees.name(path[:-1]).split("/")[-1]
 
 
@@ -214,8 +219,8 @@ def _axis_roles(path: Path, shape: tuple[int, ...], hints: AxisHints) -> _AxisRo
         return _AxisRoles((first,), (first + 1, first + 2), stacked)
     if hints.stacked is None and ndim == 3:
         raise ValueError(
-            f"weights {trees.name(path)!r} of shape {shape}: ambiguous, a convolution along one axis or layers that "
-            "are stacked along the first; set stacked=0 or stacked=1 in the rule"
+            f"weights {trees.name(path)!r} of shape {shape}: ambiguous: a 1D convolution kernel (set stacked=0 in the "
+            "rule), or dense kernels stacked along the first axis (set stacked=1 in the rule)"
         )
     if layout == "auto":
         layout = _layout_by_name(path)
@@ -228,7 +233,7 @@ def _layout_by_name(path: Path) -> Layout:
     leaf = path[-1] if path else ""
     if "transpose" in words(_layer_name(path)):
         raise ValueError(
-            f"weights {trees.name(path)!r}: ambiguous, libraries differ in the input axis of a transposed convolution; "
+            f"weights {trees.name(path)!r}: ambiguous: libraries differ in the input axis of a transposed convolution; "
             "set layout='in_out' or 'out_in' in the rule"
         )
     if "weight" in words(leaf):
@@ -236,16 +241,19 @@ def _layout_by_name(path: Path) -> Layout:
     if leaf == "kernel" or leaf == "w" or leaf.startswith("w_"):
         return "in_out"
     raise ValueError(
-        f"weights {trees.name(path)!r}: ambiguous, the name does not indicate the input axis; "
+        f"weights {trees.name(path)!r}: ambiguous: the name does not indicate the input axis; "
         "set layout='in_out' or 'out_in' in the rule"
     )
 
 
 def _blocks_along(path: Path, shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
-    """Block of size 1 along `axes` and of full size along the others."""
+    """Block of size 1 along `axes`, and of full size along the other axes."""
     wrong = [axis for axis in axes if not -len(shape) <= axis < len(shape)]
     if wrong:
-        raise ValueError(f"weights {trees.name(path)!r} of shape {shape}: must have axis {wrong[0]} of the group")
+        raise ValueError(
+            f"weights {trees.name(path)!r} of shape {shape}: Axes names axis {wrong[0]}; use axes from "
+            f"{-len(shape)} to {len(shape) - 1}"
+        )
     single = {axis % len(shape) for axis in axes}
     return tuple(1 if axis in single else size for axis, size in enumerate(shape))
 
@@ -276,23 +284,26 @@ def _head_block(path: Path, shape: tuple[int, ...], group: Head, roles: _AxisRol
         axes = roles.inputs
     else:
         raise ValueError(
-            f"weights {trees.name(path)!r}: Head needs a query, key, value or output projection, and "
-            f"{_layer_name(path)!r} does not indicate one; use Axes or Block as the group"
+            f"weights {trees.name(path)!r}: Head requires a query, key, value or output projection, and the "
+            f"layer name {_layer_name(path)!r} does not indicate one; use Axes or Block as the group"
         )
     axis, num_heads = axes[0], group.num_heads
     if len(axes) == 2:  # the weights have an axis of heads
         if num_heads not in (None, shape[axis]):
             raise ValueError(
-                f"weights {trees.name(path)!r} of shape {shape}: num_heads {num_heads} must be {shape[axis]}"
+                f"weights {trees.name(path)!r} of shape {shape}: Head num_heads {num_heads} must be {shape[axis]}, the "
+                "size of the axis of heads; or leave num_heads out"
             )
         return _blocks_along(path, shape, (*roles.stacked, axis))
     if num_heads is None:
         raise ValueError(
-            f"weights {trees.name(path)!r} of shape {shape}: must have an axis of heads; use Head(num_heads)"
+            f"weights {trees.name(path)!r} of shape {shape}: must have an axis of heads; or give the number of "
+            "heads, as in Head(8)"
         )
     if shape[axis] % num_heads:
         raise ValueError(
-            f"weights {trees.name(path)!r} of shape {shape}: num_heads {num_heads} must divide axis {axis}"
+            f"weights {trees.name(path)!r} of shape {shape}: Head num_heads {num_heads} must divide {shape[axis]}, "
+            f"the size of axis {axis}"
         )
     return tuple(shape[axis] // num_heads if index == axis else size for index, size in enumerate(shape))
 
@@ -300,6 +311,6 @@ def _head_block(path: Path, shape: tuple[int, ...], group: Head, roles: _AxisRol
 def _check_pattern(path: Path, shape: tuple[int, ...], pattern: NM, axis: int) -> None:
     if shape[axis] % pattern.m:
         raise ValueError(
-            f"weights {trees.name(path)!r} of shape {shape}: {pattern.n}:{pattern.m} needs an input axis that "
-            f"{pattern.m} divides; axis {axis} has size {shape[axis]}"
+            f"weights {trees.name(path)!r} of shape {shape}: axis {axis} has size {shape[axis]}; for a "
+            f"{pattern.n}:{pattern.m} pattern, the size of the input axis must be a multiple of {pattern.m}"
         )

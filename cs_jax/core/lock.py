@@ -1,4 +1,4 @@
-"""Locks a run or sweep folder, so that one process at a time writes to it."""
+"""Lock of a run or sweep folder: only one process at a time writes to the folder."""
 
 import contextlib
 import errno
@@ -22,15 +22,15 @@ class LockedError(ConfigError):
 class Lock:
     """Context manager that holds the lock of a folder for this process.
 
-    The operating system owns the lock, so the lock of a dead process is free, also after SIGKILL. The lock file
-    contains the id and host of its process as JSON, for the message to other processes. The file is deleted when the
-    context ends. On a file system without locks, every process enters.
+    The operating system releases the lock when the process ends, also after SIGKILL. The lock file contains the id and
+    host of the process as JSON, for the error message in other processes. The file is deleted when the context ends. On
+    a file system without locks, several processes can enter.
 
     Args:
         path: lock file, in the folder to lock. The folder must exist.
 
     Raises:
-        LockedError: on entering, if another process holds the lock; names that process and its host.
+        LockedError: on entering, if another process holds the lock. The message names the process and host, if known.
         ConfigError: on entering, if the folder is missing or not writable.
     """
 
@@ -44,7 +44,8 @@ class Lock:
             folder.stat()  # FileLock creates a missing folder
             self._lock.acquire()
         except Timeout:
-            raise LockedError(f"{folder}: {self._read_holder()} is writing to it; wait until it has finished") from None
+            message = f"{folder}: {self._read_holder()} is writing to this folder; wait until that process has finished"
+            raise LockedError(message) from None
         except OSError as error:
             if error.errno not in _FILE_SYSTEM_HAS_NO_LOCKS:
                 raise ConfigError(f"{folder}: cannot be written: {error.strerror}") from error
@@ -66,5 +67,5 @@ class Lock:
 
 
 def _write_holder(file: int) -> None:
-    os.ftruncate(file, 0)  # a killed process leaves its record
+    os.ftruncate(file, 0)  # a killed process leaves its id and host
     os.pwrite(file, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode(), 0)

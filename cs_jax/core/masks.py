@@ -1,8 +1,9 @@
-"""Scores to masks and back: the formulas of Continuous Sparsification as pure functions on pytrees.
+"""Masks from scores, and the reset of scores: the formulas of Continuous Sparsification as pure functions on pytrees.
 
 A *score* is a trainable number, one per maskable weight. A *mask* multiplies the weight. Every function accepts one
-array or any pytree of JAX or NumPy arrays, and keeps structure and dtypes. A NumPy array of float64 stays float64, with
-JAX's 64-bit mode on or off.
+array or any pytree of JAX or NumPy arrays. Functions that return a tree keep the structure of the argument;
+`soft_mask`, `hard_mask` and `prune_scores` also keep dtypes. A NumPy array of float64 stays float64, with JAX's 64-bit
+mode on or off.
 
 References:
     Savarese, Silva and Maire, "Winning the Lottery with Continuous Sparsification", NeurIPS 2020, arXiv:1912.04427.
@@ -21,7 +22,8 @@ from jaxtyping import PyTree
 from cs_jax.core.arrays import at_least_float32, map_leaves, on_host
 
 MIN_INIT_VALUE = -80.0
-"""Lowest initial score: below it, the mask scale 1 / sigmoid(init_value) overflows float32."""
+"""Lowest initial score. The mask scale 1 / sigmoid(init_value) overflows float32 below about -88; the difference is a
+margin for products with the scale."""
 
 
 def init_scores(masks: PyTree, value: ArrayLike, *, dtype: DTypeLike | None = None) -> PyTree:
@@ -37,7 +39,8 @@ def init_scores(masks: PyTree, value: ArrayLike, *, dtype: DTypeLike | None = No
         Tree like `masks` (structure, shapes) of constant arrays, on the devices of the masks.
 
     Raises:
-        ValueError: a leaf is not an array, `value` is not finite or below -80, or `dtype` is not a float dtype.
+        ValueError: a leaf is not an array; `value` is not a scalar or, where concrete, is not a finite real number
+            of at least -80; `dtype` is not a float dtype.
 
     >>> init_scores({"kernel": jnp.ones((1, 2), jnp.bfloat16)}, -0.02)
     {'kernel': Array([[-0.02, -0.02]], dtype=float32)}
@@ -92,8 +95,8 @@ def soft_mask(scores: PyTree, temperature: ArrayLike, *, init_value: ArrayLike) 
 def hard_mask(scores: PyTree, *, init_value: ArrayLike) -> PyTree:
     """Mask of a ticket, `[score > 0] / sigmoid(init_value)`, leaf by leaf.
 
-    The inequality is strict: a score of exactly 0 is off. The scale of the soft masks stays, because the network was
-    trained with it: at `init_value` 0 a kept weight is multiplied by 2.
+    The inequality is strict: a score of exactly 0 gives a mask of 0. Kept entries have the scale of the soft masks,
+    because the network was trained with this scale: at `init_value` 0 a kept weight is multiplied by 2.
 
     Args:
         scores: float arrays, any shapes.
@@ -121,12 +124,12 @@ def hard_mask(scores: PyTree, *, init_value: ArrayLike) -> PyTree:
 def prune_scores(scores: PyTree, temperature: ArrayLike, *, init_value: ArrayLike) -> PyTree:
     """Scores after the reset between rounds, `min(temperature * score, init_value)`, leaf by leaf.
 
-    The reset forgets positive evidence and keeps negative evidence. With the temperature at the end of the round, this
-    is the paper's reset: pruned entries stay pruned. With temperature 1, this is the reset of the authors' script:
-    pruned entries can return.
+    A score above `init_value / temperature` becomes `init_value`. A lower score is multiplied by the temperature. With
+    the temperature at the end of the round, this is the paper's reset: clearly negative scores become so low that the
+    entries stay pruned. With temperature 1, this is the reset of the authors' script: pruned entries can return.
 
-    Afterwards no score exceeds `init_value`. For `init_value <= 0` the hard mask is then empty: evaluate a ticket
-    before the reset, never right after it.
+    After the reset, no score exceeds `init_value`. For `init_value <= 0` the hard mask is then 0 everywhere: evaluate a
+    ticket before the reset, never right after it.
 
     Args:
         scores: float arrays, any shapes.
@@ -134,8 +137,8 @@ def prune_scores(scores: PyTree, temperature: ArrayLike, *, init_value: ArrayLik
         init_value: initial value of all scores, finite, at least -80. May be traced.
 
     Returns:
-        Tree like `scores` (structure, shapes, dtypes). A product too large for the dtype becomes its lowest finite
-        value.
+        Tree like `scores` (structure, shapes, dtypes). A product below the range of the dtype becomes the lowest
+        finite value of the dtype.
 
     Raises:
         ValueError: a leaf is not a float array, or the temperature or initial value, where concrete, is out of range.
@@ -148,16 +151,16 @@ def prune_scores(scores: PyTree, temperature: ArrayLike, *, init_value: ArrayLik
     _check_floats(scores, "scores")
 
     def reset(score: jax.Array) -> jax.Array:
-        evidence = jnp.minimum(temperature * at_least_float32(score), init_value)
-        return jnp.maximum(evidence, float(jnp.finfo(score.dtype).min)).astype(score.dtype)
+        limited = jnp.minimum(temperature * at_least_float32(score), init_value)
+        return jnp.maximum(limited, float(jnp.finfo(score.dtype).min)).astype(score.dtype)
 
     return map_leaves(reset, scores)
 
 
 def mask_penalty(masks: PyTree) -> jax.Array:
-    """Penalty of the masks, the sum of all entries; its weight in the loss is lambda in the paper.
+    """Penalty on the masks: the sum of all entries. The weight of the penalty in the loss is lambda in the paper.
 
-    Entries include their scale `1 / sigmoid(init_value)`, as in the authors' code.
+    Entries include the scale `1 / sigmoid(init_value)`, as in the authors' code.
 
     Args:
         masks: arrays, any shapes.
@@ -182,11 +185,11 @@ def mask_penalty(masks: PyTree) -> jax.Array:
 def density(masks: PyTree) -> Any:
     """Density of a tree of hard masks: share of nonzero entries, in [0, 1].
 
-    Entries of all leaves are counted together, so large layers weigh more than small ones. Entries of soft masks are
-    almost never exactly 0: pass `hard_mask(scores, ...)`.
+    Entries of all leaves are counted together, so large layers have more influence than small layers. Entries of
+    soft masks are almost never exactly 0: pass `hard_mask(scores, ...)`.
 
     Args:
-        masks: hard masks, any dtypes and shapes; at least one entry in all.
+        masks: hard masks, any dtypes and shapes; at least one entry in total.
 
     Returns:
         A Python float; a scalar array if a mask is traced.
@@ -204,7 +207,7 @@ def density(masks: PyTree) -> Any:
         raise ValueError("masks without entries: must have at least one entry")
     if any(isinstance(mask, Tracer) for mask in leaves):
         return jnp.asarray(sum(jnp.count_nonzero(mask) for mask in leaves) / total)
-    # Rows are counted on the devices of the masks and added on the host: a 32-bit count cannot overflow.
+    # Rows are counted on the devices of the masks and added on the host, so that a 32-bit count cannot overflow.
     counts = on_host([_count_rows(mask) for mask in leaves])
     return sum(int(np.sum(count, dtype=np.int64)) for count in counts) / total
 

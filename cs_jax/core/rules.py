@@ -26,27 +26,28 @@ class Rule:
     """Selection of weights to mask, with the group of weights per score and an optional target density.
 
     Attributes:
-        where: None, one glob, several globs, or a function.
-            None selects the default: weights of two or more axes, except biases, embeddings, norms and classifier
-            heads, recognized by name.
+        where: None, a glob, a sequence of globs, or a function.
+            None selects the default: float arrays of two or more axes with a usual name for weights, such as `kernel`,
+            `weight` or `w`, except in embeddings, norms and classifier heads, which are recognized by name.
             A glob is compared with the path of a weight, such as "encoder/layers/0/kernel". `*` matches one part of a
-            path, `**` any number of parts, `{a,b}` matches a or b. A glob without a slash is compared with the last
-            part alone. A glob after `!` excludes weights that the other globs select; if all globs have `!`, they
-            exclude weights from the default.
+            path, `**` any number of parts, `{a,b}` matches a or b. A glob without a slash is compared only with the
+            last part. A glob that starts with `!` excludes weights that the other globs select; if all globs start with
+            `!`, they exclude weights from the default.
             A function receives the path as text and the array (or a tracer or `jax.ShapeDtypeStruct`), and returns
             whether to mask the weight.
         group: weights that share a score: "entry", "output_channel", "input_channel", `Axes`, `Block`, `Head` or `NM`.
-        layout: position of the input and output axes: "auto" decides by the library's names, "in_out" means
+        layout: position of the input and output axes: "auto" decides by the name of the array, "in_out" means
             (..., input, output) as in Flax and Haiku, "out_in" means (output, input, ...) as in Equinox and PyTorch.
         stacked: number of leading axes along which layers are stacked, as by `nn.scan` and `eqx.filter_vmap`; a group
-            never spans several layers. None means 0, except that weights of three axes, which could be either, are
-            refused.
+            never spans several layers. None means 0, but if the group depends on the input or output axis, weights of
+            three axes outside Flax's attention raise an error: they could be a 1D convolution kernel or a stack of
+            dense kernels.
         target_density: share of the rule's weights that the ticket keeps, in (0, 1]; None means that only the target
             of the whole network applies.
 
     Raises:
-        TypeError: `where` or `group` has a wrong type.
-        ValueError: an attribute is out of range.
+        TypeError: `where`, `group` or `target_density` has a wrong type.
+        ValueError: an attribute is out of range, or an N:M group has a target density.
     """
 
     where: str | Sequence[str] | Predicate | None = None
@@ -61,11 +62,11 @@ class Rule:
         patterns = self.where if isinstance(self.where, tuple) else (self.where,)
         are_globs = bool(patterns) and all(isinstance(pattern, str) for pattern in patterns)
         if not (are_globs or self.where is None or callable(self.where)):
-            raise TypeError(f"where {self.where!r}: must be a glob, several globs, or a function of path and array")
+            raise TypeError(f"where {self.where!r}: must be a glob, a list of globs, or a function of path and array")
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout {self.layout!r}: must be one of {', '.join(LAYOUTS)}")
         if self.stacked is not None and (type(self.stacked) is not int or self.stacked < 0):
-            raise ValueError(f"stacked {self.stacked!r}: must be a number of axes of at least 0, or None")
+            raise ValueError(f"stacked {self.stacked!r}: must be a whole number of at least 0, or None")
         check_group(self.group)
         if self.target_density is not None:
             check_density(self.target_density)
@@ -77,8 +78,8 @@ class Rule:
 
 
 Where = None | str | Predicate | Rule | Sequence[str] | Sequence[Rule]
-"""Values of `where` arguments: a value of `Rule.where`, a rule, or several rules. The first rule that selects a weight
-applies to it."""
+"""Type of `where` arguments: a value of `Rule.where`, a rule, or a sequence of rules. If several rules select a weight,
+the first of these rules applies."""
 
 
 def select(
@@ -88,19 +89,19 @@ def select(
 
     Args:
         params: weights of any model: arrays, tracers or `jax.ShapeDtypeStruct` in any pytree.
-        where: rules; None masks weights of two or more axes, except biases, embeddings, norms and classifier heads,
-            recognized by name.
-        target_density: share of all masked weights that the ticket keeps, in (0, 1]. If rules have targets too, weights
-            of the other rules share the rest of the total. None sets no target.
-        allow_empty_layers: whether a ticket may keep no weight of a masked array.
+        where: rules; None selects the default of `Rule.where`.
+        target_density: share of all masked weights that the ticket keeps, in (0, 1]. Rules with targets and N:M groups
+            keep their densities; the other masked weights are pruned so that the total is met. None sets no target.
+        allow_empty_layers: whether a ticket may prune all weights of a masked array.
 
     Returns:
         The selection, with the masked arrays in the order of the leaves of `params`.
 
     Raises:
-        TypeError: `where` is not a rule, or `target_density` is traced.
+        TypeError: `where` has a wrong type, or `target_density` is traced or not a number.
         ValueError: a glob or rule selects nothing, or everything including biases; a selected leaf is not a real float
-            array; a group does not fit; a target cannot be met. The message names the weights or the argument.
+            array, or is empty; a group does not fit; a target is out of range or cannot be met. The message names the
+            weights or the argument.
     """
     leaves = trees.leaves_by_path(params)
     rules = as_rules(where)
@@ -116,7 +117,8 @@ def select(
     for index, rule in enumerate(rules):
         if index not in chosen.values():
             raise ValueError(
-                f"rule {rule.where!r}: must select a weight that no earlier rule selects; remove or move it"
+                f"rule {rule.where!r}: must select a weight that no earlier rule selects; remove the rule, or "
+                "move it to the front"
             )
     ordered = [path for path in leaves if path in chosen]
     masked = tuple(_grouping(path, leaves, rules[chosen[path]]) for path in ordered)
@@ -161,8 +163,8 @@ def with_budgets(
     Args:
         selection: masked arrays and groups, without budgets.
         target_density: share of the masked weights that the ticket keeps, in (0, 1]; None sets no target.
-        per_layer: whether every array has the target density, instead of all arrays together.
-        allow_empty_layers: whether a ticket may keep no weight of a masked array.
+        per_layer: whether the target density applies to each array separately, instead of to all arrays together.
+        allow_empty_layers: whether a ticket may prune all weights of a masked array.
 
     Raises:
         TypeError: `target_density` is traced or not a number.
@@ -178,7 +180,7 @@ def with_budgets(
 
 
 def as_rules(where: Where) -> tuple[Rule, ...]:
-    """`where` as rules; the first rule that selects a weight applies to it."""
+    """`where` as a tuple of rules; if several rules select a weight, the first of these rules applies."""
     if isinstance(where, Rule):
         return (where,)
     if isinstance(where, Sequence) and not isinstance(where, str):
@@ -204,7 +206,7 @@ def check_density(value: Any, name: str = "target_density") -> None:
 
 
 def selected_by(rule: Rule, leaves: Mapping[Path, Any], kinds: Mapping[Path, str]) -> list[Path]:
-    """Paths of the leaves that a rule selects, in the order of `leaves`; globs may match none.
+    """Paths of the leaves that a rule selects, in the order of `leaves`; globs may match nothing.
 
     Args:
         rule: rule whose `where` selects.
@@ -224,7 +226,7 @@ def selected_by(rule: Rule, leaves: Mapping[Path, Any], kinds: Mapping[Path, str
 
 
 def _globs(where: str | Sequence[str]) -> tuple[list[str], list[str]]:
-    """Globs that select, and globs that exclude, the latter without `!`."""
+    """Globs that select, and globs that exclude; `!` is removed from globs that exclude."""
     patterns = (where,) if isinstance(where, str) else where
     return [p for p in patterns if not p.startswith("!")], [p[1:] for p in patterns if p.startswith("!")]
 
@@ -253,7 +255,7 @@ def _check_rule(rule: Rule, leaves: Mapping[Path, Any]) -> None:
 
 
 def _suggestions(pattern: str, leaves: Mapping[Path, Any]) -> str:
-    """Leaves in a module with this name, or else leaves with similar names."""
+    """Hint of a message: leaves in a module with this name, or leaves with similar names; "" if there are none."""
     names = list(map(trees.name, leaves))
     inside = [name for name in names if name.startswith(pattern.rstrip("/") + "/")][:3]
     close = inside or difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
@@ -261,7 +263,7 @@ def _suggestions(pattern: str, leaves: Mapping[Path, Any]) -> str:
 
 
 def _check_not_everything(where: Any, found: Sequence[Path], leaves: Mapping[Path, Any]) -> None:
-    """Refuses a rule that selects biases and norms with everything else; a rule that names them is accepted."""
+    """Raises a ValueError if a rule selects all leaves, including biases; a rule that names biases is accepted."""
     flat = [trees.name(path) for path in found if jnp.ndim(leaves[path]) < 2]
     if callable(where):
         everything = len(found) == len(leaves)
@@ -291,7 +293,7 @@ def _budgets(
     target_density: float | None,
     allow_empty_layers: bool,
 ) -> tuple[Budget, ...]:
-    """Budgets from the targets of rules and of the whole network; N:M arrays keep the share of their pattern.
+    """Budgets from the targets of rules and of the whole network; arrays with an N:M pattern are in no budget.
 
     Args:
         masked: all masked arrays.
@@ -321,15 +323,15 @@ def _budgets(
 def _rest(
     masked: tuple[Grouping, ...], members: Sequence[int], budgets: Sequence[Budget], target_density: float
 ) -> Budget | None:
-    """Budget of the arrays `members`, for which no rule and no pattern sets a density; None without such arrays."""
+    """Budget of the arrays `members`, for which no rule and no pattern sets a density; None if `members` is empty."""
     by_pattern = sum(leaf.size * leaf.pattern.n // leaf.pattern.m for leaf in masked if leaf.pattern)
     fixed = by_pattern + sum(budget.keep for budget in budgets)
     keep = round(float(target_density) * sum(leaf.size for leaf in masked))
     size = sum(masked[index].size for index in members)
     if not fixed <= keep <= fixed + size:
         raise ValueError(
-            f"target_density {target_density:g}: {keep} weights cannot be met; rules with targets and N:M patterns "
-            f"keep {fixed}, and the other arrays have {size}"
+            f"target_density {target_density:g}: cannot keep exactly {keep} weights; rules with targets and N:M "
+            f"patterns keep {fixed}, and the other arrays have {size} weights; change one of the targets"
         )
     return Budget(tuple(members), keep - fixed, size) if members else None
 
@@ -339,8 +341,8 @@ def _check_budget(budget: Budget, masked: tuple[Grouping, ...], allow_empty_laye
     if budget.keep < needed and not allow_empty_layers:
         names = _first((masked[index].name for index in budget.members), 4)
         covers_all = budget.size == sum(leaf.size for leaf in masked)
-        least = f"at least {needed / budget.size:.3g}" if covers_all else f"a target of at least {needed} weights there"
+        least = f"at least {needed / budget.size:.3g}" if covers_all else f"a density that keeps {needed} weights"
         raise ValueError(
-            f"target_density: {budget.keep} of {budget.size} weights would empty a layer of {names}; one score in each "
-            f"layer needs {needed} weights; use {least}, or allow_empty_layers=True"
+            f"target_density: keeps {budget.keep} of {budget.size} weights, but one score in each layer of {names} "
+            f"needs {needed} weights; use {least}, or allow_empty_layers=True"
         )

@@ -11,7 +11,8 @@ from jax.core import Tracer
 def temperature(epoch: Any, num_epochs: Any, final: Any) -> Any:
     """Temperature of an epoch, `final ** (epoch / (num_epochs - 1))`: 1 in the first epoch, `final` in the last.
 
-    The temperature is constant in an epoch, and starts again at 1 in each round. A round of one epoch has `final`.
+    The temperature is constant in an epoch, and starts again at 1 in each round. In a round of one epoch, the
+    temperature is `final`.
 
     Args:
         epoch: epoch in the round, from 0 to `num_epochs - 1`; may be traced.
@@ -19,10 +20,10 @@ def temperature(epoch: Any, num_epochs: Any, final: Any) -> Any:
         final: temperature of the last epoch, finite and above 0; may be traced.
 
     Returns:
-        A Python float; a scalar array if an argument is one.
+        A Python float; a scalar array if an argument is an array.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument, where concrete, is out of range.
 
     References:
         Savarese et al., 2020, arXiv:1912.04427, section 3.
@@ -50,14 +51,16 @@ def learning_rate(epoch: int, base: float, boundaries: Sequence[int], drops: Seq
     Args:
         epoch: epoch in the round, from 0.
         base: learning rate before the first drop.
-        boundaries: first epoch of each drop, increasing; boundaries after the last epoch have no effect.
+        boundaries: epochs from which the drops apply, increasing; boundaries after the last epoch have no effect.
         drops: factor of each drop; one per boundary.
 
     Raises:
-        ValueError: the numbers of boundaries and drops differ.
+        ValueError: `boundaries` and `drops` have different lengths.
 
     >>> [learning_rate(epoch, 1.0, (1, 3), (0.5, 0.5)) for epoch in range(4)]
     [1.0, 0.5, 0.5, 0.25]
     """
+    if len(drops) != len(boundaries):
+        raise ValueError(f"drops {tuple(drops)}: must have one factor per boundary, {len(boundaries)}")
     reached = [drop for boundary, drop in zip(boundaries, drops, strict=True) if epoch >= boundary]
     return base * math.prod(reached)

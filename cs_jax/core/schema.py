@@ -1,4 +1,4 @@
-"""Values of stored JSON and TOML, checked against types: msgspec checks, and its errors become one line of ours."""
+"""Type checks of values from JSON and TOML files, by msgspec; errors of msgspec become one-line ConfigErrors."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ from cs_jax.core.errors import ConfigError
 Kind = TypeVar("Kind")
 
 MAX_NAME = 120
-"""Characters of a name in a message: names of a hostile file may be long."""
+"""Maximum number of characters of a name in a message: names in an untrusted file may be long."""
 
 _WORDS = {
     "int": "a whole number",
@@ -28,13 +28,13 @@ _WORDS = {
 
 
 def convert(value: Any, kind: type[Kind], source: str) -> Kind:
-    """The value as an instance of a type; numbers, lists and dictionaries as JSON and TOML readers give them.
+    """The value as an instance of a type.
 
     Args:
-        value: JSON-like data.
+        value: numbers, text, lists and dictionaries, as from a JSON or TOML reader.
         kind: a msgspec Struct, dataclass, NamedTuple, TypedDict or builtin type; ranges are `Annotated[int,
-            msgspec.Meta(ge=0)]`. Unknown keys are refused by a Struct with `forbid_unknown_fields=True` alone.
-        source: name of the file or table, with which an error begins.
+            msgspec.Meta(ge=0)]`. Only a Struct with `forbid_unknown_fields=True` refuses unknown keys.
+        source: name of the file or table, at the start of the error message.
 
     Raises:
         ConfigError: "SOURCE: FIELD VALUE: RULE", for the first value that does not fit.
@@ -50,10 +50,10 @@ def convert(value: Any, kind: type[Kind], source: str) -> Kind:
 
 
 def decode(content: bytes, kind: type[Kind], source: str) -> Kind:
-    """`convert` of the bytes of a JSON document, without NaN and infinities.
+    """Value of a JSON document, as an instance of a type; a document with NaN or infinities is not valid.
 
     Raises:
-        ConfigError: as for `convert`; or the bytes are not JSON.
+        ConfigError: as for `convert`, or the bytes are not valid JSON.
     """
     try:
         value = msgspec.json.decode(content)
@@ -63,15 +63,15 @@ def decode(content: bytes, kind: type[Kind], source: str) -> Kind:
 
 
 def parse_words(words: str | list[str], kind: Any, name: str) -> Any:
-    """The value of a type that words of a command line spell; "none" is None where the type has None and no text.
+    """Value of command-line arguments, as an instance of a type; "none" is None if the type allows None but not text.
 
     Args:
-        words: one word, or a list of them for a tuple type.
+        words: one argument, or a list of arguments for a tuple type.
         kind: as for `convert`.
-        name: of the flag, with which an error begins.
+        name: flag, at the start of the error message.
 
     Raises:
-        ConfigError: "NAME WORD: RULE", for the first word that does not fit.
+        ConfigError: "NAME WORD: RULE", for the first argument that does not fit.
 
     >>> parse_words(["1", "2"], tuple[int, ...], "--lr-schedule")
     (1, 2)
@@ -103,7 +103,7 @@ def shortened(name: str) -> str:
 
 
 def _decode(kind: type, value: Any) -> Any:
-    """Types that msgspec does not know."""
+    """Hook of msgspec: converts a value to a type that msgspec does not support."""
     if kind is Path and isinstance(value, str):
         return Path(value)
     raise ValueError(f"Expected `{'str' if kind is Path else kind}`")  # msgspec adds the place
@@ -133,7 +133,7 @@ def _one_line(message: str, value: Any, kind: Any) -> str:
 
 
 def _rule(problem: str, kind: Any) -> str:
-    """The broken rule, in words."""
+    """Rule that a msgspec error message reports, as plain text."""
     if problem.startswith("Invalid enum value"):
         choices = [str(choice) for option in (kind, *typing.get_args(kind)) for choice in _choices(option)]
         return f"must be one of {', '.join(choices)}" if choices else "not an allowed value"
@@ -158,7 +158,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _inner(kind: Any, key: Any) -> Any:
-    """The type of a field or entry; Any where it is not known."""
+    """Type of a field or entry; Any if unknown."""
     for option in (kind, *typing.get_args(kind)):
         if dataclasses.is_dataclass(option) or isinstance(option, type) and hasattr(option, "__annotations__"):
             return typing.get_type_hints(option, include_extras=True).get(key, Any)

@@ -1,4 +1,4 @@
-"""Selection of the masked weights of a model, with their scores and masks; a score may belong to a group of weights."""
+"""Masked weights of a model, with scores and masks; a group of weights may share a score."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -41,17 +41,17 @@ class Budget:
 class Selection:
     """Masked weights of a model and their groups; made by `select`.
 
-    The methods extend the functions of the same names to scores that groups of weights share. Scores and masks are
-    nested dictionaries along the paths of the masked weights, without other weights. For a Flax model, this is the
+    The methods are the `cs_jax` functions of the same names, for scores that groups of weights share. Scores and masks
+    are nested dictionaries along the paths of the masked weights, without other weights. For a Flax model, this is the
     structure of its "masks" collection. Score arrays have one entry per group; masks have the shapes of their weights.
 
-    A selection is static: hashable, and a pytree without leaves. Methods raise a ValueError with the name of the array
-    if scores do not fit, and with the name of the argument if a number is out of range.
+    A selection is static: hashable, and a pytree without leaves. Methods raise a ValueError if scores do not fit (the
+    message names the array), or if a number is out of range (the message names the argument).
 
     Attributes:
         masked: masked arrays, in the order of the model's leaves.
         budgets: numbers of weights to keep; empty without a target density. An array is in at most one budget.
-        allow_empty_layers: whether a ticket may keep no weight of an array in a budget.
+        allow_empty_layers: whether a ticket may prune all weights of an array that belongs to a budget.
     """
 
     masked: tuple[Grouping, ...]
@@ -74,10 +74,10 @@ class Selection:
     def soft_mask(self, scores: PyTree, temperature: ArrayLike, *, init_value: ArrayLike) -> PyTree:
         """Soft masks as `cs_jax.soft_mask`, with the value of each group repeated over its weights.
 
-        Under an N:M pattern, the mask depends on the distance of a score to the boundary between kept and dropped
-        scores of its group: `sigmoid(temperature * (score - boundary) + init_value) / sigmoid(init_value)`. As the
-        temperature grows, n of m weights remain. At temperature 1 the boundary is the n-th highest score, whose mask is
-        1. As the temperature grows, the boundary tends to the midpoint of the n-th and the next score.
+        With an N:M pattern, the mask is `sigmoid(temperature * (score - boundary) + init_value) / sigmoid(init_value)`.
+        The boundary lies between the n-th and the next highest score of the group. At temperature 1 it is the n-th
+        highest score, whose mask is 1. As the temperature grows, the boundary tends to the midpoint of the two scores,
+        the masks of the n highest scores tend to `1 / sigmoid(init_value)`, and the other masks tend to 0.
 
         Args:
             scores: nested dictionaries as from `init_scores`.
@@ -92,16 +92,16 @@ class Selection:
             if leaf.pattern is None:
                 return masks.soft_mask(score, temperature, init_value=init_value)
             wide = at_least_float32(score)
-            evidence = temperature * (wide - lax.stop_gradient(_boundary(leaf, wide, temperature))) + init_value
-            return masks.soft_mask(evidence, 1.0, init_value=init_value).astype(score.dtype)
+            shifted = temperature * (wide - lax.stop_gradient(_boundary(leaf, wide, temperature))) + init_value
+            return masks.soft_mask(shifted, 1.0, init_value=init_value).astype(score.dtype)
 
         return self._map(lambda leaf, score: _repeat(leaf, soften(leaf, score)), scores)
 
     def hard_mask(self, scores: PyTree, *, init_value: ArrayLike) -> PyTree:
         """Hard masks as `cs_jax.hard_mask`, with the value of each group repeated over its weights.
 
-        Under an N:M pattern, the n highest scores of m are kept; of equal scores the first ones. Budgets are ignored:
-        see `target_density.ticket_masks`.
+        With an N:M pattern, the n highest of m scores are kept; among equal scores, the first are kept. Budgets are
+        ignored: see `target_density.ticket_masks`.
 
         Args:
             scores: nested dictionaries as from `init_scores`.
@@ -123,8 +123,9 @@ class Selection:
     def prune_scores(self, scores: PyTree, temperature: ArrayLike, *, init_value: ArrayLike) -> PyTree:
         """Scores after the reset between rounds, as `cs_jax.prune_scores`.
 
-        Under an N:M pattern, kept scores become `init_value`. A dropped score becomes
-        `init_value - temperature * distance`, with its distance to the boundary of its group.
+        With an N:M pattern, kept scores become `init_value`. A dropped score becomes
+        `init_value - temperature * distance`. The distance, at least 0, is measured from the midpoint of the n-th and
+        the next highest score of the group.
 
         Args:
             scores: nested dictionaries as from `init_scores`.
@@ -140,8 +141,8 @@ class Selection:
                 return masks.prune_scores(score, temperature, init_value=init_value)
             wide = at_least_float32(score)
             distance = jnp.where(_rank(leaf, score) < leaf.pattern.n, 0, wide - _boundary(leaf, wide, jnp.inf))
-            evidence = masks.prune_scores(distance, temperature, init_value=0.0)
-            return (evidence + jnp.asarray(init_value, wide.dtype)).astype(score.dtype)
+            below = masks.prune_scores(distance, temperature, init_value=0.0)
+            return (below + jnp.asarray(init_value, wide.dtype)).astype(score.dtype)
 
         return self._map(reset, scores)
 
@@ -154,7 +155,7 @@ class Selection:
         return self._map(_repeat, values)
 
     def check_masks(self, found: PyTree) -> None:
-        """Raises a ValueError with the name of an array if `found` are not masks of the masked weights' shapes."""
+        """Raises a ValueError unless `found` has exactly one mask for each masked array, of the same shape."""
         _check_shapes(found, {leaf.path: leaf.shape for leaf in self.masked})
 
     @property
@@ -175,7 +176,7 @@ class Selection:
         expected = {leaf.path: leaf for leaf in self.masked}
         for path in found:
             if path not in expected:
-                raise ValueError(f"scores {trees.name(path)!r}: must have the path of masked weights; remove them")
+                raise ValueError(f"scores {trees.name(path)!r}: no masked weights have this path; remove these scores")
         for path, leaf in expected.items():
             if path not in found:
                 raise ValueError(f"scores {leaf.name!r} missing: must have shape {leaf.score_shape}")
@@ -196,7 +197,7 @@ def _check_shapes(found: PyTree, expected: dict[Path, tuple[int, ...]]) -> None:
         if shapes[path] != shape:
             raise ValueError(f"masks {trees.name(path)!r} of shape {shapes[path]}: must have shape {shape}")
     for path in shapes.keys() - expected.keys():
-        raise ValueError(f"masks {trees.name(path)!r}: must have the path of masked weights; remove them")
+        raise ValueError(f"masks {trees.name(path)!r}: no masked weights have this path; remove these masks")
 
 
 def _repeat(leaf: Grouping, array: jax.Array) -> jax.Array:
@@ -204,7 +205,7 @@ def _repeat(leaf: Grouping, array: jax.Array) -> jax.Array:
     if leaf.group_size == 1:
         return array
     if all(groups == 1 or step == 1 for groups, step in zip(leaf.score_shape, leaf.block, strict=True)):
-        return jnp.broadcast_to(array, leaf.shape)  # without the reshapes below
+        return jnp.broadcast_to(array, leaf.shape)  # faster than the reshapes below
     separated = [size for groups in leaf.score_shape for size in (groups, 1)]
     boxes = [size for pair in zip(leaf.score_shape, leaf.block, strict=True) for size in pair]
     return jnp.broadcast_to(array.reshape(separated), boxes).reshape(leaf.shape)
@@ -231,7 +232,7 @@ def _boundary(leaf: Grouping, score: jax.Array, temperature: ArrayLike) -> jax.A
     """Boundary between kept and dropped scores in the N:M group of every entry.
 
     At temperature 1 the boundary is the n-th highest score. As the temperature grows, it tends to the midpoint of the
-    n-th and the next score, or if n is m to the lowest score - 1.
+    n-th and the next highest score. If n equals m, the boundary tends to the lowest score minus 1.
     """
     assert leaf.pattern is not None
     n, m = leaf.pattern.n, leaf.pattern.m
@@ -244,5 +245,5 @@ def _boundary(leaf: Grouping, score: jax.Array, temperature: ArrayLike) -> jax.A
     return _out_of_groups(leaf, jnp.broadcast_to(boundary, groups.shape))
 
 
-# Flax stores nothing for a selection in an optimizer state, and restoring keeps the selection of the target state.
+# Flax serialization stores nothing for a selection, and restoring keeps the selection of the target state.
 serialization.register_serialization_state(Selection, lambda selection: {}, lambda selection, _: selection)

@@ -1,12 +1,12 @@
-"""Base class of config dataclasses: each field is annotated with what it affects and which values it accepts.
+"""Base class of config dataclasses: annotations of a field say what the field affects and which values it accepts.
 
-A package declares the settings that it reads in its own `config` module, and `experiment.config.Config` inherits them
-all. A field is written as
+A package declares the settings that it reads in its `config` module. `experiment.config.Config` inherits all settings.
+A field is written as
 
     keep: Annotated[int, FILES, COUNT] = 3
 
-The string below a field is its help text on the command line. A field without an `Effect` changes the result of a run,
-and compiled programs are built from it.
+The string below a field is its help text on the command line. A field without an `Effect` counts as
+`RESULT`: it changes the result of a run, and compiled functions depend on its value.
 """
 
 import dataclasses
@@ -22,33 +22,33 @@ from cs_jax.core.errors import ConfigError, in_words, one_of
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
-    """What a setting affects."""
+    """Effect of a setting on runs."""
 
     on: Literal["result", "speed", "files"]  # the result of a run, only its speed, or which files are read and written
-    compiled: bool  # whether compiled programs are built from it, so that runs with other values cannot share them
+    compiled: bool  # whether compiled functions depend on the value; if so, runs with other values compile again
 
 
 RESULT = Effect("result", compiled=True)
-"""For fields without an annotation."""
+"""Effect of fields without an annotation."""
 RUNTIME = Effect("result", compiled=False)
-"""An argument of compiled programs, or used between their calls."""
+"""For arguments of compiled functions, and for values that are used only between calls of these functions."""
 SPEED = Effect("speed", compiled=False)
 DEVICES = Effect("speed", compiled=True)
 FILES = Effect("files", compiled=False)
 DATA_FILES = Effect("files", compiled=True)
-"""Runs that share programs share the images on the device too."""
+"""Compiled, because runs that share compiled functions also share the images on the device."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """A rule for the values of a field; None passes, and of a tuple each entry is checked."""
+    """A rule for the values of a field. None is always valid; in a tuple, each entry is checked."""
 
     holds: Callable[[Any], bool]
     rule: str
 
 
 def is_finite(value: float) -> bool:
-    """Whether a number is finite in float32, in which the network computes."""
+    """Whether a number is finite in float32."""
     return abs(value) <= float(np.finfo(np.float32).max)
 
 
@@ -88,7 +88,7 @@ def bare_type(hint: Any) -> Any:
 
 @functools.cache
 def effects(kind: type) -> Mapping[str, Effect]:
-    """What each field of a config class affects, by name."""
+    """Effect of each field of a config class, by name."""
     return {name: next(_annotations(hint, Effect), RESULT) for name, hint in field_types(kind).items()}
 
 
@@ -98,10 +98,10 @@ def _annotations(hint: Any, kind: type) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Base of config classes; checks every field with a `Check` when it is made.
+    """Base of config classes; the constructor checks every field that has a `Check` or a `Literal` type.
 
     Raises:
-        ConfigError: "FLAG VALUE: RULE", of the first value that breaks its rule.
+        ConfigError: "FLAG VALUE: RULE", for the first invalid value.
     """
 
     def __post_init__(self) -> None:
@@ -115,7 +115,7 @@ class Settings:
                 self._check_choice(name, typing.get_args(kind))
 
     def _check(self, name: str, holds: bool, rule: str) -> None:
-        """Refuses the value of a field with a rule that it breaks."""
+        """Raises a ConfigError with the rule unless the rule holds for the value of the field."""
         if not holds:
             raise self._error(name, rule)
 

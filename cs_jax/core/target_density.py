@@ -1,13 +1,13 @@
 """Target density: shifts scores to track it; selects a ticket that meets it exactly.
 
-Without a target, a search ends at a density that depends on initial score, penalty and learning rates. With a budget,
-all scores are shifted by the same amount at the end of every epoch, so that only the highest ones are above 0. The
-threshold of the masks moves, and the weight of a penalty stays. The budget shrinks by the same factor in every round.
+Without a target, a search ends at a density that depends on initial score, penalty and learning rates. With a target,
+all scores are shifted by the same amount at the end of every epoch, so that only the highest scores are above 0. The
+weight of the penalty does not change. The density falls by the same factor in every round.
 
-The alternative is constrained optimization, in which the weight of the penalty follows the constraint (Gallego-Posada
-et al., "Controlled sparsity via constrained optimization", NeurIPS 2022, arXiv:2208.04425). It hardly moves scores with
-masks that the temperature has already made hard, and it needs a learning rate. `benchmarks/density_control.py` compares
-both.
+The alternative is constrained optimization, which adapts the weight of the penalty until the constraint is met
+(Gallego-Posada et al., "Controlled sparsity via constrained optimization", NeurIPS 2022, arXiv:2208.04425). Constrained
+optimization hardly moves scores whose masks are already hard, and needs one more learning rate.
+`benchmarks/density_control.py` compares both.
 """
 
 import functools
@@ -30,7 +30,7 @@ from cs_jax.core.selection import Budget, Selection
 
 
 class CollapsedLayerWarning(CsJaxWarning):
-    """Masked arrays keep no weight, or only the highest score, which is reserved.
+    """Masked arrays keep no weight, or only the weights of the highest score, which is reserved.
 
     Args:
         message: text of the warning.
@@ -43,7 +43,7 @@ class CollapsedLayerWarning(CsJaxWarning):
 
 
 class DensityWarning(CsJaxWarning):
-    """Groups are too large for the target density: the number of kept weights differs by more than 1%."""
+    """Groups are too large for the target density: the number of kept weights is more than 1% off."""
 
 
 class UnfinishedSearchWarning(CsJaxWarning):
@@ -55,11 +55,11 @@ def round_density(target: float, round: Any, rounds: Any) -> Any:
 
     Args:
         target: density of the ticket, in (0, 1].
-        round: round of the search, from 0, may be traced; rounds after the last planned one have the target.
+        round: round of the search, from 0, may be traced; rounds after the planned ones have the target.
         rounds: planned rounds of the search, at least 1; may be traced.
 
     Returns:
-        A Python float; a scalar array if `round` or `rounds` is one.
+        A Python float; a scalar array if `round` or `rounds` is an array.
 
     >>> [round_density(0.01, round, 2) for round in range(2)]
     [0.1, 0.01]
@@ -70,10 +70,11 @@ def round_density(target: float, round: Any, rounds: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnames="selection")
 def track_density(selection: Selection, scores: PyTree, round: Any, rounds: Any) -> PyTree:
-    """Scores shifted so that in every budget, the number of weights with a score above 0 is the budget of the round.
+    """Scores, shifted so that in every budget, the number of weights with scores above 0 is the target of the round.
 
-    All scores of a budget are shifted by the same amount, so their order stays. If scores at the threshold are equal,
-    fewer are above 0. If all scores are equal, as at the start, no score is above 0.
+    All scores of a budget are shifted by the same amount, so their order does not change. If several scores equal the
+    threshold, fewer weights have scores above 0. If all scores are equal, as at the start, no score is above 0, except
+    at density 1.
 
     Args:
         selection: selection with budgets; arrays without a budget are returned unchanged.
@@ -97,10 +98,10 @@ def track_density(selection: Selection, scores: PyTree, round: Any, rounds: Any)
 
 
 def _threshold(scores: Sequence[jax.Array], sizes: Sequence[int], keep: ArrayLike) -> jax.Array:
-    """Lowest score with at most `keep` weights above it; just below the lowest of all scores if all may be kept.
+    """Lowest score with at most `keep` weights above it; just below the lowest score if all weights may be kept.
 
-    The search needs no sorting. Floats are compared as integers in the same order. Halving their range 32 times, or 64
-    times in double precision, therefore finds the exact entry for any range of scores.
+    Bisection instead of sorting: floats are compared as integers with the same order. Halving the range of the integers
+    32 times, or 64 times in double precision, finds the exact entry for any range of scores.
 
     Args:
         scores: score arrays, any shapes.
@@ -135,7 +136,7 @@ def _flip_negative(bits: jax.Array) -> jax.Array:
 
 
 def warn_if_soft(selection: Selection, scores: PyTree, temperature: ArrayLike) -> None:
-    """Warns if most masks are still soft at the end of a search, so that the ticket computes another function.
+    """Warns if most masks are still soft at the end of a search: the ticket then differs from the trained network.
 
     A mask is soft if `temperature * score` is between -1 and 1, which gives a mask of 0.27 to 0.73 of its scale. Arrays
     with an N:M pattern do not count as soft.
@@ -154,20 +155,21 @@ def warn_if_soft(selection: Selection, scores: PyTree, temperature: ArrayLike) -
             soft += leaf.group_size * int(jnp.sum(jnp.abs(temperature * at_least_float32(score)) < 1))
     if soft > 0.5 * selection.size:
         warnings.warn(
-            f"{soft / selection.size:.0%} of the masks are still soft at the end of the search, so the ticket computes "
-            "another function; use a higher learning rate of the scores, more epochs or a higher final temperature",
+            f"{soft / selection.size:.0%} of the masks are still soft at the end of the search, so the ticket differs "
+            "from the trained network; use a higher learning rate of the scores, more epochs or a higher final "
+            "temperature",
             UnfinishedSearchWarning,
             stacklevel=4,
         )
 
 
 def ticket_masks(selection: Selection, scores: PyTree, *, init_value: ArrayLike) -> PyTree:
-    """Hard masks of a ticket: the highest scores, with exactly the number of weights in each budget.
+    """Hard masks of a ticket: in each budget, the highest scores are kept, with exactly the number of weights to keep.
 
-    Of equal scores the first ones are kept, in the order of the arrays and their entries. Each array keeps at least its
+    Among equal scores the first are kept, in the order of the arrays and their entries. Each array keeps at least its
     highest score, unless the selection allows empty layers. Groups are never split: with groups of several weights, the
     number of kept weights may differ from the budget by less than the largest group. Arrays without a budget keep
-    scores above 0, or n of m under an N:M pattern.
+    scores above 0, or n of m scores with an N:M pattern.
 
     Args:
         selection: masked weights and budgets.
@@ -180,7 +182,7 @@ def ticket_masks(selection: Selection, scores: PyTree, *, init_value: ArrayLike)
 
     Raises:
         TypeError: scores are traced.
-        ValueError: scores are not finite, or do not fit the selection.
+        ValueError: scores are not finite, or do not fit the selection, or `init_value` is out of range.
 
     Warns:
         CollapsedLayerWarning: an array keeps no weight, or only its reserved highest score.
@@ -208,7 +210,7 @@ def warn_if_empty(ticket: PyTree) -> None:
 
 
 def _keep_highest(selection: Selection, budget: Budget, leaves: list[Any]) -> None:
-    """Replaces the budget's members of `leaves`: 1 for scores that the budget keeps, -1 for the others."""
+    """Replaces the budget's members of `leaves`: 1 for scores that the budget keeps, -1 for other scores."""
     flat = [on_host(leaves[index]).astype(np.float64).ravel() for index in budget.members]
     group_sizes = [selection.masked[index].group_size for index in budget.members]
     sizes = np.repeat(group_sizes, [len(score) for score in flat])
@@ -227,18 +229,19 @@ def _keep_highest(selection: Selection, budget: Budget, leaves: list[Any]) -> No
     if abs(count - budget.keep) > 0.01 * budget.keep:
         warnings.warn(
             f"ticket keeps {count} of {budget.size} weights, and the target is {budget.keep}: groups of "
-            f"{', '.join(map(str, sorted(set(group_sizes))))} weights cannot be split",
+            f"{', '.join(map(str, sorted(set(group_sizes))))} weights cannot be split; use smaller groups, or "
+            "another target",
             DensityWarning,
             stacklevel=3,
         )
 
 
 def _choose(order: np.ndarray, sizes: np.ndarray, budget: int, reserved: Sequence[int]) -> np.ndarray:
-    """Boolean array of the groups to keep, with `budget` weights in all, or as near as one swap gets.
+    """Boolean array of the groups to keep, with `budget` weights in total, or the nearest number that one swap gives.
 
     The first candidate contains the reserved groups, and then in `order` every group that still fits. The second
-    candidate swaps the last groups of the first for the best group that did not fit. The candidate nearer to the budget
-    is returned; of equally near ones, the first.
+    candidate replaces the last groups of the first candidate by the best group that did not fit. The result is the
+    candidate nearer to the budget, or the first candidate if both are equally near.
 
     Args:
         order: indices of the groups, from the highest score to the lowest.
@@ -274,6 +277,6 @@ def warn_collapsed(name: str, what: str) -> None:
 
     Args:
         name: name of the array.
-        what: verb phrase for the rest, such as "keeps no weight".
+        what: rest of the message, a verb phrase such as "keeps no weight".
     """
     warnings.warn(CollapsedLayerWarning(f"layer {name!r} has collapsed: it {what}", (name,)), stacklevel=4)

@@ -21,7 +21,7 @@ Path = tuple[str, ...]
 def leaves_by_path(tree: PyTree) -> dict[Path, Any]:
     """Leaves of `tree` by path, in the order of `jax.tree.leaves`.
 
-    None has no leaves. An array in an `nnx.Variable` or in a Linen box (as `nn.Partitioned`) has the path of its
+    None contains no leaves. An array in an `nnx.Variable` or a Linen box (such as `nn.Partitioned`) has the path of its
     container.
 
     Raises:
@@ -75,7 +75,7 @@ def nest(leaves: Mapping[Path, Any]) -> PyTree:
 
 
 def map_with_keys(function: Callable[[jax.Array, Any], Any], key: jax.Array, tree: PyTree) -> PyTree:
-    """Results of `function(key, leaf)` for every leaf, each with another PRNG key, in nested dictionaries by path."""
+    """Results of `function(key, leaf)` for every leaf, each with its PRNG key, in nested dictionaries by path."""
     leaves = leaves_by_path(tree)
     keys = jax.random.split(key, len(leaves))
     return nest({path: function(keys[index], leaf) for index, (path, leaf) in enumerate(leaves.items())})
@@ -91,7 +91,7 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
     """Weights multiplied by the masks under the same paths; weights without a mask are returned unchanged.
 
     Args:
-        params: weights, any pytree of float arrays; leaves without a mask may be anything.
+        params: weights, any pytree of float arrays; leaves without a mask may have any type.
         masks: arrays under the paths of the weights that they multiply, with the shapes of these weights. A weight
             without a mask is absent from this tree. Nested dictionaries fit every kind of `params`.
 
@@ -99,8 +99,8 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
         Tree like `params` (structure, shapes, dtypes).
 
     Raises:
-        ValueError: a mask is not an array, has no weight under its path or another shape than its weight, or its weight
-            is not a float array.
+        ValueError: a mask is not an array; no weight has the path of a mask; a mask and its weight have different
+            shapes; or the weight is not a float array.
 
     >>> params = {"dense": {"kernel": jnp.array([3.0, 4.0]), "bias": jnp.array([1.0])}}
     >>> apply_masks(params, {"dense": {"kernel": jnp.array([0.0, 1.0])}})
@@ -132,7 +132,7 @@ def check_float(weight: Any, path: Path) -> None:
 
 
 def names(leaves: Mapping[Path, Any]) -> str:
-    """Names of all leaves in one text, for a message; "nothing" if there are none."""
+    """Names of all leaves in one string, for a message; "nothing" if there are none."""
     return ", ".join(map(name, leaves)) or "nothing"
 
 

@@ -1,4 +1,4 @@
-"""Decodes images to arrays of one size, with Pillow: a random crop for training, the middle for evaluation."""
+"""Decodes images to arrays of one size, with Pillow: a random crop for training, the middle square for evaluation."""
 
 import io
 
@@ -8,11 +8,10 @@ MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 """Pillow's mode for each number of channels."""
 
 EVALUATION_SHARE = 224 / 256
-"""Side of the middle square used in evaluation, as a share of the image's shorter side; on ImageNet 224 of 256 pixels.
-"""
+"""Side of the middle square for evaluation, as a share of the image's shorter side; on ImageNet, 224 of 256 pixels."""
 
 AREA, ASPECT, ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10
-"""Random crop: range of its share of the image, range of width / height, and draws before a middle crop is used."""
+"""Random crop: range of its share of the image's area, range of width / height, and draws before the middle is used."""
 
 
 def decode(
@@ -24,7 +23,7 @@ def decode(
         encoded: bytes of an image file.
         shape: (height, width, channels) of the result.
         size: side of the square, in pixels, to resize to; None returns the whole image, which must have `shape`.
-        random: draws a crop and a horizontal flip (with probability 1/2); None takes the middle, without a flip.
+        random: draws a crop and a horizontal flip (with probability 1/2); None uses the middle, without a flip.
 
     Raises:
         Exception: of any type, from Pillow, if the bytes are not an image; ValueError if the image has another shape.
@@ -64,10 +63,10 @@ def middle_box(width: int, height: int) -> tuple[float, float, float, float]:
 
 
 def random_box(random: np.random.Generator, width: int, height: int) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a random crop, in pixels: 8% to 100% of the image's area, nearly square.
+    """Left, top, right and bottom of a random crop, in pixels: 8% to 100% of the image's area, sides 3:4 to 4:3.
 
     Area and the logarithm of the aspect ratio are uniform in `AREA` and `ASPECT`, as for Inception. If no crop fits
-    after `ATTEMPTS` draws, the crop is in the middle, with the aspect ratio in `ASPECT` nearest to the image's.
+    after `ATTEMPTS` draws, the crop is in the middle, with the value in `ASPECT` nearest to the image's aspect ratio.
     """
     for _ in range(ATTEMPTS):
         area = width * height * random.uniform(*AREA)

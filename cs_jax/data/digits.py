@@ -12,9 +12,9 @@ from cs_jax.data.split import Split
 
 @contextlib.contextmanager
 def opened(config: DataConfig, *splits: str) -> Iterator[Examples]:
-    """scikit-learn's 1,797 digits, 8x8 pixels, whose 17 grey levels are scaled to 0 to 255.
+    """Context manager: scikit-learn's 1,797 digits, 8x8 pixels, with 17 grey levels from 0 to 255.
 
-    The test split is a fifth of them, the same for every seed.
+    The test split has 360 digits, the same for every seed.
     """
     del config
     from sklearn.datasets import load_digits

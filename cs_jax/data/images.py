@@ -49,7 +49,7 @@ def normalize(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
 
 
 def random_crop(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Each image padded with 4 black pixels on every side, then cropped to its size at an independent random position.
+    """Each image padded with 4 black pixels on every side, then cropped to its old size at a random position.
 
     Args:
         key: PRNG key.
@@ -78,7 +78,7 @@ def flip_and_crop(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 RESIZED_CROP = "resized-crop"
-"""Augmentation of streamed images, done on the host while they are decoded; the device does nothing."""
+"""Augmentation of streamed images, done on the host during decoding; its function for the device does nothing."""
 
 AUGMENTATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "none": lambda key, images: images,

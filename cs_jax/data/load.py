@@ -34,10 +34,10 @@ MAX_SAMPLE = 1000
 
 @dataclass(frozen=True)
 class Data:
-    """Training, validation (None without) and test examples, on the device or streamed, and names of the classes."""
+    """Training, validation and test examples, on the device or streamed, and names of the classes."""
 
     train: Images
-    validation: Images | None
+    validation: Images | None  # None without a validation set
     test: Images
     classes: tuple[str, ...]
 
@@ -81,7 +81,7 @@ def load_test(config: DataConfig, mean: Sequence[float], std: Sequence[float]) -
 
 
 def _check_stream_settings(config: DataConfig, source: Source) -> None:
-    """Refuses settings of streams for a source that cannot stream."""
+    """Raises if the config has settings for streaming, but the source cannot stream."""
     if source.can_stream:
         return
     if config.stream:
@@ -122,7 +122,7 @@ def _make_set(split: Split, constants: _Constants) -> ImageSet:
 
 
 def _streamed(config: DataConfig, train: Records, test: Records, classes: tuple[str, ...]) -> Data:
-    """Data that stay in their files until needed. Validation is drawn at random, because no label is read for it."""
+    """Streamed data. Validation examples are drawn at random, because labels are not read before training."""
     check_validation_size(config, len(train))
     order = np.random.default_rng(config.seed).permutation(len(train))
     validation_indices, train_indices = np.split(order, [config.val_set_size])
@@ -163,7 +163,7 @@ def _sample_statistics(config: DataConfig, records: Records) -> tuple[np.ndarray
 def fingerprint(data: Data) -> str:
     """Hexadecimal hash of every example and of the constants that normalise them: equal data have equal hashes.
 
-    For streamed data, names, numbers and file sizes are hashed instead of the examples.
+    For streamed data, file names, file sizes, numbers of examples and settings are hashed instead of the examples.
     """
     found = hashlib.sha256()
     for images in (data.train, data.validation, data.test):

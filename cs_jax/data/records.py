@@ -60,7 +60,7 @@ class Records:
             record = self.source[index]
         except Exception as error:
             raise self.unreadable(index, reason_of(error)) from error
-        if not record["image"] or record["label"] is None:  # reads beyond the end of a truncated file
+        if not record["image"] or record["label"] is None:  # result of reading beyond the end of a truncated file
             raise self.unreadable(index, "the file no longer contains it")
         if not 0 <= record["label"] < self.num_classes:
             raise self.unreadable(index, f"label {record['label']} is not 0 to {self.num_classes - 1}")
@@ -70,7 +70,7 @@ class Records:
         """Open every file and read its last example. Open files stay readable, even if they are removed.
 
         Raises:
-            ConfigError: a file is missing or truncated; names the file.
+            ConfigError: a file is missing or truncated; the message names the file.
         """
         last = [int(end) - 1 for end, shard in zip(self._ends(), self.shards, strict=True) if shard.examples]
         with ThreadPoolExecutor(16) as workers:

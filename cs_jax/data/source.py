@@ -1,4 +1,4 @@
-"""Interface of data sources: a function that opens a data set and gives its splits."""
+"""Interface of data sources: a function that opens a data set and returns its splits."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -27,9 +27,9 @@ class Source:
 
     Attributes:
         opened: function of a config and names of splits, "train" or "test", that returns a context manager. The context
-            gives the examples of these splits; record files can be read while the context is open. Raises ConfigError
+            yields the examples of these splits; record files can be read while the context is open. Raises ConfigError
             if the data set is unknown, missing, damaged or not suitable.
-        can_stream: True if `opened` may give record files. False refuses all settings of streams.
+        can_stream: True if `opened` may yield record files. If False, settings for streaming raise a ConfigError.
     """
 
     opened: Callable[..., AbstractContextManager[Examples]]

@@ -11,8 +11,8 @@ from cs_jax.data.config import DataConfig
 from cs_jax.data.images import AUGMENTATIONS, RESIZED_CROP
 
 STATISTICS = {
-    "cifar10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),  # the authors'
-    "imagenet2012": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),  # torchvision's, times 255
+    "cifar10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),  # from the authors' code
+    "imagenet2012": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),  # from torchvision, times 255
 }
 """Fixed mean and standard deviation per channel, in units of a pixel, by name of the data set.
 
@@ -43,7 +43,7 @@ def split_validation(config: DataConfig, labels: np.ndarray, rng: np.random.Gene
     """Indices of validation and of training examples, both in random order.
 
     `config.val_set_size` examples go to validation, the same number of each class. A class with too few examples gives
-    all of them; the other classes give more instead.
+    all of its examples; the other classes give more instead.
 
     Args:
         config: gives `val_set_size`.
@@ -95,7 +95,7 @@ def statistics(batches: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_resident(config: DataConfig, rule: str) -> None:
-    """Refuses settings of streams for images in memory. `rule` is the reason in the error message."""
+    """Raises if the config has settings for streaming, for images in memory. `rule` is the reason in the message."""
     if config.image_size is not None:
         raise ConfigError(f"--image-size {config.image_size}: {rule}; omit --image-size")
     if config.loader_threads is not None:

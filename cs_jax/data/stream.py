@@ -1,8 +1,8 @@
 """Streamed images: read, decoded and resized on the host, batch by batch, ahead of the training steps.
 
 Only `ImageStream.on_device` and `ImageStream.take` use a device. Workers are threads, because Pillow decodes and
-resizes without holding Python's global lock. Threads start fast, share open files, and avoid forking a process with
-JAX.
+resizes without holding Python's global interpreter lock. Threads start fast, share open files, and avoid forking a
+process with JAX.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ class ImageStream:
 
     Attributes:
         records: encoded examples of a whole split.
-        indices: (n,) int64, positions in the split of the examples of this stream, in the order of the stream.
+        indices: (n,) int64, indices into the split: the examples of this stream, in order.
         image_shape: (height, width, channels) of every decoded image.
         image_size: side of the square, in pixels, that images are resized to; None keeps images that all have
             `image_shape`.
@@ -77,7 +77,7 @@ class ImageStream:
 
     @property
     def labels(self) -> np.ndarray:
-        """(n,) int32. Labels of images that were read before are stored; only the other examples are read.
+        """(n,) int32. Labels of images that were read before are stored; only the remaining examples are read.
 
         Raises:
             ConfigError: a file or an example is damaged or missing.
@@ -99,22 +99,22 @@ class ImageStream:
         first_step: int = 0,
         share: Share = WHOLE,
     ) -> Generator[Batch, None, None]:
-        """Batches of one pass over `order`, or one host's share of them: a pure function of the arguments.
+        """Batches of one pass over `order`, or one host's share of each batch: a pure function of the arguments.
 
         Batch k of all hosts together is `order[k * batch_size : (k + 1) * batch_size]`. Each host gets a contiguous
-        part of it; the sizes of the parts differ by at most one. Random crops depend only on `crop_seed` and an
+        part of the batch; the sizes of the parts differ by at most one. Random crops depend only on `crop_seed` and an
         example's position in `order`, not on threads, hosts or `first_step`. Closing the generator ends its threads.
 
         Args:
             order: (examples,) integers, indices into this stream.
             batch_size: examples of a batch, over all hosts; the last batch may be smaller.
-            crop_seed: 0 to 2**64 - 1, seed of the random crops and flips; must differ between passes. None takes the
+            crop_seed: 0 to 2**64 - 1, seed of the random crops and flips; must differ between passes. None uses the
                 middle of each image, or the whole image if `image_size` is None.
             first_step: number of batches to skip.
             share: part of each batch that this host reads.
 
         Raises:
-            ConfigError: a file or an example in it is damaged or missing; names the file and the example.
+            ConfigError: a file or an example is damaged or missing; the message names both.
         """
         part, parts = share
         rows = np.asarray(order)
@@ -164,7 +164,7 @@ class ImageStream:
             return self.on_device(next(batches, None) or self._batch(rows, iter(())))
 
     def identity(self) -> dict[str, Any]:
-        """JSON values that identify this stream: names and sizes of its files, not their content, and its settings."""
+        """JSON values that identify this stream: settings, and names and sizes of the files, but not their content."""
         return {
             "dataset": self.records.dataset,
             "split": self.records.split,

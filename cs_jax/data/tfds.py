@@ -1,4 +1,4 @@
-"""Source of TensorFlow Datasets (TFDS): reads prepared sets without TensorFlow; prepares sets if it is installed."""
+"""Source of TensorFlow Datasets (TFDS): reads prepared sets without TensorFlow, and prepares sets with TensorFlow."""
 
 import contextlib
 import importlib.util
@@ -22,26 +22,26 @@ from cs_jax.data.source import Examples
 from cs_jax.data.split import Split, base_name, check_resident
 
 CONNECT_SECONDS = 6
-"""Seconds after which a data set's server that does not answer counts as out of reach."""
+"""Seconds to wait for an answer from the servers of a data set."""
 
 
 @contextlib.contextmanager
 def opened(config: DataConfig, *splits: str, other_names: tuple[str, ...]) -> Iterator[Examples]:
-    """Examples of a prepared image classification set, in memory or as record files to stream.
+    """Context manager: examples of a prepared image classification set, in memory or as record files to stream.
 
-    Images without a fixed shape are always streamed; others are streamed if the config says so. If there is no "test"
-    split, or its labels are secret (as on ImageNet), "validation" is read in its place. All errors inside the context
-    are reported in one line.
+    Images without a fixed shape are always streamed; images with a fixed shape are streamed if `config.stream`. If the
+    split "test" is missing, or its labels are secret (as on ImageNet), "validation" is read in its place. All errors
+    inside the context are reported in one line.
 
     Args:
-        config: names the data set and its folder.
+        config: gives the name and the folder of the data set.
         splits: "train" or "test".
-        other_names: data sets from other sources, for error messages.
+        other_names: names of data sets from other sources, for error messages.
 
     Raises:
         ConfigError: the data set is unknown, missing, damaged or not suitable.
     """
-    # TFDS logs remarks on group sizes, OpenCV and missing info files that a user cannot act on.
+    # TFDS logs messages about group sizes, OpenCV and missing info files, which do not help a user.
     with quiet("absl", logging.CRITICAL), _errors_in_one_line(config):
         builder = _builder(config, other_names)
         _check_features(config, builder)
@@ -56,7 +56,7 @@ def _is_streamed(config: DataConfig, builder: Any) -> bool:
     """True if images are streamed.
 
     Raises:
-        ConfigError: images of varying shape without an image size, or settings of streams for images in memory.
+        ConfigError: images of varying shape without an image size, or settings for streaming with images in memory.
     """
     shape = builder.info.features["image"].shape
     if None in shape and config.image_size is None:
@@ -100,7 +100,7 @@ def _data_dir(config: DataConfig) -> Path:
 
 @contextlib.contextmanager
 def _errors_in_one_line(config: DataConfig) -> Iterator[None]:
-    """Turns every error while prepared files are read into a ConfigError of one line."""
+    """Converts every error during the reading of prepared files to a ConfigError of one line."""
     try:
         yield
     except ConfigError:
@@ -150,7 +150,7 @@ def _check_features(config: DataConfig, builder: Any) -> None:
 
 
 def _is_prepared(config: DataConfig, builder: Any) -> bool:
-    """True if the files of the data set are there; refuses formats other than array_record."""
+    """True if the data set is prepared; raises if its format is not array_record."""
     directory = Path(builder.data_dir)
     if not (directory / "dataset_info.json").exists():
         return False
@@ -158,16 +158,19 @@ def _is_prepared(config: DataConfig, builder: Any) -> bool:
     if stored != "array_record":
         raise ConfigError(
             f"--data-dir {_data_dir(config)}: {config.dataset} must be prepared as array_record, but is prepared as "
-            f"{stored}; choose another folder, where it will be prepared"
+            f"{stored}; choose another folder, to prepare the data set there"
         )
     return True
 
 
 def _prepare(config: DataConfig, builder: Any) -> Any:
-    """Download and prepare the data set, if TensorFlow is installed and a server answers; the new builder.
+    """Download and prepare the data set; returns the new builder.
 
-    TFDS reads prepared sets without TensorFlow, but needs it to encode images. If the servers are out of reach, TFDS
-    would retry silently for minutes; this function raises an error after `CONNECT_SECONDS`.
+    TFDS reads prepared sets without TensorFlow, but needs TensorFlow to encode images. If no server answers, TFDS would
+    retry silently for minutes; this function raises an error after `CONNECT_SECONDS`.
+
+    Raises:
+        ConfigError: TensorFlow is not installed, no server answers, or the run has several processes.
     """
     import tensorflow_datasets as tfds
 
@@ -182,7 +185,7 @@ def _prepare(config: DataConfig, builder: Any) -> Any:
     if missing:
         raise ConfigError(
             f"--dataset {config.dataset}: is not in {directory} and {missing}; "
-            "prepare it once, with network access, in a separate environment:  python -m venv prepare && "
+            "prepare the data set once, with network access, in a separate environment:  python -m venv prepare && "
             "prepare/bin/pip install tensorflow tensorflow-datasets importlib_resources && prepare/bin/python -c "
             f"\"import tensorflow_datasets as tfds; tfds.builder('{config.dataset}', data_dir='{directory}', "
             "file_format='array_record').download_and_prepare()\""
@@ -218,7 +221,7 @@ def _any_answers(urls: list[str]) -> bool:
 
 
 def _read(builder: Any, splits: list[str]) -> tuple[Split, ...]:
-    """All examples of splits, decoded, in memory."""
+    """All examples of splits, decoded and in memory."""
     found = []
     for split in splits:
         source = builder.as_data_source(split=split)

@@ -1,11 +1,11 @@
-"""The config of one run, with the settings of data, training and methods."""
+"""Config of one run: settings of data, training and pruning method, and the files of the run."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from cs_jax.core.errors import ConfigError, one_of
-from cs_jax.core.settings import COUNT, FILES, at_least
+from cs_jax.core.settings import COUNT, FILES, at_least, flag
 from cs_jax.data.config import DataConfig
 from cs_jax.methods import METHODS, NONE, RETRAININGS, Method
 from cs_jax.methods.config import DEFAULT_MULTIPLE, MethodConfig
@@ -13,21 +13,21 @@ from cs_jax.methods.controls import CONTROLS, DENSE
 from cs_jax.models import MODELS, has_field
 
 SEARCH, TICKET = "search", "ticket"
-"""Names of phases; the others are names of controls."""
+"""Names of phases. Each control is a phase too, with the name of the control."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DataConfig, MethodConfig):
-    """Search a sparse ticket, rewind it, retrain it, and report; with Continuous Sparsification or another method.
+    """Search for a sparse ticket, by default with Continuous Sparsification; rewind it, retrain it and write a report.
 
-    Defaults of the class are the authors' CIFAR-10 experiment.
+    The default values are the authors' CIFAR-10 experiment.
 
     Raises:
-        ConfigError: a value is out of range; checks that need the data follow when it is loaded.
+        ConfigError: a value is out of range, or excludes another value. `prepare` checks the config against the data.
     """
 
     preset: Annotated[str, FILES] = "cifar10"
-    """Preset that the other fields started from; names the default run directory."""
+    """Preset that gave the defaults of the other settings; part of the name of the default run directory."""
 
     method: str = "cs"
     """Pruning method: cs (Continuous Sparsification), imp and imp-c (iterative magnitude pruning, with and without
@@ -35,45 +35,47 @@ class Config(DataConfig, MethodConfig):
     snip, supermask and supermask-iss (masks over frozen weights), or dense (no pruning)."""
 
     after: str | None = None
-    """What follows the search: rewind (train the ticket from early weights), finetune (train on, at the last learning
-    rate), lr-rewind (train on, with the learning rate from its start) or none; None is rewind, for a supermask none."""
+    """Training after the search: rewind (train the ticket from early weights), finetune (continue from the trained
+    weights, at the last learning rate), lr-rewind (continue from the trained weights, with the whole learning rate
+    schedule) or none (no training). Without this flag, supermasks use none, and all other methods use rewind."""
 
     controls: tuple[str, ...] = ()
-    """Networks to train for comparison, as long as the ticket and with the same batches: dense, reinit (the ticket's
-    masks, other initial weights), shuffled (masks shuffled in each layer), random (masks drawn with the ticket's
+    """Networks to train for comparison, with the epochs and batches of the ticket: dense, reinit (the ticket's masks,
+    new initial weights), shuffled (the ticket's masks, shuffled in each layer), random (random masks with the ticket's
     density over all layers)."""
 
     model: str = "resnet20"
-    """Network: resnet20, 32 or 56 (for CIFAR-10), resnet8 or 6 (small ones), resnet50 (224x224 images), vgg16, conv2,
-    conv4, conv6, vit_tiny or lenet300100."""
+    """Network: resnet20, resnet32 or resnet56 (for CIFAR-10), resnet8 or resnet6 (smaller), resnet50 (224x224 images),
+    vgg16, conv2, conv4, conv6, vit_tiny or lenet300100."""
 
     out: Annotated[Path | None, FILES] = None
-    """Run directory; None is runs/PRESET-seedSEED, or runs/PRESET-METHOD-seedSEED for methods other than cs. A
-    directory that holds this very run is resumed."""
+    """Run directory; None is runs/PRESET-seedSEED, or runs/PRESET-METHOD-seedSEED for methods other than cs. If
+    the directory has a run with the same settings, this run is resumed."""
 
     keep: Annotated[int, FILES, COUNT] = 3
-    """Number of newest checkpoints to keep; the weights to rewind to are kept in addition."""
+    """Number of newest checkpoints to keep; the snapshot for the rewind is kept in addition."""
 
     checkpoint_steps: Annotated[int, FILES, COUNT] = 100
-    """Steps between checkpoints inside an epoch, at least 100 on an accelerator; the end of an epoch may have one
-    too."""
+    """Minimum number of steps between two checkpoints inside an epoch. On an accelerator, at least 100 steps, unless
+    images are streamed. A checkpoint can also be saved at the end of an epoch."""
 
     report: Annotated[bool, FILES] = True
     """Write report.html and its plots at the end."""
 
     checkpoint_seconds: Annotated[float, FILES, at_least(0)] = 10.0
-    """Minimum seconds between two checkpoints; the end of a round or of a training always has one."""
+    """Minimum seconds between two checkpoints. A checkpoint is always saved at the end of a round, of the ticket's
+    retraining and of each control."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_choice("method", METHODS)
         if METHODS[self.method].searches:
-            inside = f"must be 0 to {self.epochs - 1}, an epoch of a round of {self.epochs}"
+            inside = f"must be 0 to {self.epochs - 1}, because a round has {self.epochs} epochs"
             self._check("rewind_epoch", 0 <= self.rewind_epoch < self.epochs, inside)
         self._check_choice("model", MODELS)
         for name, default in (("remat", False), ("dtype", "float32")):
             works = getattr(self, name) == default or has_field(self.model, name)
-            self._check(name, works, f"--model {self.model} does not support it")
+            self._check(name, works, f"not supported by --model {self.model}; omit {flag(name)}")
         self._check_granularity()
         self._check_method()
         self._check_controls()
@@ -89,7 +91,7 @@ class Config(DataConfig, MethodConfig):
         needed = f"required by {named}; give a share above 0 and at most 1{either}"
         self._check("target_density", self.target is not None or not method.wants_target, needed)
         prunes = method.wants_target is not False
-        self._check("target_density", self.target is None or prunes, f"{named} prunes nothing")
+        self._check("target_density", self.target is None or prunes, f"{named} prunes nothing; omit {self.target_flag}")
         takers = " or ".join(name for name, other in METHODS.items() if other.takes_rate)
         self._check("prune_rate", self.prune_rate is None or method.takes_rate, f"requires --method {takers}")
         both = self.prune_rate is not None and self.target is not None
@@ -101,10 +103,10 @@ class Config(DataConfig, MethodConfig):
                 raise ConfigError(f"--controls {control}: must be {one_of(control, CONTROLS)}")
         self._check("controls", len(set(self.controls)) == len(self.controls), "must name each control once")
         others = [control for control in self.controls if control != DENSE]
-        self._check("controls", not others or self.method != DENSE, "--method dense has no masks to compare")
+        self._check("controls", not others or self.method != DENSE, "--method dense has no masks; omit --controls")
         if others and self.retraining == NONE:
             named = " ".join(others)
-            raise ConfigError(f"--controls {named}: only dense is possible without a retraining after the search")
+            raise ConfigError(f"--controls {named}: requires a retraining after the search; use --controls dense")
         if "random" in self.controls and self.granularity == "channel":
             raise ConfigError("--controls random: not possible with --granularity channel; use shuffled")
 
@@ -131,7 +133,7 @@ class Config(DataConfig, MethodConfig):
 
     @property
     def retraining(self) -> str:
-        """What follows the search, one of `methods.RETRAININGS`."""
+        """Training after the search, one of `methods.RETRAININGS`."""
         return self.after or METHODS[self.method].retrainings[0]
 
     @property

@@ -1,7 +1,6 @@
 """Error and loss on the straight line between two networks, for example two retrainings of one ticket.
 
-A ticket is stable to SGD noise if two retrainings on different batches end in networks between which the error does
-not rise.
+A ticket is stable to SGD noise if the error does not rise on the line between two retrainings with different batches.
 
 References:
     Frankle, Dziugaite, Roy and Carbin, "Linear Mode Connectivity and the Lottery Ticket Hypothesis", ICML 2020,
@@ -46,29 +45,29 @@ CHILDREN = ("child 1", "child 2")
 """Names of the two retrainings."""
 
 CHILD_KEYS = 2**31 - 1
-"""Folded into the PRNG key of a run for its children; no purpose of a run has this number."""
+"""Number folded into a run's PRNG key for the two retrainings; different from the numbers of all `PURPOSES`."""
 
 
 class PathPoint(NamedTuple):
     """A network on the line between two networks."""
 
-    share: float  # of the second network in the weights: 0 is the first network, 1 the second
+    share: float  # share of the second network in the weights: 0 is the first network, 1 is the second network
     error: float  # share of images classified wrong, in [0, 1]
     loss: float  # mean cross-entropy over the images
 
 
 @dataclass(frozen=True)
 class Line:
-    """Two networks under the same masks."""
+    """Two networks with the same masks."""
 
     model: nn.Module  # Linen module, called with images and `train`
     ends: tuple[Snapshot, Snapshot]  # weights and BatchNorm statistics of the two networks
-    masks: PyTree  # of both networks, as the model accepts them; {} for a model without masks
+    masks: PyTree  # "masks" collection of both networks; {} for a model without masks
 
 
 @dataclass(frozen=True)
 class Retraining:
-    """A ticket, and everything that its retraining needs."""
+    """A ticket, with the config and data of its retraining."""
 
     config: Config  # epochs, schedules and batch size
     problem: Problem  # model and training data
@@ -79,19 +78,19 @@ class Retraining:
 def interpolate(params: PyTree, others: PyTree, share: float) -> PyTree:
     """Point on the straight line from `params` to `others`: `params + share * (others - params)`.
 
-    At share 0 and 1 the result has the arrays of `params` and `others`, exact to the bit. An entry that is equal in
-    both trees stays exactly equal.
+    The result has exactly the arrays of `params` at share 0, and exactly the arrays of `others` at share 1. An entry
+    that is equal in both trees does not change at any share.
 
     Args:
         params: float arrays, any shapes: weights, or BatchNorm statistics.
         others: arrays under the same paths, of the same shapes and dtypes.
-        share: of `others` in the result, in [0, 1].
+        share: share of `others` in the result, in [0, 1].
 
     Returns:
         Tree like `params` (structure, shapes, dtypes), computed in at least float32.
 
     Raises:
-        ConfigError: an array is in only one of the trees, or has two shapes or dtypes; or the share is out of range.
+        ConfigError: an array is in only one of the trees, or differs in shape or dtype; or the share is out of range.
         ValueError: a leaf is not a float array.
 
     >>> interpolate({"kernel": jnp.array([0.0, 2.0])}, {"kernel": jnp.array([4.0, 2.0])}, 0.25)
@@ -112,10 +111,11 @@ def interpolate(params: PyTree, others: PyTree, share: float) -> PyTree:
 def error_barrier(errors: Sequence[float]) -> float:
     """Highest error on a line minus the mean error of its two ends; at least 0.
 
-    Frankle et al. (2020) call this the instability, and networks with almost none stable to SGD noise.
+    Frankle et al. (2020) call this value the instability. They call a network stable to SGD noise if this value of the
+    test error is almost 0.
 
     Args:
-        errors: along the line, both ends included; or losses. Not NaN.
+        errors: errors or losses at points along the line, including both ends; not NaN.
 
     Raises:
         ConfigError: there are fewer than two errors, or one is NaN.
@@ -131,38 +131,38 @@ def error_barrier(errors: Sequence[float]) -> float:
 
 
 def barrier_note(errors: Sequence[float], losses: Sequence[float]) -> str:
-    """Note on barriers that only come from different ends: the error or loss is highest at an end; "" without one.
+    """Note on a barrier without a rise between the ends: error or loss is highest at an end; "" for other barriers.
 
     Args:
-        errors: along the line, both ends included.
-        losses: at the same points.
+        errors: errors at points along the line, including both ends.
+        losses: losses at the same points.
     """
     found = [name for name, values in (("error", errors), ("loss", losses)) if max(values) in (values[0], values[-1])]
     if not found:
         return ""
     if len(found) == 1:
-        return f"the {found[0]} is highest at an end, so its barrier is half the difference of the ends"
-    return "error and loss are highest at an end, so their barriers are half the difference of the ends"
+        name = found[0]
+        return f"the {name} is highest at an end, so the {name} barrier is half the difference between the two ends"
+    return "error and loss are highest at an end, so both barriers are half the difference between the two ends"
 
 
 def connect(line: Line, data: Images, validation: Images, *, points: int = 11, batch_size: int) -> list[PathPoint]:
     """Error and loss at evenly spaced points of the straight line between two networks.
 
-    Averaged weights need new BatchNorm statistics. At every point the statistics start from the interpolated ones and
-    are updated by one pass over `data` in training mode: without augmentation, in one fixed random order, in whole
-    batches (the remaining images are not used). After k batches the start has the weight momentum**k. The ends get new
-    statistics too, so their errors may differ from those measured in training. For a model without statistics nothing
-    is estimated.
+    Averaged weights need new BatchNorm statistics. At every point, the statistics are interpolated and then updated by
+    one pass over `data` in training mode: without augmentation, in a fixed random order, in full batches only. After k
+    batches, the interpolated statistics have the weight momentum**k. The ends get new statistics too, so their errors
+    may differ from the errors measured in training. A model without BatchNorm needs no pass.
 
     Args:
         line: model, the two networks and their masks; the arrays are not changed.
         data: images for the BatchNorm statistics, usually the training images.
         validation: images on which error and loss are measured.
-        points: int >= 2, number of points with both ends.
+        points: int >= 2, number of points, including both ends.
         batch_size: int >= 1, images per call, for statistics and evaluation.
 
     Returns:
-        The points, from the first network to the second; pass their errors to `error_barrier`.
+        The points, from the first to the second network. `error_barrier` accepts the errors of these points.
 
     Raises:
         ConfigError: the two networks have different arrays, there are no images, or a number is out of range.
@@ -197,8 +197,8 @@ def read_run(path: Path) -> tuple[Config, Ticket]:
         path: the run directory.
 
     Raises:
-        ConfigError: the directory has no finished run; the run does not retrain its ticket; or the ticket file is
-            compact, without the rewound network.
+        ConfigError: the directory has no finished run of this version of cs_jax; the run does not retrain the ticket;
+            or the ticket file is compact (without the rewound network).
     """
     stored = config_file.read_stored(path, "run")
     config = config_file.from_json(stored, f"{path}: its settings")
@@ -206,19 +206,19 @@ def read_run(path: Path) -> tuple[Config, Ticket]:
     if run_directory.read_summary(path) is None:
         raise ConfigError(f"run {path}: not finished; finish it with --resume {path}")
     if config.retraining == NONE:
-        raise ConfigError(f"run {path}: has no retraining; requires a run that retrains its ticket")
+        raise ConfigError(f"run {path}: has no retraining; choose a run that retrains its ticket")
     saved = load_ticket(path / paths.TICKET_FILE)
     if saved.rewound is None:
-        raise ConfigError(f"run {path}: its ticket file is compact; requires one with the rewound network")
+        raise ConfigError(f"run {path}: its ticket file is compact; choose a run with the rewound network in this file")
     start = Snapshot(saved.rewound["params"], saved.rewound["batch_stats"])
     return config, Ticket(start, saved.found_masks)
 
 
 def check(*, points: int, seed: int) -> None:
-    """Refuses numbers of points and seeds that `measure` cannot use.
+    """Checks the number of points and the seed for `measure`.
 
     Raises:
-        ConfigError: a number is out of range; names the flag.
+        ConfigError: a number is out of range; the message names the flag.
     """
     _check_at_least(2, "--points", points)
     if not SEED.holds(seed):
@@ -226,12 +226,12 @@ def check(*, points: int, seed: int) -> None:
 
 
 def child(problem: Problem, number: int, *, seed: int) -> Problem:
-    """The problem of a run with another PRNG key: other order of batches and augmentation, same data and model.
+    """Copy of a run's problem with another PRNG key, for other batches and augmentation of the same data.
 
     Args:
-        problem: of the run.
-        number: of the child, from 1.
-        seed: 0 to 4294967295; another seed gives other children.
+        problem: model, data and PRNG key of the run.
+        number: number of the retraining, from 1.
+        seed: 0 to 4294967295; other seeds give other keys.
     """
     key = problem.key
     for folded in (CHILD_KEYS, seed, number):
@@ -245,8 +245,8 @@ def measure(retraining: Retraining, observer: Observer, *, points: int = 11, see
     Args:
         retraining: ticket, config and data of a run.
         observer: receives the events of both retrainings, one after the other.
-        points: int >= 2, number of points with both ends.
-        seed: of the order of batches and the augmentation, 0 to 4294967295.
+        points: int >= 2, number of points, including both ends.
+        seed: seed for the order of batches and the augmentation, 0 to 4294967295.
 
     Returns:
         Content of connectivity.json: "points" ("share", "error" and "loss" of each), "barrier" and "loss_barrier",
@@ -255,7 +255,7 @@ def measure(retraining: Retraining, observer: Observer, *, points: int = 11, see
 
     Raises:
         ConfigError: a number is out of range.
-        NonFiniteLossError: names epoch and step.
+        NonFiniteLossError: loss or weights are not finite; the message names epoch and step.
     """
     check(points=points, seed=seed)
     started = time.perf_counter()

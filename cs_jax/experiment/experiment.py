@@ -1,4 +1,4 @@
-"""The parts of a search and of a whole experiment that functions need together."""
+"""Parameter objects: config, problem, observer, data and directory of a search or of a whole experiment."""
 
 from dataclasses import dataclass, field
 
@@ -11,16 +11,16 @@ from cs_jax.training.problem import Problem
 
 @dataclass(frozen=True)
 class Search:
-    """A search or retraining."""
+    """Config, problem and observer of a search or retraining."""
 
     config: Config
     problem: Problem  # model, training and validation data, PRNG key
-    observer: Observer = field(default_factory=Observer)  # called at every phase, step and epoch
+    observer: Observer = field(default_factory=Observer)  # receives the events of the run
 
 
 @dataclass(frozen=True)
 class Experiment(Search):
-    """A search, its retraining and controls, with the test set and the directory for the results."""
+    """A search with the retraining and the controls, the test set, and the run directory."""
 
     data: Data = field(kw_only=True)
     directory: RunDirectory = field(kw_only=True)

@@ -27,8 +27,8 @@ def of_epoch(
     """Per-epoch metrics, and the packed bits of the hard masks on the device, for the flip rate of the next epoch.
 
     Args:
-        search: config, problem, and the observer that is called for every evaluated batch.
-        progress: position after the steps of the epoch.
+        search: config, problem, and the observer, whose `on_batch` is called during the evaluation.
+        progress: progress after the last step of the epoch.
         state: train state at the end of the epoch.
         hyper: hyperparameters of the epoch.
         started: time at which the last step ended, in seconds of `time.perf_counter`.
@@ -44,7 +44,7 @@ def of_epoch(
     soft_masks, hard_masks = (
         _search_masks(type(config.pruning_method), state, hyper) if searching else (None, state.masks)
     )
-    counts, kept, flips = _mask_figures(hard_masks, progress.packed_masks if searching else None)
+    counts, kept, flips = _mask_counts(hard_masks, progress.packed_masks if searching else None)
     layer_density = _layer_density(hard_masks, counts)
     size = sum(mask.size for mask in jax.tree.leaves(hard_masks))
     density = sum(int(rows.sum()) for rows in jax.tree.leaves(counts)) / size
@@ -70,7 +70,7 @@ def of_epoch(
 
 
 def step_figures(progress: Progress) -> StepMetrics:
-    """Loss and penalty of the current epoch's steps, arrays (steps,) on the host; waits for running steps."""
+    """Loss terms of the current epoch's steps: arrays (steps,) on the host. Waits for running steps."""
     figures = jax.device_get(progress.figures)
     return jax.tree.map(lambda *calls: np.concatenate([np.atleast_1d(call) for call in calls]), *figures)
 
@@ -78,7 +78,7 @@ def step_figures(progress: Progress) -> StepMetrics:
 def _evaluate(
     search: Search, state: TrainState, soft_masks: PyTree, hard_masks: PyTree
 ) -> tuple[float | None, float | None]:
-    """Validation accuracies with soft and with hard masks, in [0, 1]; None for masks that are None."""
+    """Validation accuracy with soft masks, and with hard masks, in [0, 1]; None without masks or validation set."""
     images = search.problem.validation
     if images is None:
         return None, None
@@ -105,8 +105,8 @@ def _search_masks(method: type[Method], state: TrainState, hyper: Hyperparams) -
     return method.soft_masks(state, hyper), method.hard_masks(state, hyper)
 
 
-def _mask_figures(hard_masks: PyTree, kept_before: PyTree | None) -> tuple[PyTree, PyTree, PyTree | None]:
-    """Numbers of kept entries per row and of flipped entries per array, on the host; packed masks on devices."""
+def _mask_counts(hard_masks: PyTree, kept_before: PyTree | None) -> tuple[PyTree, PyTree, PyTree | None]:
+    """Number of kept entries per row, packed masks on devices, and number of flipped entries per array."""
     counts, kept, flips = _count(hard_masks, kept_before)
     counts, flips = on_host((counts, flips))
     return jax.tree.map(lambda rows: rows.astype(np.int64), counts), kept, flips  # sums may need more than 32 bits
@@ -123,7 +123,7 @@ def _count(hard_masks: PyTree, kept_before: PyTree | None) -> tuple[PyTree, PyTr
 
 
 def _layer_density(hard_masks: PyTree, counts: PyTree) -> dict[str, float]:
-    """Density of each masked array, by name, in [0, 1]."""
+    """Density of each maskable array, by name, in [0, 1]."""
     rows = trees.leaves_by_path(counts)
     sizes = {path: mask.size for path, mask in trees.leaves_by_path(hard_masks).items()}
     return {trees.name(path): int(rows[path].sum()) / size for path, size in sizes.items()}

@@ -28,11 +28,11 @@ from cs_jax.training.step import TrainState
 
 
 def run(experiment: Experiment, progress: Progress | None = None) -> dict[str, Any]:
-    """Searches a ticket, retrains it, trains its controls, and tests them all.
+    """Searches for a ticket, retrains it, trains the controls, and tests all trained networks.
 
     Args:
         experiment: config, problem, data, directory and observer.
-        progress: position at which an earlier process stopped; None starts from scratch.
+        progress: progress restored from a checkpoint; None starts from scratch.
 
     Returns:
         The content of summary.json. Accuracies and densities are shares, in [0, 1].
@@ -100,7 +100,7 @@ def _train_controls(experiment: Experiment, ticket: Ticket, progress: Progress) 
 
 
 def _write_ticket(experiment: Experiment, start: Snapshot | None, state: TrainState) -> None:
-    """Writes the trained ticket, the weights that its retraining began with, and its predictions for the test set."""
+    """Writes the trained ticket with the initial weights of its retraining, and its predictions for the test set."""
     config, data, directory = experiment.config, experiment.data, experiment.directory
     logits = metrics.logits(experiment, state, state.masks, data.test)
     made_with = {

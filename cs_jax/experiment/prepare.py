@@ -1,4 +1,4 @@
-"""Data, network and training recipe of a config, checked before anything is written."""
+"""Data, network and training recipe of a config, checked before a run writes any file."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -30,10 +30,11 @@ def prepare(config: Config, executor: Executor | None = None) -> tuple[Problem, 
 
     Args:
         config: settings of the run.
-        executor: runs the training steps; by default one for this run alone.
+        executor: runs the training steps; None creates an executor for this run only.
 
     Raises:
-        ConfigError: data and config do not fit, or the model does not accept the images.
+        ConfigError: the data cannot be loaded, data and config do not fit, the model does not accept the images, or
+            there are too few devices.
     """
     executor = executor or Executor(mesh.make_layout(config.data_parallel, config.model_parallel))
     if executor.mesh_layout is not None:
@@ -84,10 +85,10 @@ def make_recipe(config: Config, num_classes: int) -> Recipe:
 
 
 def check_all(configs: Iterable[Config]) -> None:
-    """Checks many configs as `prepare` does, but loads data and builds models that they share only once.
+    """Checks configs like `prepare`; configs with the same data and network are prepared only once.
 
     Raises:
-        ConfigError: as for `prepare`, for the first config that cannot be trained.
+        ConfigError: as in `prepare`, for the first config that cannot be trained.
     """
     problems: dict[Any, Problem] = {}
     for config in configs:
@@ -109,20 +110,20 @@ def check_all(configs: Iterable[Config]) -> None:
 
 
 def _check_split(config: Config, problem: Problem) -> None:
-    """Refuses --model-parallel where the devices would share no weight array and all do the same work."""
+    """Raises if --model-parallel splits no weight array, because all devices would then do the same work."""
     layout = problem.executor.mesh_layout
     if layout is None or config.model_parallel == 1:
         return
     shardings = layout.state(jax.eval_shape(lambda: problem.init_variables()["params"]))
     if all(sharding.is_fully_replicated for sharding in jax.tree.leaves(shardings)):
         raise ConfigError(
-            f"--model-parallel {config.model_parallel}: divides no large weight array of --model {config.model}; "
-            "choose a divisor of its layers' numbers of features"
+            f"--model-parallel {config.model_parallel}: splits no weight array of --model {config.model}; "
+            "choose a number that divides the number of features of its layers"
         )
 
 
 def _check_target(config: Config, problem: Problem) -> None:
-    """Refuses a target that the network cannot reach; the last round has the lowest density."""
+    """Raises if the network cannot reach the target; checks the last round, which has the lowest density."""
     density, found = config.pruning_method.density(config.rounds - 1), problem.recipe.channels
     if found is not None and config.target_multiply_adds is not None:
         try:
@@ -143,7 +144,7 @@ def _check_target(config: Config, problem: Problem) -> None:
 
 
 def _smallest_step(config: Config, problem: Problem) -> Any:
-    """One step on the fewest examples that any part of a batch has; the last batch of an epoch may be smaller."""
+    """One step on the smallest part of a batch in an epoch, including the last batch."""
     state = search.fixed_state(problem, problem.init_ticket())
     hyper = search.hyperparams(config, TICKET, 0)
     n, batch_size, part_size = len(problem.train), config.batch_size, problem.recipe.part_size
@@ -154,6 +155,6 @@ def _smallest_step(config: Config, problem: Problem) -> Any:
 
 
 def _stand_in(images: Images) -> ImageSet:
-    """One black image of the same shape, for tracing, where only shapes matter."""
+    """One black image of the same shape, for tracing."""
     zeros, label = jnp.zeros((1, *images.image_shape), jnp.uint8), jnp.zeros(1, jnp.int32)
     return ImageSet(zeros, label, mean=jnp.asarray(images.mean, float), std=jnp.asarray(images.std, float))

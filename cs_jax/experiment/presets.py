@@ -30,9 +30,9 @@ PRESETS: dict[str, Config] = {
         lr_schedule=(20, 25),
     ),
     "cifar10": Config(),
-    # Batch size, learning rate, decay, epochs and drops are the usual ones for ResNets on ImageNet (Goyal et al., 2017,
-    # arXiv:1706.02677, without their warm-up). Rounds, temperature and other settings of the method are the paper's for
-    # CIFAR-10; the paper's settings for ImageNet are unknown.
+    # Batch size, learning rate, decay, epochs and drops have the usual values for ResNets on ImageNet (Goyal et al.,
+    # 2017, arXiv:1706.02677, without the warm-up). Rounds, temperature and the other settings of the method have the
+    # paper's values for CIFAR-10, because the paper's values for ImageNet are unknown.
     "imagenet-resnet50": Config(
         preset="imagenet-resnet50",
         dataset="imagenet2012",

@@ -1,4 +1,4 @@
-"""Position of a run, metrics of an epoch, and the observers of a run."""
+"""Progress of a run, metrics of an epoch, and the interface of observers."""
 
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ class EpochRecord(NamedTuple):
     loss: float  # mean over the epoch's training examples, penalty included
     penalty: float  # weighted mask penalty, mean over the epoch's training examples
     density: float  # of the hard masks, in [0, 1]
-    layer_density: dict[str, float]  # of each masked array, by name, in [0, 1]
+    layer_density: dict[str, float]  # of each maskable array, by name, in [0, 1]
     flip_rate: float | None  # share of hard mask entries that changed since the previous epoch; search only
     soft_accuracy: float | None  # validation accuracy with soft masks, in [0, 1]; search only
     hard_accuracy: float | None  # validation accuracy with hard masks, in [0, 1]; None while the hard masks are empty
@@ -29,20 +29,18 @@ class EpochRecord(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Position of a run, with everything needed to resume it; the content of a checkpoint."""
+    """Content of a checkpoint: phase, epoch, step, train state, and everything else needed to resume a run."""
 
     phase: str  # search, ticket or a control
     round: int | None  # round of the search, from 0
     epoch: int  # finished epochs of this round or phase
     step: int  # finished steps of the current epoch; all its steps during its evaluation
     state: TrainState  # donated to the next step
-    snapshot: (
-        Snapshot | None
-    )  # search: for the rewind, None before it is taken; ticket: initial weights; controls: None
+    snapshot: Snapshot | None  # search: for the rewind (None at first); ticket: initial weights; controls: None
     round_ends: tuple[EpochRecord, ...] = ()  # last epoch of every finished round
-    figures: tuple[StepMetrics, ...] = ()  # loss and penalty of the current epoch's steps, one entry per compiled call
+    figures: tuple[StepMetrics, ...] = ()  # loss terms of the current epoch's steps, one entry per compiled call
     seconds: float = 0.0  # duration of the current epoch's steps
-    packed_masks: PyTree = None  # search: hard masks of the last epoch, one bit per entry; None before, and later
+    packed_masks: PyTree = None  # search: hard masks after the last epoch, one bit per entry; otherwise None
 
     def phase_name(self) -> str:
         """The phase and round, for example "search 0" or "ticket"."""
@@ -63,9 +61,9 @@ def total_epochs(config: Config) -> int:
 
 
 class Observer:
-    """Base class of observers, whose methods are called during a run. By default they do nothing.
+    """Base class of observers: methods that are called during a run, and that do nothing by default.
 
-    An exception that a method raises ends the run. `progress.state` is donated to the next step: copy the arrays that
+    If a method raises an exception, the run ends. `progress.state` is donated to the next step: copy the arrays that
     are needed after the call.
     """
 
@@ -76,19 +74,19 @@ class Observer:
         """Called after every compiled call.
 
         Args:
-            progress: `progress.step` steps of the epoch are done. The last of `progress.figures` may still be running
-                on the device: reading it waits.
+            progress: `progress.step` is the number of done steps of the epoch. The device may still be computing the
+                last entry of `progress.figures`; reading this entry waits.
             total: number of steps in the epoch.
         """
 
     def on_batch(self) -> None:
-        """Called between the batches of an evaluation, so that an observer can stop the run there."""
+        """Called before every compiled call of an evaluation, so that an observer can stop the run there."""
 
     def on_epoch_end(self, record: EpochRecord, progress: Progress) -> None:
         """Called after an epoch and its evaluation."""
 
     def on_phase_end(self, progress: Progress) -> None:
-        """Called after the last epoch of a phase, before any reset; again if a run is resumed at this point."""
+        """Called after the last epoch of a phase, before a reset of scores; again if a run is resumed at this point."""
 
 
 class Observers(Observer):

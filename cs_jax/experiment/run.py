@@ -1,4 +1,4 @@
-"""One run: starts or resumes it, and writes its summary and report."""
+"""Starts or resumes a run, and writes its summary and report."""
 
 import contextlib
 import dataclasses
@@ -46,8 +46,8 @@ def run(
         write_report: called with the run directory at the end, to write the report; None for no report.
         trackers: receive the metrics of every epoch, in addition to TensorBoard.
         terminal: where progress and results are printed; by default standard output.
-        executor: runs the training steps; by default one for this run alone.
-        watch: handler of signals; by default one that is installed now.
+        executor: runs the training steps; None creates an executor for this run only.
+        watch: handler of signals; None installs a new handler during the run.
 
     Returns:
         The content of summary.json.
@@ -55,7 +55,7 @@ def run(
     Raises:
         ConfigError: the config does not fit the data or the run directory.
         NonFiniteLossError: loss, weights or scores are not finite.
-        Stopped: SIGINT or SIGTERM came; the run is saved.
+        Stopped: the process received SIGINT, SIGTERM or SIGHUP. The run is saved, unless no step was done.
         OSError: a file cannot be written.
     """
     terminal = terminal or Terminal(quiet=not processes.is_leader())
@@ -126,13 +126,14 @@ def _identity(config: Config) -> dict[str, Any]:
 
 
 def resume(experiment: Experiment, watch: Interrupts, terminal: Console, *, new: bool) -> dict[str, Any]:
-    """Runs an experiment from its last checkpoint to its end; a signal saves the run first.
+    """Runs an experiment from its last checkpoint to its end, and returns the content of summary.json.
 
     Args:
-        experiment: its observer receives the metrics; terminal, health checks and checkpoints are added here.
-        watch: handler of signals.
+        experiment: its observer receives the metrics. Observers for terminal, health checks, checkpoints and signals
+            are added.
+        watch: handler of signals; the run is saved before `Stopped` is raised.
         terminal: where progress is printed.
-        new: True if the run has just started; then the message about starting from scratch is not printed.
+        new: True for a run that was not started before. False prints a line if there is no checkpoint.
     """
     config, directory = experiment.config, experiment.directory
     folder = directory.path / paths.CHECKPOINTS_FOLDER
@@ -159,7 +160,7 @@ def resume(experiment: Experiment, watch: Interrupts, terminal: Console, *, new:
             stop.hint = f"; saved: resume with --resume {directory.path}" if saved else "; nothing to save yet"
             raise
         except BrokenPipeError:  # the reader of standard output is gone
-            if not processes.are_several():  # saving needs all processes, and the others are elsewhere
+            if not processes.are_several():  # saving needs all processes at the same step
                 checkpoints.save_latest()
             raise
         except OSError as error:

@@ -53,8 +53,8 @@ def search_ticket(
     Args:
         config: settings of the run.
         problem: model and data.
-        progress: from `begin_search`, or the position at which an earlier search stopped; its state is donated.
-        observer: called at every phase, step and epoch.
+        progress: result of `begin_search`, or restored from a checkpoint; its state is donated.
+        observer: receives the events of the search.
 
     Returns:
         The ticket and the metrics of each round's last epoch. The weights of the ticket are the start of its
@@ -95,7 +95,7 @@ def begin_next_round(config: Config, problem: Problem, progress: Progress) -> Pr
 
 
 def take_snapshot(state: TrainState) -> Snapshot:
-    """Copy of weights and BatchNorm state on the host; devices do not need it until the rewind."""
+    """Copy of weights and BatchNorm state on the host, because devices do not need the copy until the rewind."""
     return Snapshot(*jax.tree.map(np.array, on_host((state.params, state.batch_stats))))
 
 
@@ -106,9 +106,9 @@ def begin_retraining(
 
     Args:
         problem: model and data.
-        ticket: its arrays are copied, not donated.
+        ticket: weights and masks; the arrays are copied, not donated.
         phase: `TICKET` or the name of a control.
-        round_ends: metrics of the search's rounds, kept for the summary.
+        round_ends: metrics of each search round's last epoch, for the summary.
     """
     return Progress(
         phase, None, 0, 0, fixed_state(problem, ticket), ticket.start if phase == TICKET else None, round_ends
@@ -116,22 +116,22 @@ def begin_retraining(
 
 
 def fixed_state(problem: Problem, ticket: Ticket) -> TrainState:
-    """Train state of an untrained ticket, with copies of its arrays."""
+    """Train state at the start of a retraining, with copies of the ticket's arrays."""
     (params, batch_stats), fixed = problem.executor.copy(tuple(ticket))
     state = training_step.init_state(problem.recipe, params, batch_stats, scores={}, masks=fixed)
     return problem.executor.place(state)
 
 
 def retrain(config: Config, problem: Problem, progress: Progress, observer: Observer) -> TrainState:
-    """Trains the weights of a ticket with fixed masks, for `config.epochs` epochs.
+    """Train state after `config.epochs` epochs of training a ticket's weights with fixed masks.
 
     Controls are trained with the same batches as the ticket.
 
     Args:
         config: settings of the run.
         problem: model and data.
-        progress: from `begin_retraining`, or the position at which an earlier retraining stopped; its state is donated.
-        observer: called at the phase, its steps and epochs.
+        progress: result of `begin_retraining`, or restored from a checkpoint; its state is donated.
+        observer: receives the events of the retraining.
 
     Raises:
         NonFiniteLossError: loss or weights are not finite.
@@ -196,7 +196,7 @@ def _steps(config: Config, problem: Problem, progress: Progress, observer: Obser
 
 
 def hyperparams(config: Config, phase: str, epoch: int) -> Hyperparams:
-    """Scalars of an epoch, on the device. With fixed masks, only the ticket's constant penalty is part of the loss."""
+    """Scalars of an epoch, on the device. The penalty weight is 0 for controls, and if scores are not trained."""
     score_lr = config.lr if config.score_lr is None else config.score_lr
     values = dict(
         temperature=schedules.temperature(epoch, config.epochs, config.final_temp),
@@ -209,7 +209,7 @@ def hyperparams(config: Config, phase: str, epoch: int) -> Hyperparams:
 
 
 def learning_rate(config: Config, phase: str, epoch: int) -> float:
-    """Learning rate of the weights: from the schedule, or its last value where trained weights are fine-tuned."""
+    """Learning rate of the weights from the schedule; when fine-tuning, always the last value of the schedule."""
     finetunes = config.retraining == FINETUNE and phase not in (SEARCH, *FRESH)
     return _scheduled(config, config.epochs - 1 if finetunes else epoch, config.lr)
 
@@ -219,7 +219,7 @@ def _scheduled(config: Config, epoch: int, base: float) -> float:
 
 
 def check_finite(progress: Progress) -> None:
-    """Refuses a progress with losses, weights or scores that are not finite; waits for its steps.
+    """Checks that losses, weights and scores are finite; waits for running steps.
 
     A step's loss is computed before its update, so the weights after the last update are checked too.
 
@@ -236,8 +236,8 @@ def check_finite(progress: Progress) -> None:
 
 
 def _check_loss(progress: Progress, metrics: StepMetrics, done: int) -> None:
-    """Refuses losses that are not finite, in a compiled call that ended after `done` steps of the epoch."""
-    losses = np.atleast_1d(StepMetrics(*jax.device_get(tuple(metrics))).loss)  # added up on the host: no dispatch
+    """Raises if a loss is not finite in the compiled call that ended after `done` steps of the epoch."""
+    losses = np.atleast_1d(StepMetrics(*jax.device_get(tuple(metrics))).loss)  # sum on the host, without a dispatch
     bad = np.flatnonzero(~np.isfinite(losses))
     if bad.size:
         step = done - len(losses) + bad[0]

@@ -22,13 +22,13 @@ from cs_jax.training.problem import Problem, Ticket
 from cs_jax.training.step import TrainState
 
 MAX_MISTAKES = 24
-"""Number of misclassified images that are kept for the report."""
+"""Maximum number of misclassified images that are stored for the report."""
 
 
 def training_cost(experiment: Experiment, *phases: str) -> dict[str, float | int]:
-    """Cost of some phases: epochs, floating-point operations and seconds.
+    """Cost of the given phases: epochs, floating-point operations and seconds.
 
-    A masked network computes the same operations as a dense one; the backward pass counts twice the forward pass.
+    A masked network computes the same operations as a dense network. A backward pass counts as two forward passes.
     """
     config, problem = experiment.config, experiment.problem
     epochs = config.epochs * (
@@ -50,7 +50,7 @@ def smaller_multiply_adds(config: Config, problem: Problem, ticket: LoadedTicket
     dense = {"dense_multiply_adds": multiply_adds(model, image_shape)}
     try:
         smaller, _ = shrink(model, ticket.variables, image_shape)
-    except ValueError as error:  # the trained ticket must not be lost
+    except ValueError as error:  # a warning, so that the run still writes its summary
         message = f"the ticket cannot be shrunk, so its multiply-adds are unknown: {error}"
         warnings.warn(message, WiringWarning, stacklevel=2)
         return dense
@@ -73,10 +73,10 @@ def predictions(logits: np.ndarray, images: Images) -> dict[str, np.ndarray]:
 
 
 def count_weights(ticket: Ticket) -> dict[str, float | int]:
-    """Densities of a network, over masked weights and over all weights, and its numbers of weights.
+    """Densities of a network, over the maskable weights and over all weights, and numbers of weights.
 
-    `num_weights` counts the masked weights that are kept and all weights that are never masked, out of
-    `num_all_weights`; `num_masked_weights` counts the weights that a mask could remove.
+    `num_all_weights` counts all weights, `num_masked_weights` counts the maskable weights. `num_weights` counts the
+    maskable weights that are kept, and all other weights.
     """
     masked = sum(mask.size for mask in jax.tree.leaves(ticket.masks))
     everything = sum(weight.size for weight in jax.tree.leaves(ticket.start.params))

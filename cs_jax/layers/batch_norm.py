@@ -11,8 +11,8 @@ from flax import linen as nn
 class BatchNorm(nn.BatchNorm):
     """`flax.linen.BatchNorm` with the unbiased batch variance in its running average, as in PyTorch.
 
-    Training is the same as in Flax: a batch is normalised by its biased variance. Running variances, and therefore
-    evaluation, differ by the factor n / (n - 1) per update, for n values per feature in a batch.
+    Training is the same as in Flax: a batch is normalised by its biased variance. The batch variance enters the running
+    variance multiplied by n / (n - 1), for n values per feature in a batch. Evaluation therefore differs from Flax.
 
     Args of a call:
         x: float array (..., features) for the default `axis`; at least 2 values per feature in training.
@@ -26,9 +26,9 @@ class BatchNorm(nn.BatchNorm):
     @nn.compact
     def __call__(self, x: jax.Array, use_running_average: bool | None = None, *, mask: jax.Array | None = None) -> Any:
         if mask is not None:
-            raise ValueError("mask of a BatchNorm: must be None, because it is not supported")
+            raise ValueError("BatchNorm mask: not supported; leave this argument out")
         if self.axis_index_groups is not None:
-            raise ValueError("axis_index_groups of a BatchNorm: must be None, because it is not supported")
+            raise ValueError("BatchNorm axis_index_groups: not supported; leave this field out")
         old_mean, old_var = (self.get_variable("batch_stats", name) for name in ("mean", "var"))
         y = super().__call__(x, use_running_average)
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
@@ -48,6 +48,7 @@ class BatchNorm(nn.BatchNorm):
         n = x.size // features * (jax.lax.axis_size(self.axis_name) if self.axis_name else 1)
         if n < 2:
             raise ValueError(
-                f"{'/'.join(self.path)}: a training batch must have at least 2 values per feature, not {n}"
+                f"{'/'.join(self.path) or 'BatchNorm'}: a training batch must have at least 2 values per feature, "
+                f"not {n}; use a larger batch"
             )
         return n / (n - 1)

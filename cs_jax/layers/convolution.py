@@ -1,9 +1,9 @@
-"""Convolution and pooling that train fast on a CPU, and export as plain operations.
+"""Convolution and max pooling: fast in training on a CPU, and plain operations in exported networks.
 
-XLA's CPU backend computes the gradient of a kernel from transposed activations. It fuses into the transposition all
-operations since the last convolution, in residual networks since several convolutions. These operations are then
-computed again, in an order that is bad for caches. A barrier against this fusion lets the activations be computed once.
-Exported programs need no barrier.
+XLA's CPU backend computes the gradient of a kernel from transposed activations. The backend fuses all operations since
+the last convolution into the transposition; in residual networks, since earlier convolutions. The operations are then
+computed again, in an order that is bad for caches. With a barrier against this fusion, the activations are computed
+once. Exported networks need no barrier, because they compute no gradients.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _for_training = ContextVar("_for_training", default=True)
 
 @contextlib.contextmanager
 def for_serving() -> Iterator[None]:
-    """Context manager for tracing networks that are exported or timed: they have JAX's own convolution."""
+    """Context manager for tracing networks to export or to time: they use JAX's convolution, without the barrier."""
     token = _for_training.set(False)
     try:
         yield
@@ -30,7 +30,7 @@ def for_serving() -> Iterator[None]:
 
 
 def get_convolve() -> Callable[..., jax.Array]:
-    """Function `convolve`; Flax's `conv_general_dilated_cls` must be a function that returns the convolution."""
+    """Function `convolve`; Flax's field `conv_general_dilated_cls` is a function that returns the convolution."""
     return convolve
 
 
@@ -48,7 +48,7 @@ def max_pool(x: jax.Array, window: tuple[int, int], *, strides: tuple[int, int],
         x: float array (batch, height, width, channels).
         window: (height, width) of a window, in pixels.
         strides: (vertical, horizontal) distance of windows, in pixels.
-        padding: (vertical, horizontal) padding on each of the two sides, in pixels; padding is -infinity.
+        padding: (vertical, horizontal) number of pixels added on each of the two sides, with the value -infinity.
 
     Returns:
         Array (batch, new height, new width, channels).
@@ -61,8 +61,8 @@ def max_pool(x: jax.Array, window: tuple[int, int], *, strides: tuple[int, int],
 
 
 def _computed_once(array: jax.Array, other: jax.Array) -> jax.Array:
-    """The array behind a barrier for fusion: a condition with two equal branches, decided at run time.
+    """The array, behind a barrier against fusion: a conditional with two equal branches, decided at run time.
 
-    `optimization_barrier` alone does not suffice, because XLA removes it before the CPU backend fuses.
+    Only an `optimization_barrier` is not enough, because XLA removes the barrier before the CPU backend fuses.
     """
     return lax.cond(other.ravel()[0] > 0, lambda array: array, lax.optimization_barrier, array)

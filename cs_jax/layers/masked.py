@@ -1,7 +1,8 @@
 """Masked forms of Flax Linen's layers, all made by one mixin.
 
-A masked layer multiplies its kernel by the array under the same path in the "masks" collection. It knows nothing of
-scores, temperature or rounds. `init` makes masks of ones, so a new masked network computes the same as the dense one.
+A masked layer multiplies its kernel by the array under the same path in the "masks" collection. Masked layers do not
+use scores, temperature or rounds. `init` makes masks of ones, so a new masked network computes the same as the dense
+network.
 """
 
 import functools
@@ -14,21 +15,21 @@ from flax import linen as nn
 
 from cs_jax.layers import convolution
 
-# The mixin is not a module itself, so that `__init_subclass__` can detect that it comes after a module. For type
-# checkers it is one.
+# At run time the mixin is not a module, so that `__init_subclass__` can detect a mixin after the module in the list of
+# base classes. Type checkers see a module.
 _Mixin = nn.Module if TYPE_CHECKING else object
 
 
 class Masked(_Mixin):
-    """Mixin for a Linen module: multiplies the named parameters by their leaf of the "masks" collection.
+    """Mixin for a Linen module: multiplies each named parameter by its leaf of the "masks" collection.
 
     In the list of base classes, the mixin comes before the module that it masks. `init` makes masks: ones with the
-    shape and dtype of the parameter, and with its sharding names if it has some. Every `apply` needs masks, and casts a
+    shape and dtype of the parameter, and with its sharding names, if any. Every `apply` needs masks, and casts a
     mask of another dtype to the dtype of the parameter.
 
-    Lifted transforms must carry "masks" in the same way as "params": name it in `variable_axes` of `nn.scan` and
-    `nn.vmap`. Around a masked layer use `cs_jax.WeightNorm` and `cs_jax.SpectralNorm`: Flax's own ones transform every
-    collection, including masks, and stop in `init` with a NameInUseError.
+    Lifted transforms must carry "masks" in the same way as "params": name both in `variable_axes` of `nn.scan` and
+    `nn.vmap`. Around a masked layer use `cs_jax.WeightNorm` and `cs_jax.SpectralNorm`: the Flax classes of these names
+    transform every collection, including masks, and raise a NameInUseError in `init`.
 
     Attributes:
         masked_params: names of the parameters to mask; ("kernel",) unless the class overrides it.
@@ -36,7 +37,7 @@ class Masked(_Mixin):
     Raises:
         TypeError: when the class is defined, if the mixin comes after the module or `masked_params` is not a tuple.
         ValueError: in `init` or `apply`, if a named parameter does not exist or is not a float array, or if a mask is
-            missing or has another shape than its parameter.
+            missing, cannot be made, or has another shape than its parameter.
 
     >>> class Scale(Masked, nn.Module):
     ...     masked_params = ("scale",)
@@ -60,8 +61,8 @@ class Masked(_Mixin):
         order = cls.__mro__
         if order.index(Masked) > order.index(nn.Module):
             raise TypeError(
-                f"{cls.__name__}: Masked must be its first base class, because after the module it masks nothing; "
-                f"write class {cls.__name__}(Masked, ...)"
+                f"{cls.__name__}: Masked must be the first base class, because a mixin after the module masks "
+                f"nothing; write class {cls.__name__}(Masked, ...)"
             )
         # Linen makes parameters in one compact method, or in setup.
         declares = next((name for name in dir(cls) if hasattr(getattr(cls, name), "compact")), "setup")
@@ -92,8 +93,8 @@ class Masked(_Mixin):
         if self.is_initializing():
             raise ValueError(
                 f"{self._describe(name)}: cannot make its mask, because a lifted transform around the layer does not "
-                "carry the collection 'masks'; name it with 'params', as in variable_axes={'params': 0, 'masks': 0}, "
-                "or in mutable= if you set that"
+                "carry the collection 'masks'; name 'masks' with 'params', as in variable_axes={'params': 0, 'masks': "
+                "0}, and in mutable= if you set mutable="
             )
         raise ValueError(
             f"{self._describe(name)}: needs a mask in the collection 'masks'; apply the model to "
@@ -105,7 +106,7 @@ class Masked(_Mixin):
 
 
 def _checking_masked_params(declare: Callable) -> Callable:
-    """The method that makes a module's parameters, with a check afterwards that it has made the masked ones."""
+    """The method that makes a module's parameters, followed by a check that the masked parameters exist."""
     if hasattr(declare, "checks_masked_params"):
         return declare
 
@@ -146,7 +147,7 @@ class MaskedEinsum(Masked, nn.Einsum):
 class MaskedConv(Masked, nn.Conv):
     """`flax.linen.Conv` with a masked kernel, `(*window, in / groups, out)`: same results for masks of ones.
 
-    Flax's field `mask` still works: it is a constant mask, which multiplies the kernel in addition to the learned one.
+    Flax's field `mask` still works: it is a constant mask, which multiplies the kernel in addition to the learned mask.
     """
 
     conv_general_dilated_cls: Any = convolution.get_convolve

@@ -1,9 +1,9 @@
-"""Sparse forms of any Flax Linen module: rules select weights, and the module reads them multiplied by masks.
+"""Sparse forms of any Flax Linen module: rules select weights, and the module reads weights multiplied by masks.
 
 A Linen module reads and makes variables through its scope. The class of a sparse module is a subclass that replaces the
-scope by a `_View`. In the view, weights are already masked; writes go to the same place as before. All code of the
-module therefore computes with masked weights: methods, submodules taken out of the module, and lifted transforms inside
-it, which need not carry masks.
+scope by a `_View`. In the view, weights are already masked; variables are written as in the original scope. All code of
+the module therefore computes with masked weights: methods, submodules taken out of the module, and lifted transforms
+inside the module, which need not carry masks.
 """
 
 import dataclasses
@@ -29,16 +29,16 @@ Rules = tuple[Rule, ...]
 Owner = tuple[Path, Rules]
 """Path and rules of a sparse module."""
 
-# Flag of a scope: the owners whose weights are masked in it. Lifted transforms inside a sparse module copy the module
-# and its scope with the flags; the copy must not mask the weights again.
+# Flag of a scope: the owners whose weights the scope has masked. Lifted transforms inside a sparse module copy the
+# module and its scope with the flags; the copy must not mask the weights again.
 _FLAG = "cs_jax_masked"
 
-# The mixin is not a module itself, so that Flax does not wrap its methods. For type checkers it is one.
+# At run time the mixin is not a module, so that Flax does not wrap its methods. Type checkers see a module.
 _Mixin = nn.Module if TYPE_CHECKING else object
 
 
 def sparsify(module: M, where: Where = None) -> M:
-    """Sparse form of a Linen module: it multiplies the weights that rules select by masks.
+    """Sparse form of a Linen module: multiplies the weights that rules select by masks.
 
     The sparse module is an instance of a subclass, with the same fields, methods, variables and paths. `init` makes one
     more collection, "masks": nested dictionaries with ones of the shape, dtype and partitioning of every selected
@@ -47,25 +47,28 @@ def sparsify(module: M, where: Where = None) -> M:
 
     Inside another module, masks have the paths of the weights. Transforms around the sparse module, as in
     `nn.scan(type(sparse), ...)` or `nn.RNN(sparse)`, must carry "masks" with "params"; transforms inside it need not.
-    In a compact method, make the plain module with `parent=None` and a name; without a name it is called SparseMLP_0.
+    In a compact method, make the plain module with `parent=None` and a name; Flax's default name is like
+    SparseMLP_0.
 
     `apply` cannot change "params" and "masks"; if they are mutable, it returns them unchanged. `variables` of a bound
     sparse module contains masked weights; `unbind` returns the plain weights.
 
     Args:
         module: module that is not bound to variables; it is not changed.
-        where: rules for the module's own "params", as for `select`; None masks weights of two or more axes, except
-            biases, embeddings, norms and classifier heads. Groups and target densities of rules apply to scores only.
-            Equal modules and rules make equal sparse modules; two lambdas are never equal.
+        where: rules for the "params" of the module, as for `select`; None selects the default of `cs_jax.Rule`. Groups
+            and target densities of rules apply to scores only. Equal modules and rules make equal sparse modules; two
+            lambdas are never equal.
 
     Returns:
-        The sparse module: not bound; in a method of another module, a submodule like every module that is made there.
+        The sparse module, not bound to variables. In a method of another module, it is a submodule, like every module
+        that the method makes.
 
     Raises:
-        TypeError: `module` is not an instance of `nn.Module` or is bound, or `where` is not a rule.
-        ValueError: `module` is already sparse. In `init`, or in `apply` if the module is inside another one: a glob or
-            rule selects nothing. In `init`: a selected weight is not a float array, or its layer already masks it. In
-            `apply`: a mask is missing or has another shape than its weight. All but the first name the weights.
+        TypeError: `module` is not an instance of `nn.Module` or is bound, or `where` has a wrong type.
+        ValueError: `module` is already sparse. In `init`, or in `apply` if the module is inside another module: a glob
+            or rule selects nothing. In `init`: a selected weight is not a float array, its layer already masks it, or
+            its mask cannot be made. In `apply`: a mask is missing or has another shape than its weight. All messages
+            except the first name the weights.
 
     >>> sparse = sparsify(nn.Sequential([nn.Dense(3), nn.relu, nn.Dense(1)]), where="**/kernel")
     >>> variables = sparse.init(jax.random.key(0), jnp.ones((1, 2)))
@@ -118,7 +121,7 @@ def _sparse_class(dense: type[nn.Module], rules: Rules) -> type[nn.Module]:
 
 
 class _Sparse(_Mixin):
-    """Mixin of all sparse classes, before the plain class."""
+    """Mixin of all sparse classes; comes before the plain class in the list of base classes."""
 
     _dense_class: ClassVar[type[nn.Module]]
     _rules: ClassVar[Rules]
@@ -184,10 +187,10 @@ class _ScopeDescriptor:
 
 
 class _View(Scope):
-    """Scope in which weights are already masked; in `init`, a scope that makes a mask with every new weight.
+    """Scope in which weights are already masked; in `init`, a scope that makes a mask for every new selected weight.
 
     Attributes:
-        owners: sparse modules that select weights here, from the outermost to the one that the view belongs to.
+        owners: sparse modules that select weights here, from the outermost module to the module of the view.
     """
 
     owners: tuple[Owner, ...]
@@ -219,7 +222,7 @@ class _View(Scope):
                 self._make_mask(path, boxed)
 
     def has_variable(self, col: str, name: str) -> bool:
-        # A masked layer calls this before it reads or makes its mask, so the error comes first.
+        # A masked layer calls this method before reading or making its mask, so this error is raised first.
         weights = trees.leaves_by_path({name: self.get_variable("params", name)}) if col == "masks" else {}
         if (name,) in weights and self._times_selected((name,), weights[(name,)]):
             raise ValueError(self._already_masked((name,)))
@@ -238,8 +241,8 @@ class _View(Scope):
         if not self.is_mutable_collection("masks"):
             raise ValueError(
                 f"{trees.name(full)}: cannot make its mask, because a lifted transform around the sparse module does "
-                "not carry the collection 'masks'; name it with 'params', as in variable_axes={'params': 0, 'masks': "
-                "0}, or in mutable= if you set that"
+                "not carry the collection 'masks'; name 'masks' with 'params', as in variable_axes={'params': 0, "
+                "'masks': 0}, and in mutable= if you set mutable="
             )
         mask = jax.tree.map(jnp.ones_like, boxed)
         super().put_variable("masks", path[0], trees.nest({path[1:]: mask}))
@@ -251,8 +254,8 @@ class _View(Scope):
 
     def _already_masked(self, path: Path) -> str:
         return (
-            f"{trees.name((*self.path, *path))}: already masked, by its layer or by a sparse module around or inside "
-            "this one; exclude it in `where`, with a glob after '!'"
+            f"{trees.name((*self.path, *path))}: already has a mask, from its layer or from a sparse module around "
+            "or inside this module; exclude the weight in `where`, with a glob that starts with '!'"
         )
 
 
@@ -280,7 +283,7 @@ def _view_of(scope: Scope | None, rules: Rules) -> Scope | None:
 
 
 class _RootParent:
-    """Parent for the view of a root scope: the view reads and makes collections other than its own in the root."""
+    """Parent for the view of a root scope: the view reads and makes all other collections in the root."""
 
     child_name = "root"
     name = None
@@ -298,12 +301,12 @@ class _RootParent:
 
 
 def _masked_variables(scope: Scope, rules: Rules) -> dict[str, Any]:
-    """Variables at `scope`: the weights, with the selected ones masked, and the masks of masked layers inside."""
+    """Variables at `scope`: weights, where selected weights are masked, and the masks of masked layers inside."""
     params, masks = _collection(scope, "params"), _collection(scope, "masks")
     weights, found = trees.leaves_by_path(params), trees.leaves_by_path(masks)
     selected = _selected(weights, rules)
     if weights and (scope.path or not selected):
-        # Raises if a rule selects nothing. At the root, "params" may contain the weights of one method alone.
+        # Raises if a rule selects nothing. At the root, "params" may contain only the weights of one method.
         select(params, rules)
     for path in selected:
         if path not in found:

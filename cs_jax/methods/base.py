@@ -17,8 +17,9 @@ from cs_jax.training.step import Hyperparams, Recipe, TrainState
 REWIND, FINETUNE, LR_REWIND, NONE = "rewind", "finetune", "lr-rewind", "none"
 
 RETRAININGS = (REWIND, FINETUNE, LR_REWIND, NONE)
-"""Trainings that can follow a search: from early weights; from the trained weights at the last learning rate; from the
-trained weights with the whole learning rate schedule (Renda et al., 2020, arXiv:2003.02389); or no training."""
+"""Kinds of training that can follow a search. rewind starts from early weights. finetune and lr-rewind start from the
+trained weights: finetune uses the last learning rate, lr-rewind the whole learning rate schedule (Renda et al., 2020,
+arXiv:2003.02389). none means no training."""
 
 _UNSCALED = 80.0
 """Initial value whose sigmoid is 1 in every float type, so that masks are 0 or 1."""
@@ -28,16 +29,16 @@ _UNSCALED = 80.0
 class Method:
     """A pruning method, built from the config of a run. This base class keeps every weight.
 
-    A method has no state. Its hooks return a changed train state, whose `scores` are trained and whose `masks` are
-    fixed between hooks. The search calls the hooks in this order: `begin` before the first step; `recipe` to build the
-    training step; `end_epoch` after the steps of each epoch, before its evaluation; `begin_round` between two rounds;
-    `ticket_masks` after the last round. `soft_masks` and `hard_masks` are static, because compiled programs call them
-    and must not depend on a config.
+    A method has no state. Its hooks return a changed train state. Training steps change the `scores` of the state; only
+    hooks change its `masks`. The search calls the hooks in this order: `begin` before the first step; `recipe` to build
+    the training step; `end_epoch` after the steps of each epoch, before its evaluation; `begin_round` between two
+    rounds; `ticket_masks` after the last round. `soft_masks` and `hard_masks` are static, because compiled functions
+    call them and must not depend on a config.
 
     Attributes:
         config: settings of the run.
         retrainings: allowed members of `RETRAININGS`; the first is the default.
-        why_these_retrainings: reason, as a clause, why other retrainings are refused.
+        why_these_retrainings: clause for an error message, the reason why other retrainings are refused.
         wants_target: whether a target density is required (True), optional (None) or refused (False).
         takes_channels: whether one score per channel is supported.
         takes_rate: whether a prune rate can replace the target density.
@@ -52,7 +53,7 @@ class Method:
     config: MethodConfig
 
     retrainings: ClassVar[tuple[str, ...]] = RETRAININGS
-    why_these_retrainings: ClassVar[str] = "the others have no meaning for it"
+    why_these_retrainings: ClassVar[str] = "other retrainings have no meaning for this method"
     wants_target: ClassVar[bool | None] = None
     takes_channels: ClassVar[bool] = False
     takes_rate: ClassVar[bool] = False
@@ -67,9 +68,9 @@ class Method:
     cuts_at_zero: ClassVar[bool] = True
 
     def density(self, round: int) -> float | None:
-        """Density at the end of a round; None where the search decides.
+        """Density at the end of a round; None if the search decides the density.
 
-        With a target of multiply-adds, this is their share.
+        With a target of multiply-adds, the share of multiply-adds.
         """
         del round
         return self.config.target
@@ -79,7 +80,7 @@ class Method:
         return recipe
 
     def begin(self, problem: Problem, variables: dict[str, PyTree]) -> tuple[PyTree, PyTree]:
-        """Scores and fixed masks before the first step; {} in place of either that the method does not use.
+        """Scores and fixed masks before the first step; {} for scores or masks that the method does not use.
 
         Args:
             problem: recipe, data and PRNG keys.
@@ -100,7 +101,7 @@ class Method:
 
     @staticmethod
     def soft_masks(state: TrainState, hyper: Hyperparams) -> PyTree | None:
-        """Soft masks for the evaluation of a search epoch, traced; None where masks are hard in training too."""
+        """Soft masks for the evaluation of a search epoch, traced; None if masks are hard in training too."""
         del state, hyper
         return None
 
@@ -115,7 +116,7 @@ class Method:
         return state.masks
 
     def mask_scale(self) -> float:
-        """Factor of a kept weight."""
+        """Mask value of a kept weight."""
         return 1.0
 
 
@@ -128,7 +129,7 @@ class AtInitialization(Method):
 
 
 def round_density(config: MethodConfig, round: int) -> float | None:
-    """Density of a round where each round keeps the same share of the remaining weights; None without a target."""
+    """Density after a round, if each round keeps the same share of the remaining weights; None without a target."""
     target = config.target
     return None if target is None else target_density.round_density(target, round, config.rounds)
 
@@ -139,13 +140,13 @@ def selection(
     """Selection of every masked array, with the number of weights to keep at a density.
 
     Args:
-        config: its scope, and whether a layer may become empty.
+        config: sets the scope, and whether a layer may become empty.
         masks: arrays with the shapes of the masked weights.
         density: share in (0, 1]; None for no budget.
         channels: groups of weights that share one score; None for one score per weight.
 
     Raises:
-        ValueError: these arrays cannot have that density.
+        ValueError: the arrays cannot have this density.
     """
     return rules.with_budgets(
         rules.by_entry(masks) if channels is None else channels.selection,
@@ -156,7 +157,7 @@ def selection(
 
 
 def first_scores(config: MethodConfig, some_masks: PyTree, channels: Channels | None) -> PyTree:
-    """Scores before the first step, for masks of these shapes, in the config's dtype."""
+    """Scores before the first step, for masks with these shapes, in the dtype that the config sets."""
     like = some_masks if channels is None else channels.first_entries(some_masks)
     return masks.init_scores(like, config.mask_initial_value, dtype=DTYPES[config.score_dtype])
 
@@ -176,10 +177,10 @@ def track_target(config: MethodConfig, state: TrainState, round: int) -> PyTree:
 def ticket_of(
     config: MethodConfig, scores: PyTree, target: float | None, channels: Channels | None, init_value: float | None
 ) -> PyTree:
-    """Masks of the highest scores, in the exact number that the target requires, or of the scores above 0.
+    """Masks that keep the highest scores, in the exact number that the target requires, or all scores above 0.
 
     Args:
-        config: its scope, whether layers may become empty, and whether the target is a share of multiply-adds.
+        config: sets the scope, whether layers may become empty, and whether the target is a share of multiply-adds.
         scores: of weights or channels, not traced.
         target: share in (0, 1]; None keeps the scores above 0.
         channels: groups of weights that share one score, at least one kept per layer; None for one score per weight.
@@ -187,7 +188,7 @@ def ticket_of(
             masks are then 0 or 1, and a channel with a rank below 0 is kept only if its layer would be empty.
 
     Warns:
-        CollapsedLayerWarning: an array keeps nothing, or only the one weight that is reserved for it.
+        CollapsedLayerWarning: an array keeps no weight, or only the weight that is reserved for the array.
     """
     if channels is not None and (target is None or config.target_multiply_adds is not None):
         least = {} if init_value is not None else {"least": 0.0}
@@ -198,18 +199,18 @@ def ticket_of(
 
 
 def keep_highest(config: MethodConfig, ranks: PyTree, density: float, channels: Channels | None = None) -> PyTree:
-    """Masks of 1 for the highest ranks, in the exact number that the density requires, and of 0 for the others.
+    """Masks: 1 for the highest ranks, in the exact number that the density requires, and 0 for all other ranks.
 
-    Among equal ranks the first are kept, in the order of array names and of entries. Each array keeps at least one,
-    unless the config allows empty layers.
+    Among equal ranks the first are kept, in the order of array names and of entries. Each array keeps at least one
+    rank, unless the config allows empty layers.
 
     Args:
-        config: its scope, whether layers may become empty, and whether the density is a share of multiply-adds.
+        config: sets the scope, whether layers may become empty, and whether the density is a share of multiply-adds.
         ranks: finite numbers with the shapes of the masked weights, or one per channel; below 0 for pruned entries.
         density: share in (0, 1].
         channels: groups of weights that are ranked together; None ranks single weights.
 
     Warns:
-        CollapsedLayerWarning: an array keeps nothing, or only the one weight that is reserved for it.
+        CollapsedLayerWarning: an array keeps no weight, or only the weight that is reserved for the array.
     """
     return ticket_of(config, ranks, density, channels, init_value=None)

@@ -20,20 +20,20 @@ class MethodConfig(TrainingConfig):
     """Search rounds; more rounds prune further."""
 
     rewind_epoch: int = 2
-    """Epoch of round 0 at whose start the snapshot is taken that the ticket is rewound to; 0 is initialisation."""
+    """The ticket is rewound to the weights at the start of this epoch of round 0; 0 means the initial weights."""
 
     score_lr: Annotated[float | None, RUNTIME, POSITIVE] = None
-    """Learning rate of the mask scores at the start of each round; higher hardens masks sooner. None is --lr."""
+    """Learning rate of the mask scores at the start of each round; higher hardens masks sooner. None means --lr."""
 
     score_dtype: str = "float32"
-    """Type in which mask scores and their momentum are stored: float32, or bfloat16 for half the memory; bfloat16
-    updates are rounded at random, so that small ones are not lost."""
+    """Type of the stored mask scores and their momentum: float32, or bfloat16 for half the memory. bfloat16 scores are
+    rounded at random, so that small updates are not lost."""
 
     lmbda: Annotated[float, RUNTIME, at_least(0)] = 1e-8
     """Weight of the penalty on the sum of all masks (lambda in the paper); higher keeps fewer weights."""
 
     final_temp: Annotated[float, RUNTIME, at_least(1)] = 200.0
-    """Temperature in a round's last epoch; the first epoch has 1. Higher makes masks harder."""
+    """Temperature in a round's last epoch; the first epoch has temperature 1. Higher makes masks harder."""
 
     mask_initial_value: Annotated[float, RUNTIME, at_least(MIN_INIT_VALUE)] = 0.0
     """Initial mask score (s0 in the paper), usually -0.3 to 0.3; controls the density: higher keeps more weights."""
@@ -42,25 +42,25 @@ class MethodConfig(TrainingConfig):
     """Share of maskable weights that the ticket keeps, exactly; None leaves the density to --mask-initial-value."""
 
     granularity: Literal["weight", "channel"] = "weight"
-    """What one score decides: weight (one maskable weight) or channel (all weights of a channel or attention head, so
-    that the ticket can be shrunk to a smaller dense network)."""
+    """Unit that one score keeps or prunes: weight (one maskable weight) or channel (all weights of a channel or
+    attention head, so that the ticket can be shrunk to a smaller dense network)."""
 
     target_multiply_adds: Annotated[float | None, RUNTIME, SHARE] = None
     """Largest share of the dense network's multiply-adds that the shrunk ticket computes; requires --granularity
     channel, and replaces --target-density."""
 
     channel_multiple: Annotated[int, RUNTIME, COUNT] = DEFAULT_MULTIPLE
-    """With --target-multiply-adds: round each layer's number of channels to a multiple of this where the layer is that
-    large, because hardware is faster with such numbers. 1 allows any number."""
+    """With --target-multiply-adds: each layer keeps a multiple of this number of channels, if its full number is a
+    multiple, because hardware is faster with such numbers. 1 allows any number."""
 
     scope: Literal["global", "layer"] = "global"
     """Where weights compete for the target density: over all layers (global), or in each layer separately (layer)."""
 
     prune_rate: Annotated[float | None, RUNTIME, OPEN_SHARE] = None
-    """Share of the remaining weights that a round of imp or imp-c prunes, without --target-density; None is 0.2."""
+    """Share of the remaining weights that a round of imp or imp-c prunes, without --target-density; None means 0.2."""
 
     allow_empty_layers: bool = False
-    """Let --target-density remove all weights of a layer; otherwise each layer keeps at least one."""
+    """Let --target-density remove all weights of a layer; otherwise each layer keeps at least one weight."""
 
     reset: Literal["paper", "released"] = "paper"
     """Score reset between rounds: paper (pruned weights stay pruned) or released (as in the authors' script, where

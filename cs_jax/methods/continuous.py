@@ -13,8 +13,9 @@ class ContinuousSparsification(Method):
     """Continuous Sparsification: a mask is the sigmoid of a score times a temperature that rises during each round.
 
     Weights and scores are trained together. Between rounds scores are reset; weights and momentum carry over. With a
-    target density, scores are shifted after every epoch to track it, and the ticket meets it exactly. Without one, the
-    ticket keeps the scores above 0. A target of multiply-adds works the same way, with one score per channel.
+    target density, scores are shifted after every epoch to track the target, and the ticket meets the target exactly.
+    Without a target, the ticket keeps the scores above 0. A target of multiply-adds works the same way, with one score
+    per channel.
 
     References:
         Savarese, Silva and Maire, "Winning the Lottery with Continuous Sparsification", NeurIPS 2020,
@@ -40,8 +41,8 @@ class ContinuousSparsification(Method):
     def begin_round(self, problem: Problem, state: TrainState, snapshot: Snapshot | None) -> TrainState:
         """State with reset scores.
 
-        `paper` resets with the last temperature of the round. `released` resets with temperature 1, as the authors'
-        script does, which sets the temperature back before the reset; pruned entries can then come back.
+        `paper` resets with the last temperature of the round. `released` resets with temperature 1, because the
+        authors' script sets the temperature back to 1 before the reset; pruned entries can then return.
         """
         last = schedules.temperature(self.config.epochs - 1, self.config.epochs, self.config.final_temp)
         temperature = last if self.config.reset == "paper" else 1.0
@@ -62,7 +63,7 @@ class ContinuousSparsification(Method):
         """Hard masks that meet the target, or hard masks of the scores above 0 without a target.
 
         Warns:
-            CollapsedLayerWarning: a layer of the ticket has no weights.
+            CollapsedLayerWarning: a layer keeps no weight, or only reserved weights.
             UnfinishedSearchWarning: the masks at the target density are still soft.
         """
         if self.config.target is not None:

@@ -1,6 +1,6 @@
 """Controls: networks trained like the ticket, with one property of the ticket changed.
 
-Controls in `FRESH` start from new weights, so they use the whole learning rate schedule even if the ticket is
+Controls in `FRESH` start from initial weights, so they use the whole learning rate schedule even if the ticket is
 fine-tuned.
 """
 
@@ -65,7 +65,7 @@ def random(problem: Problem, ticket: Ticket) -> Ticket:
 DENSE, REINIT = "dense", "reinit"
 
 FRESH = (DENSE, REINIT)
-"""Controls with new initial weights."""
+"""Controls that start from initial weights."""
 
 CONTROLS: dict[str, Callable[[Problem, Ticket], Ticket]] = {
     DENSE: dense,

@@ -4,9 +4,9 @@ from cs_jax.methods.base import AtInitialization
 
 
 class Dense(AtInitialization):
-    """No pruning: trains the dense network from its initialisation, with the epochs of a ticket.
+    """No pruning: trains the dense network from the initial weights, with the same number of epochs as a ticket.
 
-    As a control of another method, the dense network is trained in the same run.
+    With the control `dense`, a run of another method trains the dense network, too.
     """
 
     wants_target = False

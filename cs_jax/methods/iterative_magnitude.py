@@ -14,8 +14,8 @@ class IterativeMagnitudePruning(Method):
     """Iterative magnitude pruning: each round trains, prunes the smallest remaining weights, and rewinds the others.
 
     Each round prunes the same share of the remaining weights: the config's prune rate, or the share that reaches the
-    target in the last round. Weights are rewound to the snapshot, which is the initialisation if it is taken at epoch
-    0. The learning rate schedule restarts at epoch 0 in every round, as for every method in this package.
+    target in the last round. Weights are rewound to the snapshot. A snapshot at epoch 0 contains the initial weights.
+    The learning rate schedule restarts at epoch 0 in every round, as for every method in this package.
 
     References:
         Frankle and Carbin, "The Lottery Ticket Hypothesis", ICLR 2019, arXiv:1803.03635; Frankle et al., "Linear Mode

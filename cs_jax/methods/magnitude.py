@@ -10,7 +10,7 @@ from cs_jax.training.step import TrainState
 
 
 class OneShotMagnitudePruning(Method):
-    """One-shot magnitude pruning: trains the dense network in all rounds, and keeps its largest weights at the end.
+    """One-shot magnitude pruning: trains the dense network in all rounds, and keeps the largest weights at the end.
 
     References:
         Han, Pool, Tran and Dally, "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015,

@@ -11,8 +11,8 @@ from cs_jax.training.problem import Problem
 class RandomPruning(AtInitialization):
     """Random pruning at initialisation, the baseline for every other method.
 
-    The ticket has the initial weights. With the global scope, the density of a layer is the target density up to
-    chance; with the layer scope it is exact.
+    The ticket has the initial weights. With the global scope, the density of a layer varies at random around the
+    target density. With the layer scope, each layer has exactly the target density.
     """
 
     wants_target = True

@@ -21,8 +21,8 @@ MAX_BATCHES = 10
 class Snip(AtInitialization):
     """SNIP: keeps the weights with the largest `|weight * gradient|` at initialisation.
 
-    This is the absolute gradient of the loss with respect to masks of one, summed over the first batches of an epoch,
-    at most `MAX_BATCHES`, without augmentation. The ticket has the initial weights.
+    This is the absolute value of the gradient of the loss with respect to masks of one. The gradient is summed over the
+    first batches of an epoch, at most `MAX_BATCHES`, without augmentation. The ticket has the initial weights.
 
     References:
         Lee, Ajanthan and Torr, "SNIP: Single-shot Network Pruning based on Connection Sensitivity", ICLR 2019,
@@ -46,7 +46,7 @@ class Snip(AtInitialization):
 
 @functools.partial(jax.jit, static_argnames="recipe")
 def _mask_gradient(recipe: Recipe, variables: dict[str, PyTree], data: ImageSet, indices: jax.Array) -> PyTree:
-    """Gradient of the mean loss with respect to the masks; at masks of one it is weight * gradient of the weight."""
+    """Gradient of the mean loss with respect to the masks; at masks of one, this is weight * gradient of the weight."""
 
     def loss(masks: PyTree, images: jax.Array, labels: jax.Array) -> jax.Array:
         inputs = normalize(images, data.mean, data.std)

@@ -23,7 +23,7 @@ class IterativeStochasticSparsification(Method):
 
     Weights and scores are trained together, with the straight-through gradient of the probability. At the end of a
     round the weights with the lowest scores are pruned permanently, down to the target density of the round. Without a
-    target, weights are pruned whose score is below its initial value. The scores of the remaining weights are reset
+    target, weights with a score below the initial value are pruned. The scores of the remaining weights are reset
     between rounds; weights and momentum carry over.
 
     References:
@@ -86,7 +86,7 @@ class IterativeStochasticSparsification(Method):
         """Masks of the remaining weights.
 
         Warns:
-            CollapsedLayerWarning: a layer has no weights, without a target density; with one, `end_epoch` warns.
+            CollapsedLayerWarning: a layer keeps no weight. With a target density, `end_epoch` warns instead.
         """
         ticket = _left(state.scores)
         if self.config.target_density is None:
@@ -101,7 +101,7 @@ def draw_masks(scores: PyTree, hyper: Hyperparams, key: jax.Array) -> PyTree:
     def draw(key: jax.Array, score: jax.Array) -> jax.Array:
         probability = jax.nn.sigmoid(score)
         drawn = jax.random.bernoulli(key, probability).astype(score.dtype)
-        return drawn + (probability - lax.stop_gradient(probability))  # its value is exactly `drawn`
+        return drawn + (probability - lax.stop_gradient(probability))  # the value is exactly `drawn`
 
     return trees.map_with_keys(draw, key, scores)
 

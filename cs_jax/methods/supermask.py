@@ -11,12 +11,12 @@ from cs_jax.training.step import Recipe
 class Supermask(ContinuousSparsification):
     """Continuous Sparsification with frozen weights: only scores are trained.
 
-    All weights keep their initial values, masked or not; BatchNorm updates its running statistics. The result is the
+    All weights, kept or pruned, have their initial values; BatchNorm updates its running statistics. The result is the
     masked network, without retraining.
 
     References:
         Zhou, Lan, Liu and Yosinski, "Deconstructing Lottery Tickets: Zeros, Signs, and the Supermask", NeurIPS 2019,
-        arXiv:1905.01067; Savarese, Silva and Maire, NeurIPS 2020, arXiv:1912.04427, section 5, compare both.
+        arXiv:1905.01067; Savarese, Silva and Maire, NeurIPS 2020, arXiv:1912.04427, section 5, for a comparison.
     """
 
     retrainings = (NONE,)

@@ -1,6 +1,6 @@
 """Target share of multiply-adds: shifts channel scores to track it; selects a ticket that does not exceed it.
 
-The counterpart of `cs_jax.core.target_density`, with multiply-adds of the smaller network instead of kept weights.
+The counterpart of `cs_jax.core.target_density`, with multiply-adds of the shrunk network instead of kept weights.
 Multiply-adds are not a sum over channels: the cost of a channel depends on the number of channels in adjacent layers.
 """
 
@@ -18,7 +18,7 @@ from cs_jax.models.channels import Channels
 
 
 def check_share(channels: Channels, share: float, multiple: int = 1) -> None:
-    """Raises a ValueError if the network cannot have so small a share of its multiply-adds.
+    """Raises a ValueError if even the smallest numbers of channels exceed a share of the multiply-adds.
 
     Args:
         channels: prunable channels of the network.
@@ -40,7 +40,7 @@ def check_share(channels: Channels, share: float, multiple: int = 1) -> None:
 def track_target(channels: Channels, scores: PyTree, share: float) -> PyTree:
     """Shifts all scores by one amount, so that the channels with scores above 0 have at most a share of multiply-adds.
 
-    The order of the scores does not change. If several scores are equal to the threshold, none of them ends above 0.
+    The order of the scores does not change. Scores that are equal to the threshold do not end above 0.
 
     Args:
         channels: prunable channels of the network.
@@ -71,12 +71,13 @@ def track_target(channels: Channels, scores: PyTree, share: float) -> PyTree:
 def keep_highest(
     channels: Channels, scores: PyTree, share: float | None, multiple: int = 1, *, least: float = -math.inf
 ) -> PyTree:
-    """Selects the channels of a ticket by score: 1 for kept channels, -1 for the others.
+    """Selects the channels of a ticket by score: 1 for kept channels, -1 for other channels.
 
-    With a share, the smallest possible number of channels is reserved in each layer. Then groups of channels are added
-    in the order of their mean score, over all layers, where the network stays within the share. Groups have a size that
-    keeps the computed channels of a layer a multiple of `multiple`. Without a share, channels with scores above 0 are
-    kept, and the highest of each layer. Of equal scores the first are kept, in the order of arrays and entries.
+    With a share, the smallest possible number of channels is reserved in each layer. Then groups of channels of all
+    layers are tried in the order of their mean scores. A group is added if the network stays within the share. The
+    sizes of the groups keep the number of computed channels of a layer a multiple of `multiple`. Without a share,
+    channels with scores above 0 are kept, and the highest score of each layer. Among equal scores the first are kept,
+    in the order of arrays and entries.
 
     Args:
         channels: prunable channels of the network.

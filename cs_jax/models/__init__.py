@@ -58,11 +58,11 @@ def has_field(name: str, field: str) -> bool:
 def build(
     name: str, *, num_classes: int, dtype: str = "float32", remat: bool = False, features: Features = DEFAULT_FEATURES
 ) -> nn.Module:
-    """Makes a network by its name. Passes only fields that differ from the default: a network may lack the others.
+    """Makes a network by its name. Passes only fields that differ from the default: a network may lack other fields.
 
     Args:
         name: key of `MODELS`.
-        num_classes: width of the classifier.
+        num_classes: number of outputs of the classifier.
         dtype: dtype of the computation, a key of `cs_jax.core.arrays.DTYPES`.
         remat: recompute activations inside blocks in the backward pass.
         features: output features by layer name, for layers that differ from the defaults; set by `shrink`.

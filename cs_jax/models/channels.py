@@ -1,11 +1,12 @@
 """Prunable channels of a network: one score per channel, and the multiply-adds of a network with fewer channels.
 
-Prunable channels are found from the network's wiring: the output channels of one layer, if they are not added to
-another layer's and if no layer needs all of them; and the heads of attention. Once a mask removes channels,
-`cs_jax.tickets.shrink` makes the network smaller.
+The prunable channels are found from the wiring of the network. The output channels of a layer are prunable if they are
+not added to the output channels of another layer, and if no layer needs all of them. Attention heads are prunable, too.
+Once a mask removes channels, `cs_jax.tickets.shrink` makes the network smaller.
 
-A channel is masked in the layer that makes it. If BatchNorm follows this layer and one layer reads the channel, the
-channel is masked in the layer that reads it: BatchNorm undoes a soft mask, which only changes the scale of its input.
+A channel is masked in the layer that makes the channel, with one exception. If BatchNorm follows this layer and exactly
+one layer reads the channel, the channel is masked in the reading layer. BatchNorm would undo a soft mask before it,
+because the mask only changes the scale of BatchNorm's input.
 """
 
 import collections
@@ -48,11 +49,11 @@ class Channels:
 
     Attributes:
         scored: masked arrays with prunable channels; each has one score per channel.
-        unscored: paths of the other masked arrays. Their masks are all ones, and only the trees of masks that the
-            network is applied with contain them.
-        needs_constant: for each scored array, whether the smaller network computes one channel in addition to the kept
-            ones while any is missing. True where a removed channel becomes a constant and a convolution that pads with
-            zeros reads this constant.
+        unscored: paths of the other masked arrays. Their masks are ones, and are present only in the trees of masks
+            with which the network is applied.
+        needs_constant: for each scored array, whether the smaller network computes one more channel than it keeps, if a
+            channel is removed. True if removed channels become constants that a reading layer cannot absorb: the layer
+            pads with zeros, or has neither a bias nor a BatchNorm after it.
         features_per_channel: for each scored array, features in one channel: the size of a head, otherwise 1.
         products: all matrix products and convolutions of the network.
     """
@@ -107,7 +108,7 @@ class Channels:
     def multiply_adds(self, kept: Sequence[int]) -> int:
         """Upper bound of the multiply-adds for one image in the smaller network.
 
-        Every layer has at least one channel.
+        A layer without kept channels counts as a layer with one channel.
 
         Args:
             kept: number of kept channels for each scored array.
@@ -161,8 +162,8 @@ class _MaskSite:
     Attributes:
         space: channel space of the wiring, or `_head_space`, which is negative.
         path: path of the array.
-        axis: axis of the array that has the channels.
-        makes: the array makes the channels; otherwise it reads them.
+        axis: axis of the array along which the channels lie.
+        makes: whether the array makes the channels; otherwise, the array reads the channels.
     """
 
     space: int
@@ -178,7 +179,7 @@ def _kernel(name: str) -> Path:
 def _mask_sites(
     net: Wiring, output: Signal, shapes: Mapping[Path, tuple[int, ...]], masked: Set[Path]
 ) -> list[_MaskSite]:
-    """Where the channels of each prunable channel space are masked; each array at most once.
+    """Mask sites of all prunable channel spaces; each array is used at most once.
 
     A channel space is prunable if exactly one layer makes its channels and no layer needs all of them.
     """
@@ -213,7 +214,7 @@ def _head_space(signal: int) -> int:
 
 
 def _needs_constant(net: Wiring, space: int, shapes: Mapping[Path, Any]) -> bool:
-    """Whether a layer that reads `space` cannot absorb constants, into its bias or into a BatchNorm after it."""
+    """Whether a layer that reads `space` cannot absorb constant inputs into its bias or into a BatchNorm after it."""
     spaces = wiring.spaces(net)
     for signal, node in enumerate(net.nodes):
         if isinstance(node, Linear) and spaces[node.source] == space:
@@ -242,7 +243,7 @@ def _products(net: Wiring, scored: Sequence[int], costs: dict[str, int]) -> list
             members |= {name: [_head_space(signal)] for name in names}
     unknown = sorted(members.keys() - costs.keys())
     if unknown:
-        raise ValueError(f"wiring of array {unknown[0]!r}: no such array in the params")
+        raise ValueError(f"wiring of array {unknown[0]!r}: no such array in the params; correct `wire`")
     products = [(cost, members.get(name, [])) for name, cost in costs.items() if cost]
     # Products of query, key and value have no array of weights: distributed over the attentions in proportion to "out".
     outs = {signal: costs[trees.name(_kernel(f"{node.name}/out"))] for signal, node in attentions.items()}

@@ -20,18 +20,19 @@ from cs_jax.models.wiring import Signal, Wiring
 class ConvNet(nn.Module):
     """Pairs of 3x3 convolutions, each pair followed by a 2x2 max pool; two hidden layers of 256 units; a classifier.
 
-    All layers have biases; all except the classifier have ReLU. There is no BatchNorm. Masked: kernels of convolutions
-    and hidden layers. Not masked: biases, classifier. Kernels start Glorot normal, biases at 0.
+    All layers have biases; all except the classifier have ReLU. There is no BatchNorm. Maskable: kernels of
+    convolutions and hidden layers. Always dense: biases, classifier. Initial kernels are Glorot normal; initial biases
+    are 0.
 
     Call: `model.apply(variables, images, train=...)` with float images (batch, height, width, channels) returns logits
     (batch, num_classes). `train` has no effect.
 
     Attributes:
-        num_classes: width of the classifier.
+        num_classes: number of outputs of the classifier.
         widths: channels of the two convolutions in each pair.
         dtype: dtype of the computation; by default the promoted dtype of images and weights.
         param_dtype: dtype of the weights.
-        remat: store only the inputs of stages for the backward pass, and recompute the other activations there.
+        remat: store only the inputs of stages for the backward pass, which recomputes the other activations.
         features: output features by layer name, for layers that differ from the defaults; set by `shrink`.
         conv, dense: classes of the masked layers; `flax.linen.Conv` and `flax.linen.Dense` make the plain network.
 
@@ -89,13 +90,13 @@ class ConvNet(nn.Module):
 
 
 Conv2 = partial(ConvNet, widths=(64,))
-"""For CIFAR-10: 4,301,642 weights, 4,298,432 of them masked."""
+"""For CIFAR-10: 4,301,642 weights, 4,298,432 of them maskable."""
 
 Conv4 = partial(ConvNet, widths=(64, 128))
-"""For CIFAR-10: 2,425,930 weights, 2,422,464 of them masked."""
+"""For CIFAR-10: 2,425,930 weights, 2,422,464 of them maskable."""
 
 Conv6 = partial(ConvNet, widths=(64, 128, 256))
-"""For CIFAR-10: 2,262,602 weights, 2,258,624 of them masked."""
+"""For CIFAR-10: 2,262,602 weights, 2,258,624 of them maskable."""
 
 
 def check_pools(images: jax.Array, pools: int) -> None:

@@ -14,17 +14,17 @@ from cs_jax.models.wiring import Signal, Wiring
 xavier_normal = nn.initializers.xavier_normal()
 
 HIDDEN = {"hidden0": 300, "hidden1": 100}
-"""Units of each hidden layer."""
+"""Number of units of each hidden layer."""
 
 
 class LeNet300100(nn.Module):
-    """Two masked hidden layers of 300 and 100 units with ReLU, and an unmasked classifier.
+    """Two masked hidden layers of 300 and 100 units with ReLU, and a dense classifier without masks.
 
     Call: `model.apply(variables, images, train=...)` with float images (batch, ...) returns logits
     (batch, num_classes). `train` has no effect: there is no BatchNorm.
 
     Attributes:
-        num_classes: width of the classifier.
+        num_classes: number of outputs of the classifier.
         dtype: dtype of the computation; by default the promoted dtype of images and weights.
         param_dtype: dtype of the weights.
         features: output features by layer name, for layers that differ from the defaults; set by `shrink`.

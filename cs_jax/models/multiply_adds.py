@@ -1,7 +1,7 @@
 """Multiply-adds of a network's forward pass, in total and by masked array.
 
-They are counted in the jaxpr, without computing anything, so any Linen module works. Matrix products and convolutions
-count. Sums, norms, activations and pools do not count, as in published figures.
+Multiply-adds are counted in the jaxpr, without running the network, so any Linen module works. Matrix products and
+convolutions count. Sums, norms, activations and pools do not count, as in published numbers.
 """
 
 import inspect
@@ -31,7 +31,7 @@ REST = ""
 def multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> int:
     """Multiply-adds of one image's forward pass in evaluation mode.
 
-    Weights count also where their mask is 0. The window of a convolution counts in full at the edge of the image. In a
+    Pruned weights count, too. The window of a convolution counts in full at the edge of the image. In a
     transposed convolution, the zeros between the input's entries do not count.
 
     Args:
@@ -39,8 +39,8 @@ def multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> int:
         image_shape: shape of one image, as in (32, 32, 3).
 
     Returns:
-        The sum over all matrix products and convolutions. Inner programs are included: `jit`, `scan` (multiplied by its
-        length), `cond` (the most expensive branch) and others.
+        The sum over all matrix products and convolutions, including those inside `jit`, `scan` (multiplied by its
+        length), `cond` (the most expensive branch) and other functions.
 
     Raises:
         ValueError: a while loop contains products; its number of iterations is unknown.
@@ -54,8 +54,8 @@ def multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> int:
 def layer_multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> dict[str, int]:
     """Multiply-adds of each masked array: the products and convolutions with this array as one factor.
 
-    An array that is used several times has the sum. An array that is only used in look-ups, sums or entrywise products
-    has 0. A product with a value computed from several masked arrays counts for none of them.
+    All uses of an array are added. An array that is only used in look-ups, sums or entrywise products has 0. A product
+    with a value computed from several masked arrays counts for none of these arrays.
 
     Args:
         model: as for `multiply_adds`.
@@ -76,7 +76,7 @@ def layer_multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> dict[st
 
 
 def weight_multiply_adds(model: nn.Module, image_shape: Sequence[int]) -> dict[str, int]:
-    """Multiply-adds of each array of weights, masked or not; under `REST`, of products without an array of weights.
+    """Multiply-adds of each weight array, with or without a mask; under `REST`, of products without a weight array.
 
     Args:
         model: as for `multiply_adds`.

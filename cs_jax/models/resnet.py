@@ -17,7 +17,7 @@ from cs_jax.layers.masked import MaskedConv
 from cs_jax.models.features import DEFAULT_FEATURES, Features, submodule_features
 from cs_jax.models.wiring import Signal, Wiring
 
-# As PyTorch draws them: not truncated, unlike `nn.initializers.xavier_normal`.
+# Initializers as in PyTorch: not truncated, unlike `nn.initializers.xavier_normal`.
 xavier_normal = nn.initializers.variance_scaling(1.0, "fan_avg", "normal")
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 torch_linear = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -30,26 +30,26 @@ class ResNet(nn.Module):
 
     - False: for small images, as in the authors' release. The stem is a 3x3 convolution. A block has two 3x3
       convolutions and returns `width` channels. Shortcuts that change the shape are 1x1 convolutions without BatchNorm.
-      Masked: the 3x3 convolutions. All kernels start Glorot normal.
+      Maskable: the 3x3 convolutions. All initial kernels are Glorot normal.
     - True: for large images, as in torchvision. The stem is a 7x7 convolution with stride 2 and a max pool with
-      stride 2. A block has a 1x1, a 3x3 and a 1x1 convolution, its stride in the 3x3 convolution, and returns
-      4 * `width` channels. Shortcuts that change the shape are 1x1 convolutions with BatchNorm. Masked: every
-      convolution except the stem. Kernels of convolutions start He normal by fan-out. The classifier starts as
-      PyTorch's linear layers, but with its bias at 0.
+      stride 2. A block has a 1x1, a 3x3 and a 1x1 convolution and returns 4 * `width` channels; only the 3x3
+      convolution has a stride. Shortcuts that change the shape are 1x1 convolutions with BatchNorm. Maskable: every
+      convolution except the stem. Initial kernels of convolutions are He normal by fan-out. The classifier is
+      initialized as PyTorch's linear layers, except that its bias is 0.
 
-    BatchNorm and the classifier are never masked. Convolutions have no bias. A 3x3 convolution pads 1 on every side,
+    BatchNorm and the classifier are always dense. Convolutions have no bias. A 3x3 convolution pads 1 on every side,
     also at stride 2, where "SAME" would pad differently.
 
     Call: `model.apply(variables, images, train=...)` with float images (batch, height, width, channels) returns
     logits (batch, num_classes). With `train=True`, BatchNorm normalises by the batch and "batch_stats" must be mutable.
 
     Attributes:
-        num_classes: width of the classifier.
+        num_classes: number of outputs of the classifier.
         stage_sizes: blocks in each stage; each stage except the first starts with stride 2.
         widths: width of the blocks in each stage, in channels; the stem has the width of the first stage.
         dtype: dtype of the computation; by default the promoted dtype of images and weights.
         param_dtype: dtype of the weights.
-        remat: store only the inputs of blocks for the backward pass, and recompute the other activations there.
+        remat: store only the inputs of blocks for the backward pass, which recomputes the other activations.
         features: output features by layer name, for layers that differ from the defaults; set by `shrink`.
         conv: class of the masked convolutions; `flax.linen.Conv` makes the plain dense network.
         folded: no BatchNorm; the convolutions before it have biases instead. For inference: see `cs_jax.tickets.fold`.
@@ -166,7 +166,7 @@ def _block_convolutions(bottleneck: bool, stride: int) -> tuple[tuple[_Conv, ...
 
 
 class ResidualBlock(nn.Module):
-    """Convolutions with BatchNorm, plus the shortcut, ReLU; ReLU also between the convolutions.
+    """Convolutions with BatchNorm, and ReLU between them; the shortcut is added before the last ReLU.
 
     Maps (batch, height, width, channels) to (batch, height / stride, width / stride, channels out). See `ResNet` for
     the convolutions with and without `bottleneck`.
@@ -225,22 +225,22 @@ BottleneckBlock = partial(ResidualBlock, bottleneck=True)
 """`ResidualBlock` with a 1x1, a 3x3 and a 1x1 convolution."""
 
 ResNet20 = partial(ResNet, stage_sizes=(3, 3, 3), widths=(16, 32, 64))
-"""The CIFAR-10 network of the authors' release, which calls it ResNet-18: 272,282 weights, 267,696 of them masked."""
+"""The CIFAR-10 network of the authors' release (there: ResNet-18): 272,282 weights, 267,696 of them maskable."""
 
 ResNet32 = partial(ResNet, stage_sizes=(5, 5, 5), widths=(16, 32, 64))
-"""For CIFAR, He et al., 2015, arXiv:1512.03385, with 1x1 shortcuts: 466,714 weights, 461,232 of them masked."""
+"""For CIFAR, He et al., 2015, arXiv:1512.03385, with 1x1 shortcuts: 466,714 weights, 461,232 of them maskable."""
 
 ResNet56 = partial(ResNet, stage_sizes=(9, 9, 9), widths=(16, 32, 64))
-"""For CIFAR, He et al., 2015, arXiv:1512.03385, with 1x1 shortcuts: 855,578 weights, 848,304 of them masked."""
+"""For CIFAR, He et al., 2015, arXiv:1512.03385, with 1x1 shortcuts: 855,578 weights, 848,304 of them maskable."""
 
 ResNet8 = partial(ResNet, stage_sizes=(1, 1, 1), widths=(16, 32, 64))
-"""Small network for 28x28 images: 77,562 weights for one input channel, 73,872 of them masked."""
+"""Small network for 28x28 images: 77,562 weights for one input channel, 73,872 of them maskable."""
 
 ResNet6 = partial(ResNet, stage_sizes=(1, 1), widths=(32, 64))
-"""Small network for 8x8 digits: 77,162 weights for one input channel, 74,016 of them masked."""
+"""Small network for 8x8 digits: 77,162 weights for one input channel, 74,016 of them maskable."""
 
 BottleneckResNet = partial(ResNet, bottleneck=True, stage_sizes=(3, 4, 6, 3), widths=(64, 128, 256, 512))
 """`ResNet` with the design for large images; by default the stages of ResNet-50."""
 
 ResNet50 = BottleneckResNet
-"""For ImageNet: 25,557,032 weights for 1000 classes, 23,445,504 of them masked."""
+"""For ImageNet: 25,557,032 weights for 1000 classes, 23,445,504 of them maskable."""

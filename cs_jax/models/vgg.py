@@ -22,20 +22,20 @@ from cs_jax.models.wiring import Signal, Wiring
 class VGG(nn.Module):
     """Stages of 3x3 convolutions with BatchNorm and ReLU; global average pooling; a classifier.
 
-    Each stage ends with a 2x2 max pool. Masked: the convolutions, which have no bias. Not masked: BatchNorm,
-    classifier. Kernels of convolutions start He normal by fan-out, the classifier's kernel starts normal with standard
-    deviation 0.01, both as in torchvision.
+    Each stage ends with a 2x2 max pool. Maskable: the convolutions, which have no bias. Always dense: BatchNorm,
+    classifier. Initial kernels of convolutions are He normal by fan-out. The initial kernel of the classifier is normal
+    with standard deviation 0.01. Both are as in torchvision.
 
     Call: `model.apply(variables, images, train=...)` with float images (batch, height, width, channels) returns
     logits (batch, num_classes). With `train=True`, BatchNorm normalises by the batch and "batch_stats" must be mutable.
 
     Attributes:
-        num_classes: width of the classifier.
+        num_classes: number of outputs of the classifier.
         stage_sizes: convolutions in each stage.
         widths: channels in each stage.
         dtype: dtype of the computation; by default the promoted dtype of images and weights.
         param_dtype: dtype of the weights.
-        remat: store only the inputs of stages for the backward pass, and recompute the other activations there.
+        remat: store only the inputs of stages for the backward pass, which recomputes the other activations.
         features: output features by layer name, for layers that differ from the defaults; set by `shrink`.
         conv: class of the convolutions; `flax.linen.Conv` makes the plain dense network.
         folded: no BatchNorm; the convolutions have biases instead. For inference: see `cs_jax.tickets.fold`.
@@ -97,4 +97,4 @@ class VGG(nn.Module):
 
 
 VGG16 = partial(VGG, stage_sizes=(2, 2, 3, 3, 3), widths=(64, 128, 256, 512, 512))
-"""For CIFAR-10: 14,724,042 weights, 14,710,464 of them masked."""
+"""For CIFAR-10: 14,724,042 weights, 14,710,464 of them maskable."""

@@ -21,22 +21,22 @@ narrow_normal = nn.initializers.normal(0.02)
 class VisionTransformer(nn.Module):
     """Vision transformer: patch embedding, class token, learned positions, pre-LayerNorm blocks, a classifier.
 
-    The classifier reads the class token. Masked: the kernels of query, key, value, out and of the MLPs. Not masked:
-    patch embedding, positions, class token, LayerNorms, biases, classifier. As in DeiT, weights start normal with
-    standard deviation 0.02 and biases at 0. The patch embedding starts LeCun normal. There is no dropout.
+    The classifier reads the class token. Maskable: the kernels of query, key, value, out and of the MLPs. Always dense:
+    patch embedding, positions, class token, LayerNorms, biases, classifier. As in DeiT, initial weights are normal with
+    standard deviation 0.02, and initial biases are 0. The initial patch embedding is LeCun normal. There is no dropout.
 
     Call: `model.apply(variables, images, train=...)` with float images (batch, height, width, channels) returns
     logits (batch, num_classes). `train` has no effect. Positions are learned for one image size.
 
     Attributes:
-        num_classes: width of the classifier.
+        num_classes: number of outputs of the classifier.
         depth: number of blocks.
         width: features of a token; the hidden layer of an MLP has 4 * `width`.
         num_heads: attention heads; divides `width`.
         patch_size: side of a patch in pixels; None means 16 for images of at least 64x64 pixels, else 4.
         dtype: dtype of the computation; by default the promoted dtype of images and weights.
         param_dtype: dtype of the weights.
-        remat: store only the inputs of blocks for the backward pass, and recompute the other activations there.
+        remat: store only the inputs of blocks for the backward pass, which recomputes the other activations.
         features: output features by layer name and heads by block name, where they differ from the defaults; set by
             `shrink`.
         dense: class of the masked layers; `flax.linen.DenseGeneral` makes the plain dense network.
@@ -144,7 +144,7 @@ class TransformerBlock(nn.Module):
 
 
 ViTTiny = partial(VisionTransformer, depth=12, width=192, num_heads=3)
-"""ViT-Ti/16: 5,717,416 weights for 224x224 images and 1000 classes, 5,308,416 of them masked."""
+"""ViT-Ti/16: 5,717,416 weights for 224x224 images and 1000 classes, 5,308,416 of them maskable."""
 
 
 def _patch_size(images: jax.Array, size: int | None) -> int:

@@ -1,4 +1,4 @@
-"""Wiring of a network: which layer reads which, declared by the module, so that channels can be removed from it.
+"""Wiring of a network: which layer reads the output of which layer. With a declared wiring, channels can be removed.
 
 A module declares its wiring in a method `wire(self, net, x)`, which follows its `__call__` line by line. `net` is a
 `Wiring`, with one method for each kind of layer. `x` represents the images; the return value represents the output. A
@@ -19,7 +19,7 @@ second method, `resize(self, features)`, returns the same module with other numb
         def resize(self, features):
             return self.clone(hidden=features["conv"])
 
-Nothing is guessed: a module without these methods raises an error, and so does a wiring that omits a layer.
+A module without these methods raises an error. A wiring that omits a layer also raises an error.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -37,7 +37,7 @@ class WiringWarning(CsJaxWarning):
 
 
 Signal = NewType("Signal", int)
-"""The output of a node, by the index of the node in `Wiring.nodes`."""
+"""Output of a node: the index of the node in `Wiring.nodes`."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Wiring:
     def dense(self, x: Signal, name: str) -> Signal:
         """A dense layer along the last axis, whose kernel is (in, out), with or without a bias.
 
-        Its input may be (batch, height, width, channels) reshaped to (batch, features).
+        The input may be (batch, height, width, channels) reshaped to (batch, features).
         """
         return self._add(Linear(x, name, zero_padded=False))
 
@@ -180,7 +180,7 @@ class Wiring:
         return self._add(Activation(x, function))
 
     def pool(self, x: Signal) -> Signal:
-        """A maximum or mean of each channel over image positions; must not include zeros of a padding.
+        """A maximum or mean of each channel over image positions, without padding by zeros.
 
         A channel with a constant value keeps this value.
         """
@@ -191,9 +191,10 @@ class Wiring:
         return self._add(Add(x, y))
 
     def attention(self, x: Signal, name: str) -> Signal:
-        """Self-attention by the module `name`, without the sum with its input that often follows.
+        """Self-attention by the module `name`; a residual connection around it is a separate `add`.
 
-        The layers query, key and value have kernels (in, heads, size); out has (heads, size, out). All have biases.
+        The layers query, key and value have kernels (in, heads, size); out has (heads, size, out). All four have
+        biases.
         """
         return self._add(Attention(x, name))
 
@@ -202,7 +203,7 @@ class Wiring:
 
         Args:
             x: input of the operation.
-            names: paths of its layers or parameters, if it has any.
+            names: paths of the layers or parameters in the operation, if any.
         """
         return self._add(Fixed(x, names))
 
@@ -245,7 +246,7 @@ def wiring_of(model: nn.Module) -> tuple[Wiring, Signal]:
 
 
 def check_names(net: Wiring, arrays: Iterable[str]) -> None:
-    """Raises a ValueError unless a wiring names every layer of the network, and no others.
+    """Raises a ValueError unless a wiring names every layer of the network, and no other layers.
 
     Args:
         net: wiring that the module declares.
@@ -254,7 +255,7 @@ def check_names(net: Wiring, arrays: Iterable[str]) -> None:
     known, wired = list(arrays), [name for node in net.nodes for name in names(node)]
     for name in wired:
         if not any(key.startswith(f"params/{name}/") or key == f"params/{name}" for key in known):
-            raise ValueError(f"wiring of layer {name!r}: no such layer in the params")
+            raise ValueError(f"wiring of layer {name!r}: no such layer in the params; correct `wire`")
     for key in known:
         path = key.partition("/")[2]
         if not any(path == name or path.startswith(f"{name}/") for name in wired):
@@ -262,7 +263,7 @@ def check_names(net: Wiring, arrays: Iterable[str]) -> None:
 
 
 def norm_after(nodes: Sequence[Node], signal: Signal) -> BatchNorm | None:
-    """The BatchNorm that reads a signal, if it is the only node that does; otherwise None."""
+    """The BatchNorm that reads a signal, if no other node reads the signal; otherwise None."""
     followers = [node for node in nodes if signal in sources(node)]
     return followers[0] if len(followers) == 1 and isinstance(followers[0], BatchNorm) else None
 

@@ -1,4 +1,4 @@
-"""Ends of rounds with the optax transformation: next round, ticket, frozen ticket, rewound ticket."""
+"""Functions for the end of a round with the optax transformation: next round, ticket, frozen ticket, rewound ticket."""
 
 import warnings
 
@@ -21,7 +21,7 @@ from cs_jax.optim.state import (
 
 
 def ticket_masks(opt_state: PyTree) -> PyTree:
-    """Hard masks of the ticket: the fixed masks, or during a search the masks of a search that ends now.
+    """Hard masks of the ticket. During a search, these are the masks of a search that ends now.
 
     With a target density, the ticket keeps exactly this density. Without a target, it keeps scores above 0. Call this
     before `next_round`: right after it, no score is above 0.
@@ -35,7 +35,8 @@ def ticket_masks(opt_state: PyTree) -> PyTree:
 
     Raises:
         TypeError: the state is traced.
-        ValueError: `opt_state` does not contain exactly one state of `continuous_sparsification`, or no weight is kept.
+        ValueError: `opt_state` does not contain exactly one state of `continuous_sparsification`, a score is not
+            finite, or no weight is kept.
 
     Warns:
         CollapsedLayerWarning: an array keeps no weight, or only its reserved highest score.
@@ -49,18 +50,20 @@ def ticket_masks(opt_state: PyTree) -> PyTree:
     ticket = target_density.ticket_masks(state.selection, state.scores, init_value=state.init_value)
     if masks.density(ticket) == 0:
         raise ValueError(
-            "opt_state: needs a score above 0, to keep a weight; scores are 0 or below at the start of a search and "
-            "right after next_round"
+            "opt_state: every score is 0 or below, so the ticket keeps no weight; take the ticket at the end of a "
+            "round, before next_round"
         )
     return ticket
 
 
 def next_round(opt_state: PyTree, *, reset: str = "paper") -> PyTree:
-    """State for the next round of the search: reset scores, first temperature, step 0; the rest is unchanged.
+    """State for the next round of the search: reset scores, initial temperature, step 0, next round number.
+
+    The other fields are unchanged.
 
     Args:
         opt_state: optimizer state at the end of a round.
-        reset: "paper" keeps pruned weights pruned; "released" lets them return, as the authors' script does.
+        reset: "paper" keeps pruned weights pruned; "released" lets pruned weights return, as the authors' script does.
 
     Returns:
         Tree like `opt_state`.
@@ -77,7 +80,7 @@ def next_round(opt_state: PyTree, *, reset: str = "paper") -> PyTree:
 
     def start(state: SparsificationState) -> SparsificationState:
         if is_ticket(state):
-            raise ValueError("opt_state: contains a ticket with fixed masks; a next round needs the state of a search")
+            raise ValueError("opt_state: contains a ticket with fixed masks; pass the state of a search")
         _warn_unfinished(state)
         temperature = state.temperature if reset == "paper" else jnp.ones_like(state.temperature)
         return state._replace(
@@ -91,10 +94,10 @@ def next_round(opt_state: PyTree, *, reset: str = "paper") -> PyTree:
 
 
 def freeze_ticket(opt_state: PyTree, masks: PyTree | None = None) -> PyTree:
-    """State with fixed masks and without scores; weights and the state of their optimizer are unchanged.
+    """State with fixed masks and without scores; the state of the weight optimizer is unchanged.
 
-    The next `update` compiles again. For early weights, see `rewind`. With `masks`, no search is needed. This makes the
-    abstract state for restoring a ticket's checkpoint:
+    The next `update` compiles again. To retrain early weights, use `rewind`. With `masks`, no search is needed. The
+    abstract state for restoring the checkpoint of a ticket is
     `jax.eval_shape(lambda: freeze_ticket(tx.init(params), masks=current_masks(tx.init(params))))`.
 
     Args:
@@ -107,7 +110,7 @@ def freeze_ticket(opt_state: PyTree, masks: PyTree | None = None) -> PyTree:
 
     Raises:
         TypeError: `masks` is None and the state is traced.
-        ValueError: `masks` do not fit the weights, or `masks` is None and as `ticket_masks`.
+        ValueError: `masks` do not fit the weights; if `masks` is None, as for `ticket_masks`.
     """
     return _freeze(opt_state, ticket_masks(opt_state) if masks is None else masks)
 
@@ -118,14 +121,14 @@ def rewind(tx: optax.GradientTransformation, opt_state: PyTree, snapshot: PyTree
     Args:
         tx: the whole optimizer, including wrappers; initializes the new state.
         opt_state: state of `tx` at the end of the search.
-        snapshot: weights of an early step in round 0, as `jax.tree.map(jnp.copy, params)` copies them.
+        snapshot: weights of an early step in round 0, copied with `jax.tree.map(jnp.copy, params)`.
 
     Returns:
         A copy of `snapshot`, and the state with fixed masks.
 
     Raises:
         TypeError: the state is traced.
-        ValueError: as `ticket_masks`, or the snapshot does not fit the masks.
+        ValueError: as for `ticket_masks`, or the snapshot does not fit the masks.
     """
     ticket = ticket_masks(opt_state)
     weights = without_variables(snapshot)
@@ -150,8 +153,8 @@ def _warn_unfinished(state: SparsificationState) -> None:
     if temperature < 0.999 * final:
         warnings.warn(
             f"temperature {temperature:.3g} after {int(jnp.min(state.step))} updates: below the final {final:.3g}, so "
-            "masks are still soft and the ticket computes another function; call update epochs * steps_per_epoch times "
-            "in a round",
+            "masks are still soft and the ticket differs from the trained network; call update "
+            "epochs * steps_per_epoch times in a round",
             target_density.UnfinishedSearchWarning,
             stacklevel=3,
         )

@@ -18,7 +18,7 @@ class SparsificationState(NamedTuple):
 
     step: jax.Array  # int32 scalar: updates done in this round
     round: jax.Array  # int32 scalar: round of the search, from 0
-    temperature: jax.Array  # scalar: temperature of the current masks; after a round's last step, of its last epoch
+    temperature: jax.Array  # scalar: of the current masks; after the last step of a round, of its last epoch
     first_temperature: jax.Array  # scalar: temperature at the start of every round
     final_temperature: jax.Array  # scalar: temperature at the end of every round
     init_value: jax.Array  # scalar: initial score, fixes the scale of the masks
@@ -36,7 +36,7 @@ def find_state(opt_state: PyTree) -> SparsificationState:
         opt_state: state of the transformation, or of a chain or another wrapper around it.
 
     Raises:
-        ValueError: `opt_state` contains no state of the transformation, or several.
+        ValueError: `opt_state` contains no state of the transformation, or more than one.
     """
     found = [leaf for leaf in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(leaf)]
     if len(found) != 1:
@@ -48,7 +48,7 @@ def find_state(opt_state: PyTree) -> SparsificationState:
 
 
 def change_state(opt_state: PyTree, change: Callable[[SparsificationState], SparsificationState]) -> PyTree:
-    """`opt_state` with its state of `continuous_sparsification` replaced by `change` of it; the rest is unchanged."""
+    """`opt_state` with `change` applied to its state of `continuous_sparsification`; the rest is unchanged."""
     find_state(opt_state)
     changed = jax.tree.map(
         lambda node: change(node) if _is_state(node) else node, without_variables(opt_state), is_leaf=_is_state
@@ -104,8 +104,8 @@ def without_variables(tree: PyTree) -> PyTree:
 def with_variables_of(opt_state: PyTree, tree: PyTree) -> PyTree:
     """The tree with its arrays in `nnx.Variable`s if `opt_state` has them; inverse of `without_variables`.
 
-    With equally many leaves, variables are copies of the ones in `opt_state`, with their metadata. Otherwise they are
-    new variables of the same class.
+    If both trees have the same number of leaves, the variables are copies of the variables in `opt_state`, with their
+    metadata. Otherwise the variables are new and of the same class.
     """
     olds = jax.tree.leaves(opt_state, is_leaf=trees.is_variable)
     if not any(map(trees.is_variable, olds)):

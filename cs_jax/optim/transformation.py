@@ -1,9 +1,10 @@
 """Continuous Sparsification as an optax transformation, for any model and any training loop, without masked layers.
 
 Weights stay in the model. Scores, temperature, round and step are in the optimizer's state. The loss is evaluated at
-`masked_params(params, opt_state)`. From the gradient there, `update` computes the gradients of weights and scores by
-the chain rule. `update` requires the masked weights as an argument and compares them with its own product. A loop that
-forgets the masks therefore fails, instead of training the dense network. Each step, with any `loss_fn` of weights::
+`masked_params(params, opt_state)`. From the gradient at this point, `update` computes the gradients of weights and
+scores by the chain rule. `update` requires the masked weights as an argument and compares them with the product of
+weights and masks. A loop that forgets the masks therefore fails, instead of training the dense network. One training
+step, with any `loss_fn` of weights::
 
     masked = cs_jax.masked_params(params, opt_state)
     gradient = jax.grad(loss_fn)(masked)
@@ -11,7 +12,7 @@ forgets the masks therefore fails, instead of training the dense network. Each s
     params = optax.apply_updates(params, updates)
 
 Transformations chained before this one receive the gradient at the masked weights. Transformations chained after it
-receive the updates of the weights. Weight decay belongs into `weight_tx`.
+receive the updates of the weights. Weight decay belongs in `weight_tx`.
 """
 
 import functools
@@ -55,27 +56,31 @@ def continuous_sparsification(
     `next_round`, `ticket_masks`, `rewind` or `freeze_ticket`.
 
     Args:
-        weight_tx: optimizer of the weights; receives `gradient * mask` for masked weights, the gradient for others.
-        score_tx: optimizer of the scores, without decay; should move a score by about 1 in a search. Adam: a learning
-            rate of about 1 / number of updates, mostly 0.003 to 0.03; SGD: 0.1 to 10.
+        weight_tx: optimizer of the weights; receives `gradient * mask` for masked weights, and the gradient for others.
+        score_tx: optimizer of the scores, without weight decay. Its updates should move a score by about 1 in a search.
+            Learning rate for Adam: about 1 / number of updates, mostly 0.003 to 0.03; for SGD: 0.1 to 10.
         epochs: epochs in a round, at least 1; the temperature rises during them.
-        steps_per_epoch: updates in an epoch, at least 1; with `optax.MultiSteps`, not every batch is an update.
+        steps_per_epoch: updates in an epoch, at least 1; with `optax.MultiSteps`, several batches make one update.
         rounds: planned rounds, at least 1; with a target, the density falls to the target over these rounds.
         final_temp: temperature of a round's last epoch, finite, at least 1.
-        init_value: initial score (s0 in the paper), at least -80; sets the density where there is no target.
-        penalty: weight of the sum of all masks (lambda in the paper), at least 0; `update` adds it, not the loss.
+        init_value: initial score (s0 in the paper), at least -80; controls the density if there is no target.
+        penalty: weight of the sum of all masks (lambda in the paper), at least 0. `update` applies the penalty; leave
+            it out of the loss.
         target_density: share of the masked weights that the ticket keeps, in (0, 1]; None sets no target.
         where: rules that select the masked weights, as for `select`.
-        allow_empty_layers: whether a ticket may keep no weight of a masked array.
+        allow_empty_layers: whether a ticket may prune all weights of a masked array.
         score_dtype: float dtype of the scores; None: each weight array's dtype, at least float32.
 
     Returns:
-        Transformation whose `update` requires `params` and `masked_params`. Updates are NaN where `masked_params` is
-        not the result of the function `masked_params` for the same weights and state.
+        Transformation whose `update` requires `params` and `masked_params`. Updates are NaN if `masked_params` is
+        not the result of the function `masked_params` for the same weights and state; only the smallest masked array is
+        checked.
 
     Raises:
-        ValueError: an argument is out of range; `init`: as `select`; `update`: a tree does not fit, or is unmasked.
-        TypeError: an argument has a wrong type; `update`: `params` or `masked_params` is missing.
+        ValueError: an argument, where concrete, is out of range. In `init`: as for `select`. In `update`: a tree does
+            not fit the state, or `masked_params` is `params`.
+        TypeError: an argument has a wrong type. In `init`: a leaf is not an array. In `update`: `params` or
+            `masked_params` is missing.
 
     >>> from cs_jax import current_masks
     >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
@@ -208,7 +213,7 @@ class _Search:
 
 
 def _init_scores(selection: Selection, params: PyTree, value: ArrayLike, dtype: DTypeLike | None) -> PyTree:
-    """Initial scores; a score array with the shape of its weights has their sharding, too."""
+    """Initial scores; a score array with the shape of its weight array also has the sharding of the weights."""
     weights = trees.leaves_by_path(params)
     scores = trees.leaves_by_path(selection.init_scores(value, dtype=dtype))
     alike = {
@@ -269,9 +274,9 @@ def _mask_gradient(gradient: PyTree, step_masks: PyTree, params: optax.Params, p
 
 
 def _nan_unless_masked(gradient: PyTree, step_masks: PyTree, params: PyTree, masked: PyTree) -> PyTree:
-    """The gradient, or NaN where `masked` differs from `params` times the masks: the next step shows the error.
+    """The gradient, or NaN if `masked` differs from `params` times the masks, so that the next step shows the error.
 
-    Inside jit a wrong argument is found by its values alone. Only the smallest masked array is compared, to 1%, which
+    Inside jit, only the values show a wrong argument. Only the smallest masked array is compared, to 1%, which
     is more than the rounding of any weight dtype.
     """
     path, mask = min(trees.leaves_by_path(step_masks).items(), key=lambda item: item[1].size)

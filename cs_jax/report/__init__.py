@@ -1,4 +1,4 @@
-"""HTML reports of a run or a sweep, made from the files of the runs."""
+"""HTML reports of runs and sweeps, from the files of the runs."""
 
 import json
 from pathlib import Path
@@ -19,8 +19,7 @@ __all__ = ["SweepResults", "write_pareto", "write_report"]
 def write_report(run: Path) -> list[Path]:
     """Writes report.html and its plots as PNG files into a run directory.
 
-    The report of an unfinished run, or of a run without some files, shows the available results and names the missing
-    ones.
+    If the run is unfinished or a file is missing, the report shows the available results and names the missing files.
 
     Args:
         run: the run directory.
@@ -29,7 +28,8 @@ def write_report(run: Path) -> list[Path]:
         Paths of the files, report.html first.
 
     Raises:
-        ConfigError: not a run, a damaged file, or a folder that cannot be written; then nothing is written.
+        ConfigError: the directory is not a run directory or cannot be written, or a file is damaged; nothing is
+            written.
     """
     with plots.style():
         page = run_page.page(read(run))
@@ -37,11 +37,11 @@ def write_report(run: Path) -> list[Path]:
 
 
 def write_pareto(sweep: SweepResults, out: Path) -> list[Path]:
-    """Writes the report of a sweep, its plots, and its table as Markdown and as JSON.
+    """Writes the report of a sweep, its plots, and its results table as Markdown and as JSON.
 
     Args:
         sweep: results and tickets of the sweep.
-        out: folder for the files; created if it does not exist.
+        out: folder for the files, usually the sweep directory; created if it does not exist.
 
     Returns:
         Paths of the files, report.html first.

@@ -14,13 +14,13 @@ from cs_jax.report.plots import GREY, new_axes, percent_tick
 
 
 class Series(NamedTuple):
-    """Accuracies of a method or control at its densities, means over seeds."""
+    """Mean accuracies over seeds of a method or control, by density."""
 
     label: str
     densities: Sequence[float]  # in [0, 1], increasing
     accuracies: Sequence[float]  # in [0, 1]
-    deviations: Sequence[float]  # standard deviations of the accuracies; NaN for one seed
-    seeds: Sequence[tuple[float, float]]  # density and accuracy of each network
+    deviations: Sequence[float]  # standard deviations over seeds; NaN for one seed
+    seeds: Sequence[tuple[float, float]]  # density and accuracy of each single network
     color: str
     marker: str
     dashes: str = "-"
@@ -28,7 +28,7 @@ class Series(NamedTuple):
 
 
 class Band(NamedTuple):
-    """Accuracy of a network outside the density axis, such as the dense network."""
+    """Accuracy of a network without a place on the density axis, such as the dense network; drawn as a band."""
 
     label: str
     accuracy: float
@@ -37,21 +37,21 @@ class Band(NamedTuple):
 
 @dataclass(frozen=True)
 class Curves:
-    """Contents of a plot."""
+    """Curves and bands of one plot."""
 
     series: Sequence[Series]
     bands: Sequence[Band] = ()  # drawn across the full width
 
 
 def accuracy_by_density(curves: Curves, *, floor: float | None = None) -> Figure:
-    """Accuracy against density, with error bars of one standard deviation, and dots for single seeds.
+    """Plot of accuracy against density, with error bars of one standard deviation, and dots for single networks.
 
-    Points of equal density are shifted apart, so that their error bars do not overlap. The density axis is logarithmic
-    if all densities are above 0.
+    On a logarithmic axis, curves are shifted slightly, so that error bars at equal densities do not overlap. The
+    density axis is logarithmic if all densities are above 0.
 
     Args:
         curves: series and bands; the legend lists all of them.
-        floor: lower end of the y axis, an accuracy in [0, 1]; None shows all points.
+        floor: lower end of the y axis, an accuracy in [0, 1]; points below are not shown. None shows all points.
     """
     rows = -(-(len(curves.series) + len(curves.bands)) // 2)
     figure, axes = new_axes(3.9 + 0.22 * rows)
@@ -104,7 +104,7 @@ def _draw(axes: Axes, series: Series, place: Callable[[Any], np.ndarray]) -> Non
 
 
 def _shifts(series: Sequence[Series], log: bool) -> list[float]:
-    """Factor for the densities of each series, so that markers of equal density are next to each other."""
+    """Factor for the densities of each series, so that markers at equal densities are next to each other."""
     side_by_side = [index for index, one in enumerate(series) if not one.thin]
     shifts = [1.0] * len(series)
     if not log or len(side_by_side) < 2:

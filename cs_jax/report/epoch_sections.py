@@ -14,12 +14,12 @@ from cs_jax.report.plots import Line, Span, YAxis
 from cs_jax.report.read_run import Run
 
 AFTERWARDS = ("retraining", "controls")
-"""Labels of the epochs after the search: with a retraining of the ticket, and without."""
+"""Labels of the epochs after the search, if the ticket is retrained, and if only controls are trained."""
 
 
 def curves(run: Run) -> Section:
     """Section with a plot for each metric."""
-    section = Section("Epoch by epoch")
+    section = Section("Metrics by epoch")
     if not run.epochs:
         section.notes.append(f"{METRICS_FILE} is missing or has no epochs yet.")
         return section
@@ -33,19 +33,19 @@ def curves(run: Run) -> Section:
     density = by_epoch(run, "density", search | ticket)
     temperature = by_epoch(run, "temperature", search)
     drawn = [
-        curve(run, YAxis("loss"), "mean over training examples, penalty included", loss),
-        curve(run, YAxis("validation accuracy", percent=True), "search, then retraining", soft + hard),
-        curve(run, YAxis("density", percent=True, from_zero=True), "maskable weights kept by hard masks", density),
-        curve(run, YAxis("temperature", log=True), "masks are harder at higher temperatures", temperature),
+        curve(run, YAxis("loss"), "mean over training examples, including the penalty", loss),
+        curve(run, YAxis("validation accuracy", percent=True), "during the search and after it", soft + hard),
+        curve(run, YAxis("density", percent=True, from_zero=True), "share of maskable weights kept", density),
+        curve(run, YAxis("temperature", log=True), "higher temperatures make masks harder", temperature),
     ]
     section.parts.extend(plot for plot in drawn if plot is not None)
     if not soft + hard:
-        section.notes.append("There is no validation accuracy: the run has no validation set.")
+        section.notes.append("There is no validation accuracy, because the run has no validation set.")
     return section
 
 
 def by_epoch(run: Run, key: str, looks: Mapping[str, tuple[str, str, str]]) -> list[Line]:
-    """Curves of a metric, one for each phase; phases after the search start at the next epoch.
+    """Curves of a metric, one for each phase. All phases after the search start at the epoch after the search.
 
     Args:
         run: the run.
@@ -66,7 +66,7 @@ def _number(value: float | None) -> float:
 
 
 def curve(run: Run, y_axis: YAxis, remark: str, lines: Sequence[Line]) -> Plot | None:
-    """Plot of curves over epochs; None without curves."""
+    """Plot of curves over epochs; None if there are no curves."""
     if not lines:
         return None
     title = y_axis.label.capitalize()

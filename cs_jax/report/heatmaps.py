@@ -14,7 +14,7 @@ from cs_jax.report.plots import BLUE, INK, MANY_LAYERS, Span, mark_spans, new_ax
 
 @dataclass(frozen=True)
 class Matrix:
-    """Table of shares."""
+    """Cells of a matrix plot: shares and texts."""
 
     rows: Sequence[str]  # names, from the top
     columns: Sequence[str]  # names
@@ -43,17 +43,17 @@ def bars(names: Sequence[str], shares: Sequence[float]) -> Figure:
 
 
 def layer_labels(names: Sequence[str]) -> list[str]:
-    """Names of layers as labels, without the suffix "/kernel" if all of several names have it."""
+    """Names of layers as labels, without the suffix "/kernel" if there are several names and all have the suffix."""
     alike = len(names) > 1 and all(name.endswith("/kernel") for name in names)
     return short([name.removesuffix("/kernel") if alike else name for name in names], kind="layer")
 
 
 def heat(names: Sequence[str], shares: np.ndarray, spans: Sequence[Span]) -> Figure:
-    """Heat map of shares in [0, 1], shape (layers, epochs); epochs are counted from 1.
+    """Heat map of a share by layer and epoch; epochs are counted from 1.
 
     Args:
-        names: of the layers, from the top.
-        shares: NaN where unknown.
+        names: names of the layers, from the top.
+        shares: shares in [0, 1], shape (layers, epochs); NaN where unknown.
         spans: rounds on the x axis.
     """
     many = len(names) > MANY_LAYERS
@@ -76,7 +76,7 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
     """Confusion matrix: counts by true class (rows) and predicted class (columns); colour is the share of the row."""
     figure, axes = new_axes(5.2)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    # Square root scale: on a linear scale the few mistakes of a good network would be invisible.
+    # Square root scale: on a linear scale, rare mistakes would be invisible.
     axes.imshow(shares, cmap="Blues", norm=colors.PowerNorm(0.5, 0, 1), interpolation="nearest")
     labels = short(names, length=14)
     places = np.arange(len(names))
@@ -94,12 +94,12 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
 
 
 def matrix(cells: Matrix, *, log: bool = False, title: str = "") -> Figure:
-    """Table of shares as colours, with a text in each cell if the table is small enough.
+    """Matrix of shares as colours: with a text in each cell, or with a colour bar if the matrix is large.
 
     Args:
         cells: rows, columns, shares and texts.
         log: logarithmic colour scale, from the smallest share above 0.
-        title: shown above, so that the PNG file can be read without the page.
+        title: shown above the matrix, so that the PNG file can be understood without the page.
     """
     rows, columns, shares, texts = cells.rows, cells.columns, cells.shares, cells.texts
     crowded = len(rows) > MANY_LAYERS or len(columns) > 10

@@ -1,4 +1,4 @@
-"""Sections of a run on its masks: density of layers, flip rate, overlap of rounds, line between retrainings, scores."""
+"""Sections of a run: density of layers, flip rate, mask overlap between rounds, linear mode connectivity, scores."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,16 +18,16 @@ from cs_jax.tickets import overlap as mask_overlap
 from cs_jax.tickets.overlap import Overlap
 
 LONG_TABLE = 12  # rows; longer tables are folded
-LOG_RATIO = 10.0  # a curve is drawn on a logarithmic scale from this ratio of its maximum to its minimum
+LOG_RATIO = 10.0  # the flip rate has a logarithmic axis if maximum / minimum is at least this ratio
 
 
 def layers(run: Run) -> Section:
-    """Density of each layer: in the ticket or the last epoch, and over the search."""
+    """Section with the density of each layer, in the ticket or the last epoch, and over the search."""
     section = Section("Layers")
     of_ticket = [epoch for epoch in run.epochs if epoch.phase in (SEARCH, TICKET)]
     known = [(epoch, shares) for epoch in of_ticket if (shares := _layer_shares(epoch))]
     if not known:
-        section.notes.append(f"{METRICS_FILE} has no densities of layers.")
+        section.notes.append(f"{METRICS_FILE} has no layer densities.")
         return section
     last, shares = known[-1]
     empty = [name for name, share in shares.items() if share == 0]
@@ -39,7 +39,7 @@ def layers(run: Run) -> Section:
     alt = f"Bar chart of the density of {len(shares)} layers: {ends}."
     figure = heatmaps.bars([*shares], [*shares.values()])
     section.parts.append(
-        plot("layers", f"Density of each layer, {title}", "weights kept, from input to output", alt, figure)
+        plot("layers", f"Density of each layer, {title}", "share of weights kept; input at the top", alt, figure)
     )
     if run.phase(SEARCH):
         section.parts.append(_layers_by_epoch(run, [*shares]))
@@ -72,29 +72,30 @@ def _layer_table(run: Run, shares: Mapping[str, float]) -> Table:
 
 
 def masks(run: Run) -> Section:
-    """Flip rate over the search, and overlap of the masks of the rounds and the ticket."""
+    """Section with the flip rate over the search, and the overlap of the masks of the rounds and the ticket."""
     section = Section("Masks")
     flips = _flips(run)
     if flips is not None:
         section.parts.append(flips)
     if run.masks is None or not run.masks.rounds:
         if run.search_epochs:
-            section.notes.append(f"{MASKS_FILE} is missing: no round has finished, or an earlier version made the run.")
+            section.notes.append(f"{MASKS_FILE} is missing: no round has finished, or the run has another version.")
         else:
             section.texts.append("The ticket's masks were chosen before training, without a search.")
         return section
     if run.masks.sizes is None:
-        section.notes.append("The sizes of layers are unknown until there is a ticket: rounds are not compared yet.")
+        section.notes.append("Rounds are not compared yet: the layer sizes are unknown until there is a ticket.")
         return section
     rows = _overlap_rows(run.masks, run.masks.sizes)
     if rows:
         section.texts.append(
-            "Both keep: number of weights kept by both masks. Shared: the same, as a share of the smaller mask. By "
-            "chance: expected share of random masks with the same number of weights in each layer. z: standard "
-            "deviations above that expectation. Flipped: share of all weights that only one of the masks keeps."
+            "Both keep: number of weights kept by both masks. Shared: this number, divided by the number of weights "
+            "that the sparser mask keeps. By chance: expected value of Shared for random masks that keep the same "
+            "number of weights in each layer. z: distance of Both keep from its expected value for these random masks, "
+            "in standard deviations. Flipped: share of all maskable weights that only one of the two masks keeps."
         )
         head = ("Mask", "Other mask", "Both keep", "Shared", "By chance", "z", "Flipped")
-        caption = "Overlap of masks at the ends of rounds, and of the last round and the ticket"
+        caption = "Mask overlap between ends of rounds, and between the last round and the ticket"
         section.parts.append(Table(caption, head, rows, words=2, wide=True, folded=len(rows) > LONG_TABLE))
     return section
 
@@ -107,7 +108,7 @@ def _flips(run: Run) -> Plot | None:
         return None
     flipped = [rate for rate in known if rate > 0]
     log = bool(flipped) and max(flipped) >= LOG_RATIO * min(flipped)
-    remark = "share of weights that enter or leave the hard masks in an epoch" + "; logarithmic axis" * log
+    remark = "share of maskable weights whose hard mask changed in an epoch" + "; logarithmic axis" * log
     if log and len(flipped) < len(known):
         remark += f"; {len(known) - len(flipped)} epochs without a flip are not drawn"
         rates = [rate if rate > 0 else math.nan for rate in rates]
@@ -118,7 +119,7 @@ def _flips(run: Run) -> Plot | None:
 
 
 def _overlap_rows(masks: Masks, sizes: Mapping[str, int]) -> list[list[str]]:
-    """Overlap of each pair of rounds, then of the last round and the ticket."""
+    """Rows of the overlap table: each pair of rounds, then the last round and the ticket."""
     rounds = {f"round {number}": _unpacked(bits, sizes) for number, bits in masks.rounds.items()}
     pairs = [(line.name, line.other, line.overlap) for line in mask_overlap.overlap_table(rounds)]
     if masks.ticket is not None and rounds:
@@ -138,12 +139,12 @@ def _overlap_row(overlap: Overlap, size: int) -> list[str]:
 
 
 def shown_z(z: float | None) -> str:
-    """Standard deviations above chance, with a sign; "-" if random masks have no variance."""
+    """A z value with a sign; "-" if random masks have no variance."""
     return "-" if z is None else f"{z:+,.1f}".replace("-", "−")
 
 
 def connectivity(run: Run) -> Section | None:
-    """The line between two retrainings of the ticket; None if it has not been measured."""
+    """Section with error and loss on the line between two retrainings of the ticket; None if not measured."""
     found = run.connectivity
     if found is None:
         return None
@@ -152,10 +153,11 @@ def connectivity(run: Run) -> Section | None:
     shares, errors, losses = ([getattr(point, name) for point in found.points] for name in ("share", "error", "loss"))
     note = barrier_note(errors, losses)
     section.texts.append(
-        "The ticket was retrained twice on different batches and augmentation; all else was equal. Test accuracy of "
-        f"the two networks: {accuracies}. Barrier: maximum on the line between the networks minus the mean of the two "
-        f"ends; {100 * found.barrier:.2f} points of error, {found.loss_barrier:.4f} of loss{note and f' ({note})'}. A "
-        "barrier near 0 means that the batches do not decide where the training of this ticket ends."
+        "The ticket was retrained twice; the two retrainings differ only in the order of the batches and in the "
+        f"augmentation. Test accuracy of the two networks: {accuracies}. Barrier: maximum on the line between the "
+        f"networks minus the mean of the two ends. The barrier is {100 * found.barrier:.2f} percentage points for the "
+        f"error and {found.loss_barrier:.4f} for the loss{note and f' ({note})'}. A barrier near 0 means that the "
+        "ticket is stable to SGD noise."
     )
     ends = f"{percent(errors[0])} and {percent(errors[-1])} at the ends, {percent(max(errors))} at most"
     alt = f"Test error and loss of {len(shares)} networks on the line: error {ends}; "
@@ -163,14 +165,14 @@ def connectivity(run: Run) -> Section | None:
     figure = plots.line_between(shares, errors, losses)
     title, remark = (
         "Linear mode connectivity",
-        "test set, with new BatchNorm statistics at every point; dotted line: mean of the two ends",
+        "on the test set, with new BatchNorm statistics at every point; dotted line: mean of the two ends",
     )
     section.parts.append(plot("connectivity", title, remark, alt, figure))
     return section
 
 
 def scores(run: Run) -> Section | None:
-    """Histogram of the scores at the start and end of each round; None for a method without scores."""
+    """Section with a histogram of the scores at the start and end of each round; None for a method without scores."""
     if not run.method.learns_masks and not (run.scores and run.scores.rounds):
         return None
     section = Section("Scores")
@@ -178,8 +180,8 @@ def scores(run: Run) -> Section | None:
         section.notes.append(f"{SCORES_FILE} is missing or has no round yet.")
         return section
     section.texts.append(
-        f"{run.method.remark_on_scores} Before: at the start of the round, after the reset. After: at its end, before "
-        "the next reset."
+        f"{run.method.remark_on_scores} Before: at the start of the round, after the reset. After: at the end of the "
+        "round, before the next reset."
     )
     edges, rounds, _ = run.scores
     counts = [counts for entry in rounds for counts in (entry.before, entry.after) if counts is not None]
@@ -187,7 +189,7 @@ def scores(run: Run) -> Section | None:
     bins = (int(filled[0]), int(filled[-1])) if filled.size else (0, len(edges) - 2)
     for number, before, after in rounds:
         if after is None:
-            section.notes.append(f"Round {number} has not finished: only the scores at its start are shown.")
+            section.notes.append(f"Round {number} has not finished: only the scores at the start are shown.")
         figure = plots.histogram(edges, before, after, bins, cut=run.method.cuts_at_zero)
         alt = f"Histogram of {before.sum():,} scores in round {number}. {_share_above_zero(edges, before, after)}"
         section.parts.append(

@@ -1,4 +1,4 @@
-"""Sections of a sweep on its masks: overlap between methods and seeds, and density of each layer."""
+"""Sections of a sweep: mask overlap between methods and seeds, and density of each layer."""
 
 import itertools
 import statistics
@@ -15,22 +15,22 @@ from cs_jax.sweep.results import SweptTicket
 from cs_jax.sweep.statistics import shown_target
 from cs_jax.tickets import overlap as mask_overlap
 
-LABEL = 16  # maximum length of a method's name at a plot
+LABEL = 16  # maximum number of characters of a method's name in a plot
 
 
 class Pairing(NamedTuple):
-    """Overlap of the tickets of two methods at equal seeds, or of one method between its seeds."""
+    """Mask overlap of two methods at equal seeds, or of one method at different seeds."""
 
     method: str
     other: str
     pairs: int
     shared: float  # mean over the pairs
     chance: float  # mean over the pairs
-    zs: list[float]  # of the pairs with a defined z
+    zs: list[float]  # z of each pair for which z is defined
 
 
 def sections(tickets: Sequence[SweptTicket]) -> list[Section]:
-    """Overlap and layer density at each target; empty if no ticket has a target or an initial score."""
+    """Sections with mask overlap and layer density at each target; empty if no ticket has a target or initial score."""
     overlaps, densities = Section("Overlap of masks"), Section("Density of layers")
     tables = []
     for number, (target, group) in enumerate(_groups(tickets).items()):
@@ -45,12 +45,12 @@ def sections(tickets: Sequence[SweptTicket]) -> list[Section]:
     overlaps.parts.extend(tables)  # after the plots, which form a grid on a wide page
     if overlaps.parts:
         overlaps.texts.append(
-            "Shared: weights kept by both masks, as a share of the smaller mask; mean over pairs. Diagonal: two seeds "
-            "of one method. Other cells: two methods at the same seed, with the same initial weights and batches. By "
-            "chance: expected share of random masks with the same number of weights in each layer. z: standard "
-            "deviations of a pair above that expectation."
+            "Shared: number of weights kept by both masks, divided by the number of weights that the sparser mask "
+            "keeps; mean over pairs. Diagonal: two seeds of one method. Other cells: two methods at the same seed. By "
+            "chance: expected value of Shared for random masks that keep the same number of weights in each layer. z: "
+            "distance of a pair from the expected value for random masks, in standard deviations."
         )
-    densities.texts.append("Share of weights kept in each layer, mean over seeds. Colours are logarithmic.")
+    densities.texts.append("Share of weights kept in each layer, mean over seeds. The colour scale is logarithmic.")
     return [section for section in (overlaps, densities) if section.parts]
 
 
@@ -60,7 +60,7 @@ def shown_share(share: float) -> str:
 
 
 def _groups(tickets: Sequence[SweptTicket]) -> dict[str, list[SweptTicket]]:
-    """Tickets by target and initial score in words, densest first; without tickets that have neither."""
+    """Tickets by label of their target and initial score, densest first; without tickets that have neither."""
     axes = {(ticket.target, ticket.initial_score) for ticket in tickets} - {(None, None)}
     falling = sorted(axes, key=lambda axis: [np.inf if value is None else -value for value in axis])
     return {
@@ -78,7 +78,7 @@ def _methods(tickets: Sequence[SweptTicket]) -> list[str]:
 
 
 def _pairings(tickets: Sequence[SweptTicket]) -> Iterator[Pairing]:
-    """Each pair of methods, and each method with itself, if there are tickets of the same network to compare."""
+    """Overlap of each pair of methods, and of each method with itself, if two tickets of the same network exist."""
     for method, other in itertools.combinations_with_replacement(_methods(tickets), 2):
         overlaps = [
             mask_overlap.overlap(one.masks, two.masks)
@@ -109,13 +109,13 @@ def _overlap_plot(name: str, target: str, methods: Sequence[str], found: Sequenc
             texts[place] = f"{_whole(pairing.shared)}\n({_whole(pairing.chance)})"
     labels = plots.short(methods, length=LABEL, kind="method")
     pairs = [f"{one.method} and {one.other} {percent(one.shared)}, by chance {percent(one.chance)}" for one in found]
-    title, remark = f"Mask overlap, {target}", "in brackets: by chance; diagonal: two seeds of one method"
+    title, remark = f"Mask overlap, {target}", "Shared, and in brackets By chance; diagonal: two seeds of one method"
     figure = heatmaps.matrix(Matrix(labels, labels, shares, texts), title=title)
     return plot(name, title, remark, f"{title}: {'; '.join(pairs)}.", figure)
 
 
 def _whole(share: float) -> str:
-    """In whole percent; one significant digit below 1%."""
+    """A share in whole percent; with one significant digit below 1%."""
     return f"{100 * share:.0f}%" if share == 0 or share >= 0.0095 else f"{100 * share:.1g}%"
 
 
@@ -135,12 +135,12 @@ def _density_plot(name: str, target: str, tickets: Sequence[SweptTicket]) -> Plo
     ends = [(float(np.nanmin(column)), float(np.nanmax(column))) for column in shares.T]
     ranges = [f"{method} {percent(low)} to {percent(high)}" for method, (low, high) in zip(methods, ends, strict=True)]
     labels = plots.short(methods, length=LABEL, kind="method")
-    title, remark = f"Layer densities, {target}", "share of weights kept, from input to output"
+    title, remark = f"Layer densities, {target}", "share of weights kept; input at the top"
     figure = heatmaps.matrix(Matrix(heatmaps.layer_labels(layers), labels, shares, texts), log=True, title=title)
     return plot(name, title, remark, f"{title}, minimum to maximum density: {'; '.join(ranges)}.", figure)
 
 
 def _layer_density(tickets: Sequence[SweptTicket], method: str, layer: str) -> float:
-    """Mean over the seeds of a method; NaN if its network has no such layer."""
+    """Density of a layer, mean over the seeds of a method; NaN if the method's network has no such layer."""
     masks = [ticket.masks[layer] for ticket in tickets if ticket.method == method and layer in ticket.masks]
     return statistics.fmean(np.count_nonzero(mask) / max(1, mask.size) for mask in masks) if masks else np.nan

@@ -1,4 +1,4 @@
-"""Parts of a report page, and its HTML; all text is escaped."""
+"""Parts of a report page, and the HTML of the page; all text is escaped."""
 
 import base64
 import dataclasses
@@ -26,15 +26,15 @@ class Table:
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
-    words: int = 1  # number of columns with words, from the left; the other columns have numbers
+    words: int = 1  # number of text columns, from the left; the other columns have numbers
     wide: bool = False  # full width of the page
     folded: bool = False  # hidden until the reader opens it
 
 
 class Plot(NamedTuple):
-    """Figure as SVG and PNG image."""
+    """Plot as SVG and PNG image."""
 
-    name: str  # of the PNG file, without the suffix
+    name: str  # name of the PNG file, without the suffix
     title: str
     remark: str
     alt: str
@@ -43,7 +43,7 @@ class Plot(NamedTuple):
 
 
 class Example(NamedTuple):
-    """Test image that the ticket classifies wrong."""
+    """Test image that the ticket misclassifies."""
 
     number: int  # index in the test set
     png: bytes
@@ -56,7 +56,7 @@ class Tile(NamedTuple):
     """Key result at the top of the page."""
 
     name: str
-    figure: str
+    figure: str  # the number
     remark: str
 
 
@@ -96,15 +96,15 @@ def write(folder: Path, page: Page) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         for path in contents:
             if path.is_dir():
-                raise ConfigError(f"{path}: is a folder; remove it, so that a file can be written there")
+                raise ConfigError(f"{path}: is a folder; remove it, because the report writes a file with this name")
         files.write_all(contents)
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot write the report: {error.strerror}") from error
+        raise ConfigError(f"{folder}: cannot write the report: {error.strerror}; check the folder") from error
     return list(contents)
 
 
 def _html(page: Page) -> bytes:
-    """The page as one file. All text is escaped; a lone surrogate becomes a question mark."""
+    """HTML of the page in one file. All text is escaped; a lone surrogate becomes a question mark."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -126,7 +126,7 @@ def shown(value: Any) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share in [0, 1] in percent, with two decimals, or with two significant digits below 0.1%; "-" for None."""
+    """A share in [0, 1] as percent: two decimals, but two significant digits below 0.1%; "-" for None."""
     if share is None:
         return "-"
     return f"{share:.2%}" if share == 0 or share >= 0.001 else f"{100 * share:.2g}%"
@@ -140,7 +140,7 @@ def points(accuracy: float | None, reference: float | None) -> str:
 
 
 def describe_lines(lines: Sequence[Line], *, percents: bool) -> str:
-    """Start and end of each line in words, for the alternative text of a plot."""
+    """Text with the first and last value of each line, for the alternative text of a plot."""
     show = percent if percents else "{:.4g}".format
     parts = []
     for line in lines:

@@ -1,6 +1,6 @@
-"""Plots with matplotlib: no window, no files, and no change of global state after `style()`.
+"""Plots with matplotlib, without windows or files. Draw and render inside `style()`, which restores global settings.
 
-Draw and render inside `style()`. Colours are from the palette of Okabe and Ito, which is safe for colour-blind readers.
+Colours are from the palette of Okabe and Ito, which is safe for colour-blind readers.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ BLUE, SKY, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#56b4e9", "#d55e00", "#009e
 
 WIDTH = 5.6  # inches: text of 10.5 pt stays readable on the screen of a phone
 MARKERS = "os^DvPX*"
-LEGEND_COLUMNS = 4  # fit names as long as "soft masks"
-MANY_LAYERS = 40  # with more layers, bars are thin and only some layers have labels
+LEGEND_COLUMNS = 4  # enough width for names of the length of "soft masks"
+MANY_LAYERS = 40  # with more layers, bars are thin and labels are omitted at regular intervals
 SOFT, INK, LINE = "#e5e7eb", "#1f2933", "#9aa5b1"
 
 _KEPT = ("backend", "backend_fallback")  # the user may have a window open
@@ -39,7 +39,7 @@ _STYLE: dict[Any, Any] = {
     "grid.color": SOFT,
     "legend.frameon": False,
     "lines.linewidth": 1.8,
-    "svg.hashsalt": "cs_jax",  # equal figures give equal files
+    "svg.hashsalt": "cs_jax",  # equal plots give equal files
     "text.color": INK,
     "text.parse_math": False,  # names may contain "$"
     "xtick.color": LINE,
@@ -79,7 +79,7 @@ class Span(NamedTuple):
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """Sets the matplotlib settings of reports; restores the settings of the user at the end."""
+    """Context manager with the matplotlib settings of reports; restores the settings of the user at the end."""
     with matplotlib.rc_context():
         values: dict[Any, Any] = {**matplotlib.rcParamsDefault, **_STYLE}
         matplotlib.rcParams.update({name: value for name, value in values.items() if name not in _KEPT})
@@ -87,19 +87,19 @@ def style() -> Iterator[None]:
 
 
 def images(figure: Figure) -> tuple[bytes, bytes]:
-    """The figure as SVG without fonts, and as PNG with 150 dots per inch."""
+    """A figure as SVG without embedded fonts, and as PNG with 150 dots per inch."""
     svg, png = io.BytesIO(), io.BytesIO()
     FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})
-    figure.set_layout_engine("none")  # keeps the layout of the SVG; computing it is as slow as drawing
+    figure.set_layout_engine("none")  # keeps the layout of the SVG; a new layout takes the time of a drawing
     figure.set_dpi(150)
     FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
     return svg.getvalue(), png.getvalue()
 
 
 def short(names: Sequence[str], *, length: int = 24, kind: str = "class") -> list[str]:
-    """Names as labels of one line, cut at the front to `length` letters.
+    """Names as labels of one line; the start of a name longer than `length` characters is cut off.
 
-    A name that the font cannot draw becomes `kind` and its number.
+    A name that the font cannot draw becomes `kind` and its index.
     """
     drawable = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
     labels = [" ".join(name.split()) for name in names]
@@ -114,10 +114,10 @@ def short(names: Sequence[str], *, length: int = 24, kind: str = "class") -> lis
 
 
 def curves(lines: Sequence[Line], y_axis: YAxis, spans: Sequence[Span] = ()) -> Figure:
-    """Curves over epochs.
+    """Plot of curves over epochs.
 
     Args:
-        lines: curves; with more than one there is a legend.
+        lines: curves; the plot has a legend if there are two or more.
         y_axis: label and scale.
         spans: named parts of the x axis, separated by vertical lines.
     """
@@ -138,7 +138,7 @@ def curves(lines: Sequence[Line], y_axis: YAxis, spans: Sequence[Span] = ()) -> 
     if y_axis.log:
         _log_scale(axes, percent=y_axis.percent)
     mark_spans(axes, spans)
-    if spans:  # the same x range in all figures of a run
+    if spans:  # the same x range in all plots of a run
         axes.set_xlim(spans[0].start - 0.5, spans[-1].end + 0.5)
     if len(lines) > 1:
         figure.legend(loc="outside lower center", ncols=columns, handlelength=1.8)
@@ -151,18 +151,18 @@ def histogram(
     """Histogram of scores before and after a round.
 
     Args:
-        edges: shape (bins + 1,), increasing; drawn at equal distances.
+        edges: edges of the bins, shape (bins + 1,), increasing; all bins are drawn with the same width.
         before: counts of shape (bins,).
         after: counts of shape (bins,); None if the round has not finished.
         shown: first and last bin on the x axis.
-        cut: if weights with scores above 0 are kept; then kept and removed weights have different colours.
+        cut: True if the method keeps the weights with scores above 0; kept and pruned weights have different colours.
     """
     figure, axes = new_axes(2.9)
     places = np.arange(len(edges))
     if after is not None and not cut:
         axes.stairs(after, places, fill=True, color=BLUE, label="after")
     elif after is not None:
-        for kept, color, label in ((False, ORANGE, "after: removed"), (True, BLUE, "after: kept")):
+        for kept, color, label in ((False, ORANGE, "after: pruned"), (True, BLUE, "after: kept")):
             counts = np.where((edges[1:] > 0) == kept, after, 0)
             axes.stairs(counts, places, fill=True, color=color, label=f"{label} ({counts.sum():,})")
     axes.stairs(before, places, color=INK, linewidth=1.2, label="before")
@@ -183,7 +183,7 @@ def histogram(
 
 
 def _score_ticks(edges: np.ndarray, limits: tuple[float, float]) -> list[float]:
-    """0, and powers of ten on both sides with enough room for their labels."""
+    """Ticks at 0 and at powers of ten on both sides, with enough space for the labels."""
     gap = (limits[1] - limits[0]) / 9
     ticks = [0.0]
     for step in range(12, 0, -1):
@@ -199,7 +199,7 @@ def _score_ticks(edges: np.ndarray, limits: tuple[float, float]) -> list[float]:
 
 
 def line_between(shares: Sequence[float], errors: Sequence[float], losses: Sequence[float]) -> Figure:
-    """Error (top) and loss (bottom) on the line between two networks, with the mean of the two ends dotted."""
+    """Plot of error (top) and loss (bottom) on the line between two networks; a dotted line is the mean of the ends."""
     figure = Figure(figsize=(WIDTH, 4.2))
     top, bottom = figure.subplots(2, 1, sharex=True)
     for axes, label, values in ((top, "test error", errors), (bottom, "test loss", losses)):
@@ -223,14 +223,14 @@ def percent_tick(share: float, _: int | None = None) -> str:
 
 
 def _log_scale(axes: Axes, *, percent: bool = False) -> None:
-    """Logarithmic y axis with plain numbers; labels of matplotlib need `text.parse_math`, which is off for names."""
+    """Sets a logarithmic y axis with plain numbers: matplotlib's own labels need `text.parse_math`, which is off."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(percent_tick if percent else lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
 
 
 def mark_spans(axes: Axes, spans: Sequence[Span], color: str = LINE) -> None:
-    """Draws lines between spans and labels above them; rounds have only numbers if there are more than 5 spans."""
+    """Draws lines between spans, and labels above spans; with more than 5 spans, later rounds have only numbers."""
     for left, right in zip(spans, spans[1:], strict=False):
         axes.axvline((left.end + right.start) / 2, color=color, linestyle="--", linewidth=1)
     crowded = len(spans) > 5

@@ -1,4 +1,4 @@
-"""Array files of a run directory, read and checked: predictions on the test set, and masks as bits."""
+"""Readers of a run's array files, with checks: predictions on the test set, and masks as bits."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -24,8 +24,8 @@ class Masks(NamedTuple):
     """Masks found by a run."""
 
     rounds: dict[int, Bits]  # at the end of each round
-    ticket: Bits | None  # None before there is a ticket
-    sizes: dict[str, int] | None  # number of weights in each layer; None if no file gives them
+    ticket: Bits | None  # None if there is no ticket yet
+    sizes: dict[str, int] | None  # number of weights in each layer; None if no file contains the numbers
 
 
 def read_content(path: Path) -> bytes | None:
@@ -36,7 +36,7 @@ def read_content(path: Path) -> bytes | None:
     """
     try:
         if path.exists() and not path.is_file():
-            raise ConfigError(f"{path}: not a file")
+            raise ConfigError(f"{path}: not a file; remove it")
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -48,15 +48,15 @@ def read_predictions(path: Path, classes: Sequence[str] | None) -> dict[str, np.
     """Predictions of the ticket on the test set; None if the file does not exist.
 
     Args:
-        path: of the file.
-        classes: names of the classes, for the range of labels and predictions; None if unknown.
+        path: file of the predictions.
+        classes: names of the classes, to check labels and predictions; None if unknown.
 
     Returns:
         "labels" and "predicted": integers (examples,). "confidence": floats (examples,). "mistakes": integers
         (mistakes,), indices into the test set. "images": uint8 (mistakes, height, width, channels).
 
     Raises:
-        ConfigError: the file is damaged.
+        ConfigError: the file cannot be read or is damaged.
     """
     arrays = _load(path)
     if arrays is None:
@@ -93,11 +93,11 @@ def read_masks(path: Path, ticket: Path, sizes: Mapping[str, int]) -> Masks | No
 
     Args:
         path: file with the masks of the rounds; may be missing.
-        ticket: file of the ticket; may be missing.
-        sizes: number of weights in each layer, if known; else empty.
+        ticket: ticket file; may be missing.
+        sizes: number of weights in each layer; empty if unknown.
 
     Raises:
-        ConfigError: a file is damaged, or masks do not fit the layers or each other.
+        ConfigError: a file cannot be read or is damaged, or masks do not fit the layers or each other.
     """
     arrays = _load(path)
     if arrays is None and not ticket.exists():
@@ -115,14 +115,14 @@ def read_masks(path: Path, ticket: Path, sizes: Mapping[str, int]) -> Masks | No
     ticket_bits, ticket_sizes = _read_ticket(ticket)
     known = ticket_sizes or dict(sizes) or None
     if known is not None and sizes and dict(sizes) != known:
-        raise ConfigError(f"{ticket}: layers have other sizes than in the scores; all files must be of one run")
+        raise ConfigError(f"{ticket}: layers have other sizes than in the scores; all files must be from one run")
     for number, bits in rounds.items():
         _check_bits(f"{path}: round {number}", bits, known, next(iter(rounds.values())))
     return Masks(rounds, ticket_bits, known)
 
 
 def _read_ticket(path: Path) -> tuple[Bits | None, dict[str, int]]:
-    """Masks of a ticket of any model, and the number of weights in each layer."""
+    """Masks of a ticket and the number of weights in each layer, for any model."""
     if not path.exists():
         return None, {}
     try:
@@ -135,7 +135,7 @@ def _read_ticket(path: Path) -> tuple[Bits | None, dict[str, int]]:
 
 
 def _check_bits(source: str, bits: Bits, sizes: Mapping[str, int] | None, first: Bits) -> None:
-    """Refuses masks of a round that do not fit `sizes`, or, if the sizes are unknown, the masks of the first round."""
+    """Raises a ConfigError if a round's masks do not fit `sizes` or, if the sizes are unknown, the first round."""
     layers = first if sizes is None else sizes
     for name in {**layers, **bits}:
         if name not in bits:
@@ -146,7 +146,7 @@ def _check_bits(source: str, bits: Bits, sizes: Mapping[str, int] | None, first:
         if len(bits[name]) != length:
             raise ConfigError(f"{source}: {name!r} of {len(bits[name])} bytes: must have {length} bytes")
         if sizes is not None and np.unpackbits(bits[name])[sizes[name] :].any():
-            raise ConfigError(f"{source}: {name!r}: bits after its {sizes[name]} weights must be 0")
+            raise ConfigError(f"{source}: {name!r}: bits after the {sizes[name]} weights must be 0")
 
 
 def _load(path: Path) -> dict[str, np.ndarray] | None:
@@ -160,5 +160,5 @@ def _load(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def _inside(indices: np.ndarray, end: int | None) -> bool:
-    """States if all indices are in [0, end); `end` None is no limit."""
+    """True if all indices are in [0, end); None for `end` means no upper limit."""
     return not indices.size or bool(indices.min() >= 0 and (end is None or indices.max() < end))

@@ -1,4 +1,4 @@
-"""Files of a run directory, read and checked: they may be damaged, or come from another version."""
+"""Reader of a run directory, with checks: files may be damaged, or come from another version."""
 
 import json
 import math
@@ -44,7 +44,7 @@ BinCount = Annotated[int, Meta(ge=0, le=2**40)]
 
 
 class Settings(Struct, frozen=True):
-    """Settings of config.json that the report uses by name."""
+    """Settings in config.json that the report uses by name."""
 
     epochs: Positive
     rounds: Positive
@@ -57,13 +57,13 @@ class Settings(Struct, frozen=True):
     controls: list[str] = []
     val_set_size: Count | None = None
     versions: dict[str, str] = {}
-    data: str | None = None  # fingerprint
+    data: str | None = None  # fingerprint of the data set
 
 
 class Epoch(Struct, frozen=True):
-    """Line of metrics.jsonl; None where a metric is not defined."""
+    """Line of metrics.jsonl; undefined metrics are None."""
 
-    phase: str  # search, ticket or a control
+    phase: str  # "search", "ticket" or the name of a control
     round: Count | None
     epoch: Count
     temperature: Temperature | None
@@ -78,7 +78,7 @@ class Epoch(Struct, frozen=True):
 
 
 class Network(Struct, frozen=True, kw_only=True):
-    """Trained network of summary.json."""
+    """Trained network in summary.json."""
 
     num_weights: Count
     val_accuracy: Share | None
@@ -86,7 +86,7 @@ class Network(Struct, frozen=True, kw_only=True):
 
 
 class SparseNetwork(Network, frozen=True, kw_only=True):
-    """Network with a density."""
+    """Trained network with a density."""
 
     density: Share
 
@@ -98,7 +98,7 @@ class TicketNetwork(SparseNetwork, frozen=True, kw_only=True):
 
 
 class Summary(Struct, frozen=True):
-    """Fields of summary.json that the report uses."""
+    """Fields in summary.json that the report uses."""
 
     ticket: TicketNetwork
     dense: Network | None
@@ -116,13 +116,13 @@ class LinePoint(Struct, frozen=True):
 
 
 class Child(Struct, frozen=True):
-    """Retraining of the ticket."""
+    """One of the two retrainings of the ticket."""
 
     test_accuracy: Share
 
 
 class Connectivity(Struct, frozen=True):
-    """Fields of connectivity.json that the report uses."""
+    """Fields in connectivity.json that the report uses."""
 
     points: list[LinePoint]
     barrier: Share
@@ -131,7 +131,7 @@ class Connectivity(Struct, frozen=True):
 
 
 class StoredRound(Struct, frozen=True):
-    """Numbers of scores in each bin, by layer, at the start and the end of a round."""
+    """Number of scores in each bin, by layer, at the start and the end of a round."""
 
     round: Count
     start: dict[str, list[BinCount]]
@@ -146,7 +146,7 @@ class StoredScores(Struct, frozen=True):
 
 
 class ScoreRound(NamedTuple):
-    """Numbers of scores in each bin, all layers together: integer arrays of shape (bins,)."""
+    """Number of scores of all layers in each bin, before and after a round: integer arrays of shape (bins,)."""
 
     number: int
     before: np.ndarray
@@ -158,7 +158,7 @@ class Scores(NamedTuple):
 
     edges: np.ndarray  # (bins + 1,), increasing
     rounds: list[ScoreRound]
-    sizes: dict[str, int]  # number of scores in each layer
+    sizes: dict[str, int]  # number of scores in each layer, by name
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Run:
     config: Settings
     settings: dict[str, Any]  # all of config.json
     epochs: list[Epoch]
-    truncated: bool  # the last line of metrics.jsonl is cut off, and was ignored
+    truncated: bool  # True if the last line of metrics.jsonl is cut off; the line was ignored
     scores: Scores | None
     masks: Masks | None
     predictions: dict[str, np.ndarray] | None
@@ -182,12 +182,12 @@ class Run:
         return [] if self.config.method == DENSE else self.config.controls
 
     def phase(self, name: str) -> list[Epoch]:
-        """Epochs of a phase: search, ticket or a control."""
+        """Epochs of a phase: "search", "ticket" or a control."""
         return [epoch for epoch in self.epochs if epoch.phase == name]
 
     @property
     def search_epochs(self) -> int:
-        """Number of epochs of the whole search."""
+        """Number of epochs of the search over all rounds, as configured."""
         return self.config.epochs * self.config.rounds if self.method.searches else 0
 
     @property
@@ -200,7 +200,7 @@ class Run:
         return os.path.basename(os.path.realpath(self.folder)) or str(self.folder)
 
     def unfinished(self) -> list[str]:
-        """Notes on an unfinished run: its first phase that has not finished, and a cut-off metrics file."""
+        """Notes on missing results: the first phase without all epochs, and a cut-off line in metrics.jsonl."""
         epochs = self.config.epochs
         phases = [(SEARCH, "search", self.search_epochs)]
         if self.config.after != NONE:
@@ -220,7 +220,7 @@ def read(folder: Path) -> Run:
     """Contents of a run directory; every file except config.json may be missing.
 
     Raises:
-        ConfigError: the folder is not a run directory, or a file in it is damaged.
+        ConfigError: the folder is not a run directory, or a file in it cannot be read or is damaged.
     """
     content = read_content(folder / CONFIG_FILE)
     if content is None:
@@ -246,15 +246,15 @@ def read(folder: Path) -> Run:
 
 
 def _read_json(path: Path, kind: type[Kind]) -> Kind | None:
-    """A JSON file as an instance of `kind`; None if it does not exist."""
+    """Content of a JSON file as an instance of `kind`; None if the file does not exist."""
     content = read_content(path)
     return None if content is None else convert(_parse(content, str(path)), kind, str(path))
 
 
 def _parse(content: bytes, source: str) -> Any:
-    """A JSON value without NaN and infinities.
+    """Value of a JSON text; NaN and infinities are errors.
 
-    Reads with `json`: paths with undecodable bytes are stored as lone surrogates, and msgspec refuses these.
+    Uses the json module, because paths with undecodable bytes are stored as lone surrogates, which msgspec rejects.
     """
 
     def refuse(constant: str) -> None:
@@ -267,7 +267,7 @@ def _parse(content: bytes, source: str) -> Any:
 
 
 def _read_metrics(path: Path) -> tuple[list[Epoch], bool]:
-    """The epochs, and whether a cut-off last line was ignored."""
+    """Epochs in metrics.jsonl, and whether a cut-off last line was ignored."""
     lines = (read_content(path) or b"").split(b"\n")
     epochs: list[Epoch] = []
     for number, line in enumerate(lines, 1):
@@ -303,7 +303,7 @@ def _read_scores(path: Path) -> Scores | None:
 
 
 def _totals(path: Path, counts: Mapping[str, list[int]], bins: int) -> np.ndarray:
-    """Counts of all layers together, shape (bins,)."""
+    """Counts summed over all layers, shape (bins,)."""
     for name, layer in counts.items():
         if len(layer) != bins:
             raise ConfigError(f"{path}: rounds: layer {name!r} has {len(layer)} counts; must have {bins}")
@@ -322,5 +322,5 @@ def _read_connectivity(path: Path) -> Connectivity | None:
     for field, value, name in (("barrier", stored.barrier, "error"), ("loss_barrier", stored.loss_barrier, "loss")):
         computed = error_barrier([getattr(point, name) for point in stored.points])
         if not math.isclose(value, computed, rel_tol=1e-6, abs_tol=1e-9):
-            raise ConfigError(f"{path}: {field} {value:g}: must be the barrier of its points, {computed:g}")
+            raise ConfigError(f"{path}: {field} {value:g}: must be {computed:g}, the barrier of the points")
     return stored

@@ -1,4 +1,4 @@
-"""The page of one run: results, metrics by epoch, masks, scores, test set and settings."""
+"""The report page of a run: results, metrics by epoch, masks, scores, test set and settings."""
 
 import io
 import itertools
@@ -22,14 +22,14 @@ from cs_jax.report.pages import Example, Page, Section, Table, Tile, percent, pl
 from cs_jax.report.read_run import Epoch, Network, Run, Summary
 
 MATRIX_CLASSES = 40
-"""Maximum number of classes of a confusion matrix; with more, only the most confused pairs are shown."""
+"""Maximum number of classes in a confusion matrix; with more classes, only the most confused pairs are shown."""
 
 CONFUSED_PAIRS = 12
-EXAMPLE_SIDE = 96  # pixels, maximum of the longer side of an example
+EXAMPLE_SIDE = 96  # pixels, maximum for the longer side of an example
 
 
 def page(run: Run) -> Page:
-    """Page of a run, section by section. Call inside `plots.style()`."""
+    """Page of a run. Call inside `plots.style()`."""
     sections = [
         _results(run),
         epoch_sections.curves(run),
@@ -57,7 +57,9 @@ def _tiles(run: Run) -> list[Tile]:
     return [
         Tile("Density of the ticket", percent(ticket.density), overall),
         Tile(
-            "Test accuracy of the ticket", percent(ticket.test_accuracy), difference and f"{difference} points vs dense"
+            "Test accuracy of the ticket",
+            percent(ticket.test_accuracy),
+            difference and f"{difference} percentage points vs dense",
         ),
         Tile("Test accuracy of the dense network", percent(reference), size),
     ]
@@ -93,7 +95,7 @@ def _network_table(run: Run, summary: Summary) -> Table:
         _network_row(name, len(run.phase(name)), network.density, network) for name, network in summary.controls.items()
     ]
     head = ("Network", "Epochs", "Weights", "Density", "Validation", "Test")
-    return Table("Networks: training epochs, and accuracy on validation and test set", head, rows)
+    return Table("Networks: training epochs, and accuracy on the validation and test sets", head, rows)
 
 
 def _network_row(name: str, epochs: int, density: float, network: Network) -> list[str]:
@@ -119,13 +121,13 @@ def _test_section(run: Run) -> Section:
         return section
     labels, predicted = run.predictions["labels"].astype(int), run.predictions["predicted"].astype(int)
     names = run.summary.classes if run.summary else None
-    if not names:  # only classes that occur are known
+    if not names:  # without class names, only the classes that occur are known
         found, codes = np.unique(np.concatenate([labels, predicted]), return_inverse=True)
         labels, predicted, names = codes[: len(labels)], codes[len(labels) :], [str(code) for code in found]
     right = int((labels == predicted).sum())
     section.texts.append(f"The ticket classifies {right:,} of {len(labels):,} examples correctly.")
     if len(names) > MATRIX_CLASSES:
-        section.texts.append(f"There are {len(names):,} classes: only the most confused pairs are shown.")
+        section.texts.append(f"There are {len(names):,} classes, so only the most confused pairs are shown.")
     elif len(labels):
         counts = np.bincount(labels * len(names) + predicted, minlength=len(names) ** 2).reshape(len(names), -1)
         alt = f"Confusion matrix of {len(names)} classes: {right:,} of {len(labels):,} examples on the diagonal."
@@ -156,7 +158,10 @@ def _confused_pairs(labels: np.ndarray, predicted: np.ndarray, names: Sequence[s
 
 
 def _png(image: np.ndarray) -> bytes:
-    """Image (height, width, channels) as PNG, at most `EXAMPLE_SIDE` pixels; only the first channel unless 3 or 4."""
+    """Image (height, width, channels) as PNG with sides of at most `EXAMPLE_SIDE` pixels.
+
+    Images with 3 or 4 channels are drawn in colour. Of other images, the first channel is drawn in grey.
+    """
     drawn = Image.fromarray(image if image.shape[2] in (3, 4) else image[..., 0])
     if max(drawn.size) > EXAMPLE_SIDE:
         drawn.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
@@ -174,7 +179,9 @@ def _settings(run: Run) -> Section:
     changed = [name for name, value in values.items() if name != "out" and value != defaults.get(name)]
     base = f"preset {preset}" if known else "library defaults"
     if known and values.keys() <= defaults.keys():
-        section.texts.append("Command that repeats the run; add --out if the folder of the run exists:")
+        section.texts.append(
+            "The following command repeats the run. If the run directory exists, add --out with another directory:"
+        )
         words = [_word(name, values[name]) for name in changed]
         section.command = ["python", "train.py", cast(str, preset), *words]
     rows = [[name, shown(values[name]), shown(defaults[name]) if name in defaults else "unknown"] for name in changed]
@@ -195,7 +202,7 @@ def _settings(run: Run) -> Section:
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON stores them: tuples become lists."""
+    """Settings as stored in JSON: tuples become lists."""
     return json.loads(json.dumps(settings))
 
 

@@ -1,4 +1,4 @@
-"""Results of a sweep as its report reads them: selections of cells, and their figures as text."""
+"""Results of a sweep for the report: selections of cells (means over seeds), and values as text."""
 
 import functools
 from collections.abc import Iterable, Sequence
@@ -9,18 +9,18 @@ from cs_jax.report.pages import percent
 from cs_jax.sweep.results import SweptTicket
 from cs_jax.sweep.statistics import Cell, Result, shown_target, summarize
 
-TIE = 1e-9  # means of equal accuracies, added in another order, may differ in the last digit
+TIE = 1e-9  # smaller differences of means are ties, because the order of additions changes the last digit
 
 
 @dataclass(frozen=True)
 class SweepResults:
-    """Everything that the report of a sweep shows."""
+    """Results, tickets and missing runs of a sweep."""
 
     name: str
     results: Sequence[Result]  # one for each trained network
     missing: Sequence[str] = ()  # a line for each run that has not finished
-    tickets: Sequence[SweptTicket] = ()  # for the overlap of masks
-    reference: str = "imp"  # method that the other methods are compared with
+    tickets: Sequence[SweptTicket] = ()  # for mask overlap and layer densities
+    reference: str = "imp"  # method with which the other methods are compared
 
     @functools.cached_property
     def cells(self) -> list[Cell]:
@@ -42,12 +42,12 @@ def targets_of(cells: Iterable[Cell]) -> list[float]:
 
 
 def at_target(cells: Iterable[Cell], target: float) -> list[Cell]:
-    """Tickets of a target."""
+    """Tickets with a target."""
     return [cell for cell in tickets_of(cells) if cell.target == target]
 
 
 def most_accurate(tickets: Sequence[Cell]) -> list[Cell]:
-    """The ticket with the highest accuracy; several tickets if they are equal."""
+    """Tickets with the highest accuracy: usually one, more if tickets tie."""
     highest = max(cell.accuracy for cell in tickets)
     return [cell for cell in tickets if cell.accuracy > highest - TIE]
 

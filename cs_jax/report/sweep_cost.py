@@ -1,4 +1,4 @@
-"""The section on the cost of a sweep's networks: epochs, training FLOPs and seconds."""
+"""Section with the cost of a sweep's networks: epochs, training FLOPs and seconds."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,14 +14,14 @@ from cs_jax.sweep.statistics import (
 )
 
 SECONDS = (
-    "Seconds include all epochs and evaluations. The first network of a kind in a process also includes compilation, "
-    "so seconds of short runs mean little."
+    "Seconds include all epochs and evaluations. For the first network of each kind in a process, they also include "
+    "compilation, so the seconds of short runs are not comparable."
 )
 LONG_TABLE = 12  # rows; longer tables are folded
 
 
 def cost(cells: Sequence[Cell]) -> Section | None:
-    """Cost by method and by network; None without networks."""
+    """Section with the cost by method and by network; None if there are no networks."""
     if not cells:
         return None
     section = Section("Cost", texts=[_budgets(cells), SECONDS])
@@ -36,7 +36,7 @@ def cost(cells: Sequence[Cell]) -> Section | None:
 
 
 def _budgets(cells: Sequence[Cell]) -> str:
-    """States if compared networks were trained for the same number of epochs."""
+    """Text that says whether compared networks were trained for the same number of epochs."""
     if not any(cell.compared_with for cell in cells):
         return "No networks are compared. Epochs: search and retraining together."
     ratios, controls = epoch_ratios(cells, False), epoch_ratios(cells, True)

@@ -1,4 +1,4 @@
-"""The page of a sweep: accuracy against density, differences and their tests, masks, cost, missing runs."""
+"""The report page of a sweep: accuracy against density, differences and significance, masks, cost, missing runs."""
 
 from collections.abc import Sequence
 
@@ -34,7 +34,7 @@ LONG_LIST = 10  # missing runs; longer lists are a folded table
 
 
 def page(sweep: SweepResults) -> Page:
-    """Page of a sweep, section by section. Call inside `plots.style()`."""
+    """Page of a sweep. Call inside `plots.style()`."""
     lead = counted(len(sweep.results), "network")
     lead += f"; {counted(len(sweep.missing), 'run')} not finished" * bool(sweep.missing)
     sections = [
@@ -55,11 +55,11 @@ def _accuracies(sweep: SweepResults) -> Section:
         return section
     section.notes += _gaps(tickets_of(cells), sweep.reference)
     section.texts.append(
-        "Curves are means over seeds. ± and error bars are the standard deviation of a sample (n - 1); error bars end "
-        "at 0% and 100%. Dots are single networks. Networks of equal density are drawn next to each other. "
+        "Curves are means over seeds. ± and error bars are the sample standard deviation (n - 1); error bars are cut "
+        "off at 0% and 100%. Dots are single networks. Networks with equal densities are drawn next to each other. "
         + ("Grey: mean and standard deviation of the dense network. " if bands(cells) else "")
-        + "The most accurate tickets and the Pareto front are chosen on the test set, so their accuracies are "
-        "optimistic."
+        + "The most accurate tickets and the Pareto front are selected by test accuracy, so the accuracies of these "
+        "tickets are biased upwards."
     )
     section.parts += accuracy_plots(sweep)
     if targets_of(cells):
@@ -70,7 +70,7 @@ def _accuracies(sweep: SweepResults) -> Section:
 
 
 def _gaps(tickets: Sequence[Cell], reference: str) -> list[str]:
-    """The reason why there are no tickets, or why no ticket is compared with the reference."""
+    """Note on why there are no tickets, or why no ticket is compared with the reference; empty otherwise."""
     if not tickets:
         return ["No ticket has been trained yet."]
     methods = methods_of(tickets)
@@ -79,7 +79,7 @@ def _gaps(tickets: Sequence[Cell], reference: str) -> list[str]:
     if reference not in methods:
         return [f"Methods are not compared: there are no tickets of {reference}, the sweep's reference."]
     return [
-        f"Methods are not compared: no ticket of another method has a target and a seed in common with {reference}, "
+        f"Methods are not compared: no ticket of another method has the target and seed of a ticket of {reference}, "
         "the sweep's reference."
     ]
 
@@ -97,7 +97,7 @@ def _best_table(cells: Sequence[Cell]) -> Table:
 
 
 def _lead(cell: Cell, tickets: Sequence[Cell], cells: Sequence[Cell]) -> list[str]:
-    """Comparison of the most accurate ticket with the reference; of the reference with the second best."""
+    """Comparison of the most accurate ticket with the reference, or of the reference with the second best ticket."""
     if cell.compared_with:
         return [cell.compared_with, points(cell.difference, 0), shown_p(cell.p_adjusted), _significance(cell)]
     others = [other for other in tickets if other.method != cell.method]
@@ -111,9 +111,9 @@ def _lead(cell: Cell, tickets: Sequence[Cell], cells: Sequence[Cell]) -> list[st
 
 
 def _significance(cell: Cell, sign: int = 1) -> str:
-    """Result of the test, for `sign * difference > 0`.
+    """Cell text: whether `sign * difference` is significantly above 0.
 
-    A ticket with the higher mean may have the lower mean over the seeds that both tickets have.
+    `difference` is over the common seeds of two tickets, so its sign may differ from the sign over all seeds.
     """
     if cell.p_adjusted is None or cell.difference is None:
         return "not tested"
@@ -131,14 +131,13 @@ def _front_table(cells: Sequence[Cell]) -> Table:
 
 
 def _controls(sweep: SweepResults) -> Section | None:
-    """Methods and their controls; None if the first section shows the controls."""
+    """Section with the controls of each method; None if the first section shows the controls."""
     drawn = control_plots(sweep)
     if not drawn:
         return None
     text = (
-        "Each method and its controls. reinit: the ticket's masks on other initial weights. shuffled: masks shuffled "
-        "within each layer, so that the density of each layer is equal. random: random masks with the ticket's total "
-        "density."
+        "Each method and its controls. reinit: the ticket's masks with other initial weights. shuffled: masks shuffled "
+        "within each layer, so that each layer keeps its density. random: random masks with the ticket's total density."
     )
     return Section("Controls", texts=[text], parts=[*drawn])
 
@@ -156,23 +155,24 @@ def _differences(cells: Sequence[Cell]) -> Section | None:
 
 
 def _tests(cells: Sequence[Cell]) -> list[str]:
-    """Definitions of the differences, intervals and tests that the tables show."""
+    """Definitions of the differences, intervals and tests in the tables."""
     if not any(cell.compared_with for cell in cells):
         return ["No networks are compared, so nothing is tested."]
     counts = {"tickets": count_tests(cells, False), "controls": count_tests(cells, True)}
     tests = [f"{counted(count, 'test')} of {kind}" for kind, count in counts.items() if count]
     difference = (
         "Difference: mean difference of test accuracies over the seeds that both networks have, in percentage points. "
-        "Networks of equal seeds share the data split, the initial weights and, in equal rounds, the order of batches."
+        "Networks with equal seeds share the data split, the initial weights and, in rounds with the same number, the "
+        "order of batches."
     )
     if not tests:
-        return [difference, "No two compared networks share two seeds, so nothing is tested."]
+        return [difference, "No two compared networks have two seeds in common, so nothing is tested."]
     return [
         f"{difference} 95% interval: t interval of the difference. p: two-sided paired t-test. "
         f"p (Holm): p adjusted for {' and for '.join(tests)}.",
-        f"With {counted(max(cell.n for cell in cells), 'seed')} the tests find only large differences: a difference "
-        "that is not significant may still exist. There is no p if there are fewer than two pairs, or if all "
-        "differences are equal and not 0.",
+        f"With {counted(max(cell.n for cell in cells), 'seed')}, the tests detect only large differences: a difference "
+        "that is not significant may be real. There is no p if the networks have fewer than two seeds in common, or "
+        "if the differences of all seeds are equal and not 0.",
     ]
 
 

@@ -13,12 +13,15 @@ from cs_jax.sweep.statistics import Cell, epoch_ratios
 
 COLORS = (plots.BLUE, plots.ORANGE, plots.GREEN, plots.PURPLE, plots.INK, plots.SKY, "#e69f00", "#882255")
 CONTROL_DASHES = ("--", ":", "-.")
-FEW_CONTROLS = 4  # curves; more of them hide the methods, and get plots of their own
-LABEL = 22  # maximum length of a method's name in a legend
+FEW_CONTROLS = 4  # maximum number of control curves in the plot of the methods; more curves get separate plots
+LABEL = 22  # maximum number of characters of a method's name in a legend
 
 
 def accuracy_plots(sweep: SweepResults) -> list[Plot]:
-    """All tickets and, if there are few, controls; again with a smaller range if a few accuracies are very low."""
+    """Plots of all tickets, and of the controls if they are few.
+
+    A second plot with a smaller range of accuracies is added if outliers are far below the other accuracies.
+    """
     controls = series([cell for cell in sweep.cells if cell.control not in (None, DENSE)], sweep)
     shown = controls if len(controls) <= FEW_CONTROLS else []
     curves = Curves([*series(tickets_of(sweep.cells), sweep), *shown], bands(sweep.cells))
@@ -80,7 +83,7 @@ def series(cells: Sequence[Cell], sweep: SweepResults) -> list[Series]:
 
 
 def bands(cells: Sequence[Cell]) -> list[Band]:
-    """Accuracies of dense networks; equal ones of several methods are drawn once."""
+    """Bands of the dense networks; methods with the same accuracy and deviation share a band."""
     found: dict[tuple[float, float], str] = {}
     for cell in cells:
         if cell.control == DENSE:
@@ -94,9 +97,9 @@ def bands(cells: Sequence[Cell]) -> list[Band]:
 
 
 def _floor(curves: Curves) -> float | None:
-    """Start of the y axis of a second plot, if outliers far below compress the usual accuracies; else None.
+    """Lower end of the y axis of a second plot without outliers; None if no second plot is necessary.
 
-    Outliers lie more than 1.5 interquartile ranges below the lower quartile.
+    Outliers are more than 1.5 interquartile ranges below the lower quartile.
     """
     accuracies = [accuracy for line in curves.series for accuracy in line.accuracies]
     if len(accuracies) < 8:
@@ -115,7 +118,7 @@ def _plot(name: str, title: str, curves: Curves, *, floor: float | None = None, 
 
 
 def _describe(curves: Curves) -> str:
-    """Curves in words, for the alternative text."""
+    """Text with the values of all curves and bands, for the alternative text."""
     lines = []
     for line in curves.series:
         points = zip(line.densities, line.accuracies, strict=True)

@@ -1,1 +1,1 @@
-"""Grids of runs: their spec, the scheduler and its workers, results, statistics, and several runs in one program."""
+"""Sweeps (grids of runs): spec, scheduler and workers, results, statistics, and several runs in one program."""

@@ -1,4 +1,4 @@
-"""Number of runs that a device trains in one program: given by the user, or measured."""
+"""Number of runs that a device trains in one compiled program: given by the user, or measured."""
 
 import json
 import statistics
@@ -23,13 +23,13 @@ from cs_jax.training.shared_device import Together
 
 REPEATS = 3
 STEPS = 4 * STEPS_PER_CALL
-"""Largest number of steps in one timing."""
+"""Maximum number of steps in one timing."""
 
-_trials: dict[Hashable, "Trial"] = {}  # measured in this process
+_trials: dict[Hashable, "Trial"] = {}  # trials measured in this process, by kind of run
 
 
 class Trial(NamedTuple):
-    """Measured times of several runs of one kind, in one program and one after another."""
+    """Step times of several runs of one kind, in one program and one after another."""
 
     runs: int
     batched: float  # seconds for one step of all runs in one program; infinite if memory is too small
@@ -51,13 +51,13 @@ def choose_run_count(configs: Sequence[Config], tickets: int | None) -> tuple[in
     """Number of runs to train in one program, and the reason for the log.
 
     Args:
-        configs: settings of at least one run; the runs can share a program.
-        tickets: largest number of runs in one program, at least 1. None measures on an accelerator whether one program
+        configs: settings of one or more runs that can share a program.
+        tickets: maximum number of runs in one program, at least 1. None measures on an accelerator whether one program
             is faster, once for each kind of run. On a CPU, None means 1 without a measurement: convolutions are slower
             in a shared program, and the last bits of a result must not depend on a timing.
 
     Returns:
-        The number, which counts from the first config; and the reason, "" for a single config.
+        The number n, for the first n configs; and the reason, "" for a single config.
     """
     count = min(len(configs), tickets or MAX_RUNS_PER_PROGRAM)
     if len(configs) == 1:
@@ -65,7 +65,7 @@ def choose_run_count(configs: Sequence[Config], tickets: int | None) -> tuple[in
     if not _can_share_device(configs[0]):
         return 1, "one after another: runs on several devices or with streamed images cannot share a program"
     if tickets is not None:
-        return count, f"{count} runs in one program, as --tickets says" if count > 1 else "one after another"
+        return count, f"{count} runs in one program, as set by --tickets" if count > 1 else "one after another"
     if jax.default_backend() == "cpu":
         return 1, "one after another, the default on a CPU"
     first = configs[0]
@@ -73,8 +73,8 @@ def choose_run_count(configs: Sequence[Config], tickets: int | None) -> tuple[in
     try:
         if kind not in _trials:
             _trials[kind] = measure(first, count)
-    except (ConfigError, OSError) as error:  # the run itself will fail with this error
-        return 1, f"one after another: the measurement failed with {' '.join(str(error).split())}"
+    except (ConfigError, OSError) as error:  # the run itself will raise this error again
+        return 1, f"one after another: the measurement failed: {' '.join(str(error).split())}"
     return count if _trials[kind].is_batched_faster else 1, str(_trials[kind])
 
 
@@ -85,7 +85,7 @@ def _can_share_device(config: Config) -> bool:
 
 
 def measure(config: Config, runs: int) -> Trial:
-    """Times steps of `runs` runs in one program and one after another: medians of `REPEATS` alternating timings.
+    """Step times of `runs` runs in one program and one after another: medians of `REPEATS` interleaved timings.
 
     Args:
         config: settings of one run; all runs use these settings.

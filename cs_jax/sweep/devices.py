@@ -1,4 +1,4 @@
-"""Devices of a sweep's workers: one accelerator each, or a share of the processor cores."""
+"""Devices of a sweep's workers: an accelerator, or a share of the CPU cores, for each worker."""
 
 import json
 import os
@@ -11,15 +11,15 @@ from cs_jax.core.errors import ConfigError
 _PROBE = "import jax, json; print(json.dumps([jax.default_backend(), jax.local_device_count()]))"
 
 MEMORY_SHARE = 0.9
-"""Share of a GPU's memory that all workers on the GPU allocate together."""
+"""Share of a GPU's memory for all workers on the GPU together, if there are several."""
 
 
 class Device(NamedTuple):
-    """Where a worker computes."""
+    """Device of one worker."""
 
-    cores: tuple[int, ...]  # processor cores that the worker is pinned to; empty means all
-    environment: dict[str, str]  # variables that make the worker see its own device only
-    accelerator: bool = False  # if true, several runs in one program may be faster
+    cores: tuple[int, ...]  # CPU cores to which the worker is pinned; empty means all
+    environment: dict[str, str]  # environment variables that hide other devices from the worker
+    accelerator: bool = False  # True for a GPU or TPU, on which several runs in one program may be faster
 
 
 def find_devices(jobs: int | None, runs: int) -> list[Device]:
@@ -27,7 +27,7 @@ def find_devices(jobs: int | None, runs: int) -> list[Device]:
 
     Args:
         jobs: number of workers, at least 1. None means one for each GPU, or one for each core if there is no GPU.
-            A TPU allows one worker, because one process holds all of it.
+            On a TPU, None means one and more are an error, because one process holds all TPU devices of a host.
         runs: number of unfinished runs, at least 1.
 
     Raises:
@@ -40,7 +40,7 @@ def find_devices(jobs: int | None, runs: int) -> list[Device]:
         return [_on_gpu(visible[number % count], -(-workers // count)) for number in range(workers)]
     if backend != "cpu":
         if jobs not in (None, 1):
-            raise ConfigError(f"--jobs {jobs}: must be 1 on a {backend.upper()}, which one process holds as a whole")
+            raise ConfigError(f"--jobs {jobs}: must be 1 on a {backend.upper()}, because one process holds all devices")
         return [Device((), {}, accelerator=True)]
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     workers = min(jobs or len(cores) or os.cpu_count() or 1, runs)
@@ -55,7 +55,7 @@ def _on_gpu(device: str, workers: int) -> Device:
 
 
 def _probe_jax() -> tuple[str, int]:
-    """JAX's backend and number of devices. Another process looks, so that this process does not hold the devices."""
+    """JAX's backend and number of devices, found by another process so that this process does not hold the devices."""
     result = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]

@@ -1,4 +1,4 @@
-"""Progress of a sweep on the terminal: bars for the sweep and its active runs, and a line for each ended run."""
+"""Progress of a sweep on the terminal: bars for the sweep and the active runs, and a line for each ended run."""
 
 from collections.abc import Mapping
 from types import TracebackType
@@ -15,10 +15,10 @@ LABEL_WIDTH = 32  # characters of a run's name next to its bar
 
 
 class SweepDisplay(SweepObserver):
-    """Shows the progress of a sweep. A context manager, which removes the bars at the end.
+    """Shows the progress of a sweep. As a context manager, removes the bars at the end.
 
     Args:
-        console: output; prints lines only if it is not a terminal.
+        console: output; only lines are printed if the output is not a terminal.
         total: number of runs in the grid.
         waiting: unfinished runs.
     """
@@ -48,7 +48,7 @@ class SweepDisplay(SweepObserver):
         self._bars.remove_task(self._tasks.pop(run.name))
 
     def on_epoch(self, worker: int, run: PlannedRun, epoch: int) -> None:
-        if run.name not in self._done:  # epochs of an earlier sweep must not count for the remaining time
+        if run.name not in self._done:  # epochs trained before a resume must not count for the remaining time
             self._bars.reset(self._tasks[run.name], completed=epoch - 1, description=_label(run))
             self._subtract(epoch - 1)
         self._bars.advance(self._whole, epoch - self._done.get(run.name, epoch - 1))
@@ -82,5 +82,5 @@ class SweepDisplay(SweepObserver):
 
 
 def _label(run: PlannedRun) -> str:
-    """The run's name; a long name loses its start."""
+    """Name of the run; the start of a long name is cut off."""
     return run.name if len(run.name) <= LABEL_WIDTH else "…" + run.name[1 - LABEL_WIDTH :]

@@ -1,4 +1,4 @@
-"""Results of a sweep: one for each network that its runs have trained."""
+"""Results of a sweep: one result for each trained network."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ from cs_jax.tickets.ticket import load_ticket
 
 
 class SweptTicket(NamedTuple):
-    """Masks of the ticket that one run of a sweep has found."""
+    """Ticket of one run of a sweep."""
 
     method: str
     target: float | None  # target density, or target share of multiply-adds; None without a target
@@ -28,14 +28,14 @@ class SweptTicket(NamedTuple):
 
 
 def read_results(spec: Spec, directory: Path) -> tuple[list[Result], list[str]]:
-    """Results of finished runs, and a line for each other run: its name, and the reason if the run has failed.
+    """Results of finished runs, and a line for each other run: the run's name and, if the run failed, the reason.
 
     Args:
         spec: the grid of runs.
-        directory: of the sweep.
+        directory: directory of the sweep.
 
     Raises:
-        ConfigError: the directory holds another sweep, or a run's result is damaged.
+        ConfigError: the directory belongs to another sweep, or a run's result is damaged.
     """
     storage.check_same_spec(directory, spec)
     failures = storage.read_failures(directory)
@@ -59,10 +59,10 @@ def read_tickets(spec: Spec, directory: Path) -> Iterator[SweptTicket]:
 
     Args:
         spec: the grid of runs.
-        directory: of the sweep.
+        directory: directory of the sweep.
 
     Raises:
-        ConfigError: a ticket is missing or damaged; names the file.
+        ConfigError: a ticket of a finished run is missing or damaged; the message names the file.
     """
     for run in spec.runs:
         folder = storage.folder_of(directory, run)
@@ -74,7 +74,7 @@ def read_tickets(spec: Spec, directory: Path) -> Iterator[SweptTicket]:
 
 
 def _results(run: PlannedRun, summary: Mapping[str, Any]) -> Iterator[Result]:
-    """Results of the ticket and its controls. The network of the method `dense` counts as a control."""
+    """Results of a run's ticket and controls. The network of the method `dense` counts as a control."""
     yield _result(run, DENSE if run.config.method == DENSE else None, summary["ticket"])
     if summary["dense"] is not None:
         yield _result(run, DENSE, summary["dense"])

@@ -1,4 +1,4 @@
-"""Scheduler of a sweep: worker processes, one for each device or share of the cores, and the queue of runs."""
+"""Scheduler of a sweep: worker processes and the queue of runs."""
 
 import contextlib
 import json
@@ -21,10 +21,13 @@ from cs_jax.sweep.devices import Device
 from cs_jax.sweep.spec import PlannedRun, Spec
 
 POLL_SECONDS = 0.5
-"""Longest time until a signal is noticed while workers are silent."""
+"""Maximum seconds until a signal is noticed while workers send no events."""
 
 MAX_RUNS_PER_PROGRAM = 8
-"""Compatible runs offered to a worker with an accelerator, under `--tickets auto`. The worker may return some."""
+"""Maximum number of runs in one program under `--tickets auto`.
+
+A worker with an accelerator receives up to this number of compatible runs, and may return runs to the queue.
+"""
 
 
 class SweepObserver:
@@ -34,13 +37,13 @@ class SweepObserver:
         """A worker has started or resumed a run."""
 
     def on_requeue(self, worker: int, run: PlannedRun) -> None:
-        """A worker has returned a run to the queue, because it is faster with fewer runs at a time."""
+        """A worker has returned a run to the queue, because fewer runs in one program are faster."""
 
     def on_epoch(self, worker: int, run: PlannedRun, epoch: int) -> None:
         """A run has finished an epoch; `epoch` counts finished epochs over all phases."""
 
     def on_stop(self, running: int) -> None:
-        """The sweep was interrupted, and waits until `running` runs are saved."""
+        """The sweep was interrupted and waits until `running` runs are saved."""
 
     def on_end(self, worker: int, run: PlannedRun, ticket: Mapping[str, Any] | None, failure: str) -> None:
         """A run has ended.
@@ -49,7 +52,7 @@ class SweepObserver:
             worker: number of the worker, from 0.
             run: the run.
             ticket: the "ticket" entry of summary.json; None if the run failed.
-            failure: reason of a failure; "" otherwise.
+            failure: reason of the failure; "" if the run succeeded.
         """
 
 
@@ -60,27 +63,29 @@ def run_sweep(
 
     Args:
         spec: the grid of runs.
-        directory: of the sweep; created if missing.
-        devices: one for each worker process.
+        directory: directory of the sweep; created if missing.
+        devices: one device for each worker process.
         observer: receives the start, epochs and end of each run.
-        tickets: largest number of compatible runs that a worker trains in one program, at least 1. None lets each
-            worker measure which number is faster.
+        tickets: maximum number of compatible runs that a worker trains in one program, at least 1. None lets each
+            worker with an accelerator measure the faster number; on a CPU, None means 1.
 
     Returns:
         The reason of each failure, by run name.
 
     Raises:
-        ConfigError: the directory holds another sweep or a damaged result, or another process uses it.
+        ConfigError: the directory belongs to another sweep, contains a damaged result, cannot be created, or is in use
+            by another process.
         OSError: the directory cannot be written, or a worker cannot start.
-        Stopped: a signal arrived; unfinished runs were saved first.
+        Stopped: on SIGINT or SIGTERM, after unfinished runs were saved.
     """
     storage.check_same_spec(directory, spec)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out {directory}: cannot be created: {error.strerror}") from error
+        message = f"--out {directory}: cannot be created: {error.strerror}; choose another directory"
+        raise ConfigError(message) from error
     with Lock(directory / storage.LOCK_FILE):
-        storage.check_same_spec(directory, spec)  # again: another process may have started a sweep meanwhile
+        storage.check_same_spec(directory, spec)  # again: another process may have started a sweep before the lock
         for run, _ in storage.changed_runs(directory, spec):  # only failed or unstarted runs can have changed
             shutil.rmtree(storage.folder_of(directory, run), ignore_errors=True)
             storage.record_failure(directory, run, "")
@@ -90,7 +95,7 @@ def run_sweep(
         queue: deque[PlannedRun] = deque()
         for run in spec.runs:
             if storage.is_done(directory, run):
-                storage.delete_checkpoints(directory, run)  # a sweep may have been killed just before this step
+                storage.delete_checkpoints(directory, run)  # the sweep may have been killed before this step
             else:
                 queue.append(run)
         pool = _Pool(directory, queue, observer, tickets)
@@ -104,7 +109,7 @@ def run_sweep(
 
 
 class _Pool:
-    """Worker processes, the queue of runs, and the runs that each worker has."""
+    """Worker processes, and the queue of runs that are not assigned to a worker."""
 
     def __init__(self, directory: Path, queue: deque[PlannedRun], observer: SweepObserver, tickets: int | None) -> None:
         self.failures: dict[str, str] = {}
@@ -127,7 +132,7 @@ class _Pool:
                     self._on_exit(worker)
 
     def close(self) -> None:
-        """Stops all workers, which save their unfinished runs first."""
+        """Stops all workers and waits until they have saved their unfinished runs."""
         running = sum(len(worker.runs) for worker in self._workers)
         if running:
             self._observer.on_stop(running)
@@ -158,7 +163,7 @@ class _Pool:
             self._assign(worker)
 
     def _assign(self, worker: "_Worker") -> None:
-        """Gives a worker its next runs, or stops the worker if the queue is empty and no run can be returned."""
+        """Assigns runs to a worker, or stops the worker if the queue is empty and no worker can return a run."""
         if not self._queue:
             if any(other.may_return_runs for other in self._workers):
                 self._idle.append(worker)
@@ -172,7 +177,7 @@ class _Pool:
         worker.send(runs, self._tickets)
 
     def _take_runs(self, worker: "_Worker") -> list[PlannedRun]:
-        """The next run, and runs that can share its program, unless other idle workers need them."""
+        """The next run, and runs that can share a program with it; leaves runs for the other idle workers."""
         first = self._queue.popleft()
         idle = sum(not key.data.runs for key in self._selector.get_map().values())
         limit = self._tickets or (MAX_RUNS_PER_PROGRAM if worker.device.accelerator else 1)
@@ -207,12 +212,12 @@ class _Pool:
 
 
 class _Worker:
-    """A worker process on one device: JSON lines with runs go in, JSON lines with events come out."""
+    """A worker process on one device: receives runs and sends events, as lines of JSON."""
 
     def __init__(self, number: int, device: Device, directory: Path) -> None:
         self.number, self.device, self._directory = number, device, directory
         self.runs: dict[str, PlannedRun] = {}  # runs assigned and not ended
-        self.may_return_runs = False  # the worker has not yet decided how many of its runs share a program
+        self.may_return_runs = False  # True until the worker has decided how many of its runs share a program
         self.has_started = False
         self.log = directory / storage.LOGS_FOLDER / f"worker{number}.txt"
         with open(self.log, "ab") as log:
@@ -244,7 +249,7 @@ class _Worker:
         return {"name": run.name, "config": config, "log": str(log)}
 
     def read_events(self, on_event: Callable[["_Worker", dict[str, Any]], None]) -> bool:
-        """Passes on the events that have arrived. Returns false at the end of the output."""
+        """Calls `on_event` for each event that has arrived. Returns False at the end of the worker's output."""
         part = os.read(self.output.fileno(), 1 << 16)
         *lines, self._incomplete = (self._incomplete + part).split(b"\n")
         for line in lines:
@@ -253,13 +258,13 @@ class _Worker:
         return bool(part)
 
     def close_input(self) -> None:
-        """Lets the process end, after it has saved its unfinished runs."""
+        """Closes the worker's input, so that the process saves its unfinished runs and ends."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # a dead worker has not read all of its input
+        with contextlib.suppress(BrokenPipeError):  # the worker has died without reading all input
             self._process.stdin.close()
 
     def wait(self) -> int:
-        """Exit code of the process, once it has ended."""
+        """Waits until the process has ended; returns its exit code."""
         code = self._process.wait()
         self.close_input()
         self.output.close()

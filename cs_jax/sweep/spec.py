@@ -1,4 +1,4 @@
-"""Sweep specs: TOML files that name a grid of runs."""
+"""Sweep specs: TOML files that describe a grid of runs."""
 
 import itertools
 import re
@@ -29,7 +29,7 @@ RESERVED = {
     "out": "give --out to the command",
     "resume": "run the same command to resume",
 }
-"""Settings that no table may set, because the grid or the command sets them, and what to do instead."""
+"""Settings that tables cannot contain, because the grid or the command sets them, with the advice for the user."""
 
 AXES = {"densities": ("target_density", "density"), "initial_scores": ("mask_initial_value", "score")}
 """Optional axes of the grid: the setting that each one varies, and its label in the names of runs."""
@@ -53,7 +53,7 @@ class PlannedRun:
     """One run of the grid."""
 
     name: str  # also the name of its directory
-    variant: str  # the method's name in the spec
+    variant: str  # name of the method in the spec
     initial_score: float | None  # None unless the sweep varies initial scores
     config: Config  # without an output directory
 
@@ -65,17 +65,17 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Spec:
-    """A sweep: its runs, and the spec that they come from."""
+    """A sweep: its runs, and the content of its TOML file."""
 
     name: str
-    content: Mapping[str, Any]  # of the TOML file, unchanged
+    content: Mapping[str, Any]  # content of the TOML file, unchanged
     runs: tuple[PlannedRun, ...]  # ordered by method, then density or initial score, then seed
-    reference: str  # variant that the others are compared with
+    reference: str  # variant with which the other variants are compared
 
     def ignored_settings(self) -> list[str]:
-        """A warning for each [method.NAME] table with settings that its method ignores.
+        """A warning for each [method.NAME] table with settings that the method ignores.
 
-        The table [settings] may hold any setting: each method uses those that apply to it.
+        The table [settings] may contain any setting: each method uses the settings that apply to it.
         """
         lines = []
         for variant, config in {run.variant: run.config for run in self.runs}.items():
@@ -89,10 +89,10 @@ def read_spec(path: Path) -> Spec:
     """The sweep described by a TOML file.
 
     Args:
-        path: TOML file; its name without the suffix becomes the sweep's name.
+        path: TOML file; the file name without the suffix becomes the sweep's name.
 
     Raises:
-        ConfigError: the file cannot be read, or a key or value is invalid; names the file, table and key.
+        ConfigError: the file cannot be read, or a key or value is invalid; the message names the file, table and key.
     """
     try:
         content = tomllib.loads(path.read_text())
@@ -104,12 +104,12 @@ def read_spec(path: Path) -> Spec:
 
 
 def make_spec(name: str, content: Any, source: str | None = None) -> Spec:
-    """The sweep described by the content of a spec; checks the settings of every run.
+    """The sweep described by the content of a spec, after checks of the settings of every run.
 
     Args:
-        name: of the sweep.
+        name: name of the sweep.
         content: dictionary with the keys of `SpecFile`.
-        source: start of error messages; by default the sweep's name.
+        source: start of error messages; None means the sweep's name.
 
     Raises:
         ConfigError: "SOURCE: KEY VALUE: RULE", for the first key or value that is invalid.
@@ -127,7 +127,7 @@ def make_spec(name: str, content: Any, source: str | None = None) -> Spec:
 
 
 def _check_values(spec: SpecFile, content: Mapping[str, Any]) -> None:
-    """Rules that types do not express."""
+    """Checks the rules that types do not express."""
     if spec.preset not in PRESETS:
         raise ConfigError(f"preset {spec.preset!r}: must be {one_of(spec.preset, PRESETS)}")
     for key in ("methods", "densities", "initial_scores", "seeds"):
@@ -180,7 +180,7 @@ def _runs(spec: SpecFile, variant: str) -> Iterator[PlannedRun]:
 
 
 def _method_and_settings(spec: SpecFile, variant: str) -> tuple[str, dict[str, Any]]:
-    """The method of a variant, and the settings in its table; checks the keys of all tables that apply."""
+    """The method of a variant, and the settings in its table, after checks of the keys in both tables."""
     if not re.fullmatch(r"[\w.+-]+", variant):
         raise ConfigError(f"methods {variant!r}: only letters, digits, '-', '_', '+' and '.' are allowed")
     own = dict(spec.method.get(variant, {}))

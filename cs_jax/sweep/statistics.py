@@ -1,7 +1,7 @@
-"""Statistics of a sweep: means, standard deviations, and paired differences of accuracy with their significance.
+"""Statistics of a sweep: means, standard deviations, and paired differences of accuracy with significance tests.
 
-Runs with the same seed share the data split, the initial weights and, in equal rounds, the order of batches. Paired
-differences between networks with the same seed therefore remove most of the variance between seeds.
+Runs with the same seed share the data split, the initial weights and, in rounds with the same number, the order of
+batches. Paired differences between networks with the same seed therefore exclude effects that both networks share.
 """
 
 import statistics
@@ -14,32 +14,32 @@ from scipy import stats
 LEVEL = 0.05  # significance level of p
 CONFIDENCE = 0.95
 TOLERANCE = 1e-6
-"""Differences that vary by less are equal. The error of float32 is smaller; one image in a million changes as much."""
+"""Differences that vary by less are treated as equal: one image in a million. Rounding of float32 is smaller."""
 
 HEADER = ("method", "control", "target", "n", "density", "test accuracy", "epochs", "training FLOPs", "seconds",
         "difference", "p (Holm)")  # fmt: skip
-ABSENT = "-"  # in place of a figure that does not exist
+ABSENT = "-"  # shown for a missing value
 CONTROL_EPOCHS_NOTE = "Controls are trained for the epochs of the retraining only, without the search epochs."
 
 
 class Result(NamedTuple):
     """Result of one trained network of a sweep."""
 
-    method: str  # as the spec names it
+    method: str  # name in the spec
     control: str | None  # "reinit", "shuffled", "random" or "dense"; None for the ticket itself
     target: float | None  # target density, or target share of multiply-adds; None without a target
     initial_score: float | None  # None unless the sweep varies initial scores
     seed: int
-    density: float  # of the maskable weights, in [0, 1]
+    density: float  # share of maskable weights kept, in [0, 1]
     test_accuracy: float  # in [0, 1]
     val_accuracy: float | None  # in [0, 1]; None without a validation set
-    epochs: int  # of search and retraining together
+    epochs: int  # epochs of search and retraining together
     training_flops: float
     seconds: float
 
 
 class Cell(NamedTuple):
-    """Statistics of the networks that differ in their seed only. Figures are means over seeds unless noted."""
+    """Statistics of networks that differ only in the seed. Values are means over seeds unless noted."""
 
     method: str
     control: str | None
@@ -47,18 +47,18 @@ class Cell(NamedTuple):
     initial_score: float | None
     n: int  # number of seeds
     density: float
-    density_deviation: float | None  # sample standard deviation; 0 if a target was met, None for one seed
-    accuracy: float  # on the test set
+    density_deviation: float | None  # sample standard deviation; 0 if all densities are equal, None for one seed
+    accuracy: float  # on the test set, in [0, 1]
     deviation: float | None  # sample standard deviation of the accuracy; None for one seed
     epochs: float
     training_flops: float
     seconds: float
     compared_with: str  # the reference method; "cs ticket" for a control of cs; "" for no comparison
-    pairs: int  # seeds that both networks have
-    difference: float | None  # of accuracies, mean over the pairs
+    pairs: int  # number of seeds that both networks have
+    difference: float | None  # difference of accuracies, mean over the pairs
     interval: float | None  # half width of the 95% t interval of the difference
-    p: float | None  # of the two-sided paired t-test
-    p_adjusted: float | None  # by Holm's method, over all tickets that have a p, or over all controls
+    p: float | None  # p-value of the two-sided paired t-test
+    p_adjusted: float | None  # p adjusted by Holm's method, over all tickets (or controls) with at least two pairs
 
 
 class Key(NamedTuple):
@@ -81,21 +81,21 @@ def summarize(results: Sequence[Result], *, reference: str = "imp") -> list[Cell
     """Cells of the results, ordered by first appearance of the method, then tickets before controls, then target.
 
     A ticket is compared with the reference method's ticket at the same target. A control is compared with the ticket of
-    its own method, target and initial score. Differences are taken over the seeds that both have. A ticket without a
-    target is not compared, because its density differs from the reference's density.
+    the same method, target and initial score. Differences are taken over the seeds that both networks have. A ticket
+    without a target is not compared, because its density differs from the reference's density.
 
-    With fewer than two pairs there is no interval and no p. If all differences are 0, p is 1. If all differences are
-    equal and not 0, there is no interval and no p: their sample variance is 0, so that t would be infinite.
+    With fewer than two pairs, there is no interval and no p. If all differences are 0, p is 1. If all differences are
+    equal and not 0, there is no interval and no p, because their sample variance is 0 and t would be infinite.
 
     Args:
-        results: of different networks.
-        reference: method that the others are compared with; it may be missing from the results.
+        results: results of networks, at most one for each network.
+        reference: method with which the other methods are compared; may be missing from the results.
 
     Returns:
         One cell for each method, control, target and initial score; targets in falling order.
 
     Raises:
-        ValueError: two results for the same network, or a density or accuracy outside [0, 1].
+        ValueError: a network has two results, or a density or accuracy is outside [0, 1].
     """
     groups = _grouped(results)
     cells = [_cell(key, groups, reference) for key in _ordered(groups)]
@@ -114,7 +114,7 @@ def p_values(cells: Iterable[Cell], is_control: bool) -> list[float]:
 
 
 def count_tests(cells: Iterable[Cell], is_control: bool) -> int:
-    """Number of comparisons over at least two seeds, of tickets or of controls. Includes those without a p."""
+    """Number of comparisons over at least two seeds, of tickets or of controls. Includes comparisons without a p."""
     return sum(cell.pairs > 1 and (cell.control is not None) == is_control for cell in cells)
 
 
@@ -123,7 +123,7 @@ def holm(values: Sequence[float], tests: int | None = None) -> list[float]:
 
     Args:
         values: p-values in [0, 1].
-        tests: number of tests in the family, if some have no p-value. None means the number of values.
+        tests: number of tests in the family, including tests without a p-value. None means the number of values.
 
     References:
         Holm, 1979, A simple sequentially rejective multiple test procedure.
@@ -141,15 +141,16 @@ def holm(values: Sequence[float], tests: int | None = None) -> list[float]:
 def pareto_front(cells: Sequence[Cell]) -> list[Cell]:
     """Tickets on the Pareto front, in order of falling density.
 
-    No other network is at least as sparse and as accurate, and better in one of the two. Controls count as well: a
-    ticket is off the front if a random mask of the same density is more accurate.
+    A ticket is on the front unless another network is at least as sparse, at least as accurate, and strictly better in
+    density or accuracy. Controls count too: a ticket is not on the front if a random mask of the same density is more
+    accurate.
     """
     tickets = [cell for cell in cells if cell.control is None and not any(_beats(other, cell) for other in cells)]
     return sorted(tickets, key=lambda cell: -cell.density)
 
 
 def counterpart(cell: Cell, cells: Sequence[Cell]) -> Cell | None:
-    """The cell that a cell is compared with; None if there is no comparison."""
+    """The cell with which `cell` is compared; None if there is no comparison."""
     if not cell.compared_with:
         return None
     known = {_key(other): other for other in cells}
@@ -158,12 +159,12 @@ def counterpart(cell: Cell, cells: Sequence[Cell]) -> Cell | None:
 
 
 def reference_methods(cells: Iterable[Cell]) -> list[str]:
-    """Methods that tickets are compared with: at most one, unless cells of several summaries are mixed."""
+    """Methods with which tickets are compared: at most one, unless cells of several sweeps are mixed."""
     return [*dict.fromkeys(cell.compared_with for cell in cells if cell.control is None and cell.compared_with)]
 
 
 def is_reference(cell: Cell, cells: Iterable[Cell]) -> bool:
-    """True if a cell is a ticket of the reference method with a target, which other tickets are compared with."""
+    """True if `cell` is a ticket of the reference method with a target, and other tickets are compared with it."""
     return cell.control is None and cell.method in reference_methods(cells) and cell.target is not None
 
 
@@ -173,11 +174,11 @@ def has_no_spread(cell: Cell) -> bool:
 
 
 def epoch_ratios(cells: Sequence[Cell], is_control: bool) -> dict[str, list[float]]:
-    """Ratios of epochs between compared networks, if not 1: {"cs vs imp": [0.5]}.
+    """Ratios of epochs between compared networks, where not 1: {"cs vs imp": [0.5]}.
 
     Args:
-        cells: of one sweep.
-        is_control: if true, the ratios of controls, which lack the epochs of the search; else the ratios of tickets.
+        cells: all cells of a sweep.
+        is_control: True for the ratios of controls, which are not trained in the search; False for tickets.
     """
     found: dict[str, list[float]] = {}
     for cell in cells:
@@ -194,11 +195,12 @@ def to_json(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def to_markdown(cells: Sequence[Cell]) -> str:
-    """Cells as a Markdown table in GitHub's format, one row each.
+    """Cells as a Markdown table in GitHub's format, one row for each cell.
 
-    Accuracies are mean ± standard deviation; so are densities that differ between seeds. A difference is followed by
-    its 95% interval in brackets and by the network it is compared with. Epochs are followed by that network's epochs if
-    they differ. Missing figures are "-". "no spread" means that all differences are equal, so that no test is possible.
+    Accuracies are mean ± standard deviation, and so are densities if they differ between seeds. A difference is
+    followed by its 95% interval in brackets and by the compared network. Epochs are followed by the epochs of the
+    compared network if the two differ. A missing value is "-". "no spread" means that all differences are equal, so no
+    test is possible.
     """
     rows = [HEADER, ["---"] * len(HEADER), *(_row(cell, cells) for cell in cells)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
@@ -213,7 +215,7 @@ def shown_target(
 
 
 def shown_p(p: float | None) -> str:
-    """A p-value with three decimals."""
+    """A p-value with three decimals, "<0.001" for smaller values, or "-" for None."""
     if p is None:
         return ABSENT
     return "<0.001" if p < 0.001 else f"{p:.3f}"
@@ -286,7 +288,10 @@ def _cell(key: Key, groups: Mapping[Key, Mapping[int, Result]], reference: str) 
 
 
 def _counterpart(key: Key, known: Iterable[Key], reference: str) -> Key | None:
-    """Key of the cell to compare with, among the known ones. A reference without an initial score serves all scores."""
+    """Key of the cell to compare with, among the known keys; None if there is none.
+
+    A reference without an initial score is compared with the tickets of all initial scores.
+    """
     if key.control is not None:
         candidates = [key._replace(control=None)]
     elif key.method == reference or key.target is None:

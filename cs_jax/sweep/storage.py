@@ -1,4 +1,4 @@
-"""Files of a sweep directory: their names, the stored spec, and the reasons of failed runs."""
+"""Files of a sweep directory: names, the stored spec, and the reasons of failed runs."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ RUNS_FOLDER = "runs"
 LOGS_FOLDER = "logs"
 LOCK_FILE = "sweep.lock"
 FAILURES_FILE = "failures.json"
-"""Reasons of failed runs, by run name. A run is removed when it succeeds."""
+"""File with the reasons of failed runs, by run name. An entry is removed when the run succeeds."""
 
 
 def folder_of(directory: Path, run: PlannedRun) -> Path:
@@ -24,21 +24,23 @@ def folder_of(directory: Path, run: PlannedRun) -> Path:
 
 
 def is_done(directory: Path, run: PlannedRun) -> bool:
-    """True if a run has its result.
+    """True if a run has finished, which means that its summary.json exists.
 
     Raises:
-        ConfigError: the result is damaged.
+        ConfigError: summary.json is damaged.
     """
     return run_directory.read_summary(folder_of(directory, run)) is not None
 
 
 def check_same_spec(directory: Path, spec: Spec) -> None:
-    """Rejects the directory of another sweep. An unfinished sweep of the same spec is accepted.
+    """Raises if a directory belongs to another sweep; accepts a new directory and a sweep of the same spec.
 
-    Failed runs, and runs without a directory, may have changed settings or be missing from the spec.
+    The settings of failed runs, and of runs without a directory, may change, and these runs may be missing from the
+    spec.
 
     Raises:
-        ConfigError: the directory holds a run with other settings, or a run that the spec lacks; names the run.
+        ConfigError: the directory contains a run with other settings or without an entry in the spec; is not empty and
+            not a sweep directory; is a file; or its stored spec cannot be read.
     """
     path = directory / SPEC_FILE
     if not path.exists():
@@ -50,11 +52,13 @@ def check_same_spec(directory: Path, spec: Spec) -> None:
     failures = read_failures(directory)
     for run, difference in changed_runs(directory, spec):
         if run.name not in failures and directory_checks.holds_run(folder_of(directory, run)):
-            raise ConfigError(f"{directory}: holds another sweep: {run.name} {difference}; choose another --out")
+            raise ConfigError(
+                f"--out {directory}: belongs to another sweep: {run.name} {difference}; choose another directory"
+            )
 
 
 def changed_runs(directory: Path, spec: Spec) -> Iterator[tuple[PlannedRun, str]]:
-    """Runs of the stored spec that the new spec lacks or changes, each with the difference in words."""
+    """Runs of the stored spec that the new spec omits or changes, each with a text that describes the difference."""
     path = directory / SPEC_FILE
     if not path.exists():
         return
@@ -92,7 +96,7 @@ def record_failure(directory: Path, run: PlannedRun, reason: str) -> None:
 
 
 def _is_leftover(path: Path) -> bool:
-    """True for a file of a sweep that was killed, or that another process starts now, before its spec was written."""
+    """True for a lock or temporary file, which may exist before the spec is written."""
     return path.name == LOCK_FILE or files.is_temporary(path)
 
 

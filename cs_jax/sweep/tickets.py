@@ -1,4 +1,4 @@
-"""Several runs in one process, each with its own directory and log: in one program, or one after another."""
+"""Several runs in one process, in one compiled program or one after another; each run has a directory and a log."""
 
 import dataclasses
 import time
@@ -26,23 +26,23 @@ from cs_jax.training.executor import Executor
 from cs_jax.training.shared_device import Together
 
 LOCK_TIMEOUT = 60.0
-"""Seconds to wait for another process that still saves the same run after it was stopped."""
+"""Seconds to wait for another process that was stopped and is still saving the same run."""
 
 OnEvent = Callable[..., None]
-"""Callback with a run's name and one keyword: `epoch=` finished epochs, `done=` the ticket, or `failed=` the reason."""
+"""Callback for a run's name and one keyword: `epoch` (epochs finished), `done` (ticket) or `failed` (reason)."""
 
 
 class Job(NamedTuple):
-    """A run, and where its output goes."""
+    """A run and the destinations of its output."""
 
     name: str
     config: Config
-    log: Path  # file for the lines that the run would print
-    write_report: Callable[[Path], object] | None = None  # called with the run directory at the end
+    log: Path  # file for the printed lines of the run
+    write_report: Callable[[Path], object] | None = None  # called with the run directory at the end; None: no report
 
 
 class Reporter(Tracker):
-    """Reports every epoch of a run to a callback."""
+    """Calls a callback at the end of every epoch of a run."""
 
     def __init__(self, name: str, on_event: OnEvent) -> None:
         self._name, self._on_event = name, on_event
@@ -52,12 +52,12 @@ class Reporter(Tracker):
 
 
 def run_jobs(jobs: Sequence[Job], on_event: OnEvent, reason: str = "") -> None:
-    """Trains runs until all have ended: a single run alone, several runs in one program.
+    """Trains all runs to their end; several runs share one program.
 
     Args:
-        jobs: at least one run.
+        jobs: one or more runs.
         on_event: receives epochs and ends of the runs, one event at a time.
-        reason: first line of each log, such as the reason for the number of runs in one program.
+        reason: first line of each log: the reason for the number of runs in one program; "" for no line.
 
     Raises:
         Stopped: on SIGINT or SIGTERM, after all runs were saved.
@@ -81,7 +81,7 @@ def run_jobs(jobs: Sequence[Job], on_event: OnEvent, reason: str = "") -> None:
 def _run_job(
     job: Job, on_event: OnEvent, reason: str, executor: Executor | None = None, watch: Interrupts | None = None
 ) -> None:
-    """Trains one run until it ends, and reports its epochs and its end."""
+    """Trains one run to its end, and reports the epochs and the end to `on_event`."""
     started, path = time.monotonic(), job.config.run_directory
     with open(job.log, "a") as log:
         terminal = Console(file=log, width=120)
@@ -99,12 +99,12 @@ def _run_job(
                     watch=watch,
                 )
             except LockedError as error:
-                if executor is not None or time.monotonic() > started + LOCK_TIMEOUT:  # runs in a program cannot wait
+                if executor is not None or time.monotonic() > started + LOCK_TIMEOUT:  # runs in one program cannot wait
                     return on_event(job.name, failed=str(error))
                 time.sleep(0.5)
             except (ConfigError, NonFiniteLossError, OSError) as error:
                 created_meanwhile = directory_checks.holds_run(path) and not existed and isinstance(error, ConfigError)
-                if not created_meanwhile:  # else by a process that was stopped just then: try again
+                if not created_meanwhile:  # otherwise a process that was being stopped created the directory: try again
                     failure = " ".join(str(error).split())
                     print_line(terminal, f"failed: {failure}")
                     return on_event(job.name, failed=failure)
@@ -113,17 +113,17 @@ def _run_job(
 
 
 def train(config: Config, tickets: int, write_report: Callable[[Path], object] | None = None) -> None:
-    """Searches tickets that differ in their seeds, skips finished ones, and prints a table of all of them.
+    """Searches for tickets with consecutive seeds, skips finished runs, and prints a table of all tickets.
 
     Args:
-        config: settings of the first run; the others have the next seeds. `config.out`, if set, becomes the parent
+        config: settings of the first run; the other runs have the next seeds. `config.out`, if set, becomes the parent
             directory of all runs.
         tickets: number of runs, at least 1.
         write_report: writes the report of a run directory; None writes no reports.
 
     Raises:
         ConfigError: a setting or directory cannot be used; nothing was written.
-        OSError: some runs failed; names the first.
+        OSError: a run failed; the message names the first failed run and its log.
         Stopped: on SIGINT or SIGTERM, after unfinished runs were saved.
     """
     terminal, runs = Console(), _plan_runs(config, tickets)
@@ -157,7 +157,7 @@ def _plan_runs(config: Config, tickets: int) -> list[PlannedRun]:
     """Runs with consecutive seeds, in directories with the default names.
 
     Raises:
-        ConfigError: too few seeds are left, or `config.out` is a run directory.
+        ConfigError: the last seed would be too large, or `config.out` is a run directory.
     """
     if config.seed + tickets > 2**32:
         raise ConfigError(f"--tickets {tickets}: must be at most {2**32 - config.seed} with --seed {config.seed}")
@@ -173,7 +173,7 @@ def _plan_runs(config: Config, tickets: int) -> list[PlannedRun]:
 
 
 def _is_done(config: Config) -> bool:
-    """True if the run is finished. Rejects a directory with another run."""
+    """True if the run has finished. Raises a ConfigError if the directory cannot be used for this run."""
     path = config.run_directory
     if not directory_checks.holds_run(path):
         directory_checks.check_free(config)
@@ -189,7 +189,7 @@ def _log_of(config: Config) -> Path:
 def _run_with_display(
     runs: Sequence[PlannedRun], display: SweepDisplay, reason: str, write_report: Callable[[Path], object] | None
 ) -> dict[str, str]:
-    """Trains runs together and shows their progress. Returns the reason of each failure, by run name."""
+    """Trains runs and shows their progress; returns the reason of each failure, by run name."""
     by_name, failures = {run.name: run for run in runs}, {}
 
     def on_event(name: str, **event: Any) -> None:

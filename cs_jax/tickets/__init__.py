@@ -1,1 +1,1 @@
-"""Ticket files; tickets as smaller networks; speed, overlap and export."""
+"""Ticket files, and tools for tickets: shrinking, folding, inference speed, mask overlap and export."""

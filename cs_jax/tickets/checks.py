@@ -1,7 +1,7 @@
 """Checks of a ticket's arrays against each other and the metadata.
 
-`load_ticket` runs these checks on a file before it builds anything from it, because the file may be hostile.
-`save_ticket` runs them on what it is about to write. A failed check raises a ConfigError of one line.
+`load_ticket` checks a file before it builds a network from the content, because the file may be hostile. `save_ticket`
+checks the arrays before it writes a file. A failed check raises a one-line ConfigError.
 """
 
 import math
@@ -27,10 +27,10 @@ DTYPES = _FLOATS | {f"{kind}{8 * size}": np.dtype(f"{kind.lower()}{size}") for k
 
 
 def check_layout(arrays: Arrays, about: Mapping[str, Any]) -> None:
-    """Checks stored arrays against each other and the metadata: names, shapes, dtypes, bits of masks.
+    """Checks stored arrays against each other and the metadata: names, shapes, dtypes, mask bits.
 
     Args:
-        arrays: as they are stored in the file, by name.
+        arrays: stored arrays, by name.
         about: metadata that passed `check_metadata`.
 
     Raises:
@@ -40,7 +40,7 @@ def check_layout(arrays: Arrays, about: Mapping[str, Any]) -> None:
     _check_masks(arrays, about)
     for name in about.get("unmasked") or ():
         usual = name not in about["layers"] and "params/" + name in arrays
-        check("metadata: unmasked", name, usual, "must be an array of params in the file that has no mask there")
+        check("metadata: unmasked", name, usual, "must be the name of an array in params without a stored mask")
     kinds = {name: (array.shape, str(array.dtype)) for name, array in arrays.items() if not name.startswith("masks/")}
     rewound = {name.removeprefix(REWOUND): kind for name, kind in kinds.items() if name.startswith(REWOUND)}
     if rewound and about["form"] == COMPACT:
@@ -62,17 +62,17 @@ def _check_names(arrays: Arrays) -> None:
         folders |= {"/".join(parts[:end]) for end in range(1, len(parts))}
     both = sorted(folders & set(arrays))
     if both:
-        raise ConfigError(f"array {quoted(both[0])}: is also a folder of arrays; must be one of the two")
+        raise ConfigError(f"array {quoted(both[0])}: is also a folder of arrays; rename one of them")
 
 
 def check_same_shapes(what: str, got: Mapping[str, tuple], wanted: Mapping[str, tuple], where: str) -> None:
-    """Raises a ConfigError that names the first array whose shape and kind differ.
+    """Raises a ConfigError that names the first array that is missing, unknown, or of another shape or dtype.
 
     Args:
-        what: kind of array, for the message.
-        got: shape and kind of each array by name.
-        wanted: the same for the network that the arrays must fit.
-        where: name of that network, for the message.
+        what: noun for the arrays in the message.
+        got: shape and dtype of each array, by name; the dtype may be "floats" for any float dtype.
+        wanted: shape and dtype of each array of the network that the arrays must fit, by name.
+        where: name of this network, for the message.
     """
     for name in sorted({*got, *wanted}):
         found, expected = (" ".join(map(str, kinds[name])) if name in kinds else None for kinds in (got, wanted))
@@ -97,7 +97,7 @@ def _check_masks(arrays: Arrays, about: Mapping[str, Any]) -> None:
 
 
 def _check_mask(arrays: Arrays, name: str, layer: Mapping[str, Any], form: str, scale: float) -> int:
-    """Checks a packed mask against its weights and metadata; returns its number of kept entries."""
+    """Number of kept entries of a packed mask, after checks against the weights and metadata."""
     packed, weight = arrays["masks/" + name], arrays.get("params/" + name)
     where, shape = f"mask {quoted(name)}", tuple(layer["shape"])
     size = math.prod(shape)
@@ -116,7 +116,7 @@ def _check_mask(arrays: Arrays, name: str, layer: Mapping[str, Any], form: str, 
     if weight.shape != wanted:
         raise ConfigError(f"{where}: its weights have shape {weight.shape}; must be {wanted}")
     if form == FULL and np.any(weight.view(f"u{weight.itemsize}")[~unpacked_bits(packed, shape)]):
-        raise ConfigError(f"{where}: weights that it removes must be 0")
+        raise ConfigError(f"{where}: pruned weights must be 0")
     if not (0 < rounded(scale, weight.dtype) < math.inf):
         raise ConfigError(f"metadata: mask_scale {scale}: must be a finite number above 0 in {weight.dtype}")
     return kept

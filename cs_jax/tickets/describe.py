@@ -13,11 +13,11 @@ from cs_jax.tickets.ticket import LoadedTicket, dense_sizes
 
 
 def describe(ticket: LoadedTicket, *, file_size: int | None = None) -> RenderableType:
-    """Facts of a ticket and a table of its masked layers, to be printed by rich.
+    """Facts of a ticket and a table of its masked layers, for printing with rich.
 
     Args:
         ticket: a loaded ticket.
-        file_size: size of its file in bytes; None leaves the line out.
+        file_size: size of the ticket file in bytes; None omits this line.
     """
     facts = Table.grid("", "", padding=(0, 2))
     for label, value in _facts(ticket, file_size).items():
@@ -50,9 +50,9 @@ def _facts(ticket: LoadedTicket, file_size: int | None) -> dict[str, str]:
         "images": "×".join(map(str, model.get("image_shape") or ())) or "-",
         "data set": about.get("dataset") or "-",
         "accuracy": ", ".join(f"{name} {share:.2%}" for name, share in accuracy.items()) or "-",
-        "density": f"{about['density']:.2%} ({kept:,} of {masked:,} masked weights)",
+        "density": f"{about['density']:.2%} ({kept:,} of {masked:,} maskable weights)",
         "mask scale": f"{about['mask_scale']:g}",
-        "weights": f"{kept + total - masked:,} of {total:,}, including {total - masked:,} that are never masked",
+        "weights": f"{kept + total - masked:,} of {total:,}, including {total - masked:,} without a mask",
         "form": about["form"] + (", with the rewound network" if ticket.rewound else ""),
         "versions": ", ".join(f"{name} {version}" for name, version in (about.get("versions") or {}).items()) or "-",
         "sha256": about["sha256"],

@@ -1,9 +1,9 @@
 """File format of a ticket: packing of weights and masks, and a safetensors file with a hash of its content.
 
 Array names are "params/...", "batch_stats/..." and "masks/..." followed by the path of the leaf, and
-"rewound/params/..." and "rewound/batch_stats/..." for the network before retraining. Everything else is JSON under the
-single metadata key "cs_jax", because safetensors writes several keys in random order. The file contains no path, host
-or time, so equal content gives equal bytes.
+"rewound/params/..." and "rewound/batch_stats/..." for the network before retraining. All metadata is JSON under the
+single key "cs_jax", because safetensors writes multiple keys in random order. The format adds no path, host name or
+time, so equal content gives equal bytes.
 """
 
 import hashlib
@@ -53,11 +53,11 @@ def leaves(tree: PyTree, name: str) -> Arrays:
     """Leaves of nested dictionaries as NumPy arrays in C order, by name.
 
     Args:
-        tree: nested dictionaries of arrays with text keys.
+        tree: nested dictionaries of arrays, with strings as keys.
         name: name of the tree, the first part of all names.
 
     Raises:
-        ConfigError: names a key that is not text or contains "/", or a leaf that is no array of `DTYPES`.
+        ConfigError: a key is not a string or contains "/", or a leaf is not an array with a dtype of `DTYPES`.
     """
     if isinstance(tree, Mapping):
         arrays = {}
@@ -79,14 +79,15 @@ def pack(leaves: Arrays, masks: Arrays, scale: float | None, *, compact: bool) -
     Args:
         leaves: all arrays except masks, by name.
         masks: masks by name; entries are 0 or the mask scale.
-        scale: mask scale from the caller's metadata; required if all masks are empty.
+        scale: mask scale from the caller's metadata; required if no mask keeps a weight.
         compact: store only kept weights, without the rewound network.
 
     Returns:
-        Arrays by name; and "mask_scale", "form", "density" and "layers".
+        Arrays by name, and a dictionary of "mask_scale", "form", "density" and "layers".
 
     Raises:
-        ConfigError: names the mask that does not fit its weights or has other entries.
+        ConfigError: a mask does not fit its weights or has other entries, the scale is missing or wrong, or the masks
+            have no entries.
     """
     _check_masks(masks, leaves)
     bits = {name.removeprefix("masks/"): mask != 0 for name, mask in masks.items()}
@@ -100,7 +101,7 @@ def pack(leaves: Arrays, masks: Arrays, scale: float | None, *, compact: bool) -
 
 
 def unpack(stored: Arrays, about: Mapping[str, Any]) -> Arrays:
-    """Whole weights and masks from stored arrays that passed `check_layout`."""
+    """Weights and masks in their full shapes, from stored arrays that passed `check_layout`."""
     arrays = dict(stored)
     for name, layer in about["layers"].items():
         mask_name, weight_name = "masks/" + name, "params/" + name
@@ -121,16 +122,16 @@ def _check_masks(masks: Arrays, leaves: Arrays) -> None:
         if (mask.shape, mask.dtype) != (weight.shape, weight.dtype):
             raise ConfigError(
                 f"{name} of shape {mask.shape} and dtype {mask.dtype}: must have shape {weight.shape} and dtype "
-                f"{weight.dtype}, as its weights"
+                f"{weight.dtype}, like its weights"
             )
 
 
 def _mask_scale(masks: Arrays, given: float | None) -> float:
-    """Common value of all kept entries, from the mask of the highest precision; `given` if no entry is kept."""
+    """Common value of all kept mask entries, from the mask with the highest precision; `given` if none is kept."""
     kept = {name: mask[mask != 0] for name, mask in masks.items() if np.any(mask != 0)}
     if not kept:
         if given is None:
-            raise ConfigError("metadata: mask_scale: missing; required because all masks are empty")
+            raise ConfigError("metadata: mask_scale: missing; required because no mask keeps a weight")
         return float(given)
     precise = max(kept, key=lambda name: jnp.finfo(kept[name].dtype).nmant)
     scale = float(kept[precise][0])
@@ -162,10 +163,10 @@ def _scattered(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def encode_ticket(arrays: Arrays, about: Mapping[str, Any]) -> bytes:
-    """Bytes of a file with stored arrays, metadata, and the hash of both.
+    """Content of a ticket file: stored arrays, metadata, and the hash of both.
 
     Raises:
-        ConfigError: more arrays or a longer header than `read` accepts.
+        ConfigError: there are more arrays, or more bytes of names and metadata, than `read` accepts.
     """
     about = {**about, "format": FORMAT}
     about["sha256"] = _content_hash(arrays, about)
@@ -182,7 +183,7 @@ def read(path: Path) -> tuple[Arrays, dict[str, Any]]:
     """Stored arrays and metadata of a file.
 
     Raises:
-        ConfigError: no such file, not a ticket, damaged, or metadata of other types or ranges.
+        ConfigError: the file does not exist, is not a ticket or is damaged, or metadata has other types or ranges.
     """
     text, data = _read_bytes(path)
     about = _parse_json(text, "metadata")
@@ -200,12 +201,12 @@ def read(path: Path) -> tuple[Arrays, dict[str, Any]]:
         name: np.frombuffer(array["data"], DTYPES[array["dtype"]]).reshape(array["shape"]) for name, array in stored
     }
     if about.get("sha256") != _content_hash(arrays, about):
-        raise ConfigError("content does not match its hash: the file is damaged")
+        raise ConfigError("content does not match its hash: the file is damaged; copy or save it again")
     return arrays, about
 
 
 def _read_bytes(path: Path) -> tuple[str, bytes]:
-    """Metadata text and all bytes of a file; the data is read only after the header passed its checks."""
+    """Metadata text and all bytes of a file. Arrays are read only after the checks of the header."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block
             raise ConfigError("is a folder or a device: must be a file")
@@ -214,7 +215,7 @@ def _read_bytes(path: Path) -> tuple[str, bytes]:
             start = file.read(8)
             header_size = int.from_bytes(start, "little")
             if len(start) < 8 or header_size > min(MAX_HEADER_BYTES, size - 8):
-                raise ConfigError(f"not a file of save_ticket: {size:,} bytes, {header_size:,} of them header")
+                raise ConfigError(f"not a ticket file: {size:,} bytes, with a header of {header_size:,} bytes")
             metadata, end = _parse_header(file.read(header_size))
             if 8 + header_size + end != size:
                 raise ConfigError(f"{size:,} bytes: must be {8 + header_size + end:,}; truncated or with extra bytes")
@@ -225,10 +226,10 @@ def _read_bytes(path: Path) -> tuple[str, bytes]:
 
 
 def _parse_header(text: bytes) -> tuple[str, int]:
-    """Metadata text of a header, and the number of data bytes that its arrays need.
+    """Metadata text of a header, and the number of data bytes for the arrays in the header.
 
-    The safetensors library ensures that arrays fill the data without gaps or overlaps. It accepts duplicate names,
-    names and shapes of any kind, and headers that are slow to parse, so these are checked here.
+    The safetensors library ensures that the arrays cover the data without gaps or overlaps. The checks here reject
+    contents that the library accepts: duplicate names, sizes out of range, and headers that are slow to parse.
     """
     try:
         header = _parse_json(text.decode(), "header")
@@ -240,7 +241,7 @@ def _parse_header(text: bytes) -> tuple[str, int]:
         case {"__metadata__": {"cs_jax": _, "format": "pt"}}:
             raise ConfigError("is an exported state dict, not a ticket; convert it with `python -m cs_jax import`")
         case _:
-            raise ConfigError("not a file of save_ticket: the metadata key cs_jax is missing")
+            raise ConfigError("not a ticket file: the metadata key cs_jax is missing")
     if len(header) > MAX_ARRAYS:
         raise ConfigError(f"{len(header):,} arrays: must be at most {MAX_ARRAYS:,}")
     found = convert(entries, dict[str, Entry], "header")
@@ -248,7 +249,7 @@ def _parse_header(text: bytes) -> tuple[str, int]:
 
 
 def _parse_json(text: str, what: str) -> Any:
-    """Value of a JSON text without duplicate keys."""
+    """Value of a JSON text; duplicate keys are an error."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
@@ -262,7 +263,7 @@ def _parse_json(text: str, what: str) -> Any:
 
 
 def _content_hash(arrays: Arrays, about: Mapping[str, Any]) -> str:
-    """SHA-256 of one JSON text of metadata, names, dtypes and shapes, and of the arrays' bytes in order of names."""
+    """SHA-256 of a JSON text (metadata, names, dtypes, shapes), followed by the bytes of the arrays sorted by name."""
     names = sorted(arrays)
     content = {key: value for key, value in about.items() if key != "sha256"}
     kinds = [[name, str(arrays[name].dtype), list(arrays[name].shape)] for name in names]

@@ -1,4 +1,4 @@
-"""Plain network of a ticket for serving: masks multiplied into weights, BatchNorm folded into the layer before it."""
+"""Plain network of a ticket for serving: masks multiplied into weights, BatchNorm folded into the preceding layer."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -23,29 +23,30 @@ LAYER_FIELDS = ("conv", "dense")
 def fold(
     model: nn.Module, variables: Mapping[str, PyTree], image_shape: Sequence[int], *, batch_norm: bool = False
 ) -> tuple[nn.Module, dict[str, PyTree]]:
-    """A network without masks that has the outputs of a masked network in evaluation mode, to rounding.
+    """A network without masks, with the outputs of a masked network in evaluation mode, up to rounding.
 
     Weights are multiplied by their masks. With `batch_norm`, every BatchNorm is folded into the kernel and bias of the
-    layer before it, according to the module's wiring; such a network is for inference only. A BatchNorm without a layer
-    to fold it into is an error. LayerNorm is kept, because its statistics depend on the input.
+    preceding layer, according to the module's wiring. The folded network is for inference only. A BatchNorm that cannot
+    be folded is an error. LayerNorm is kept, because its statistics depend on the input.
 
     The outputs of both networks are compared on random images before the result is returned.
 
     Args:
-        model: Linen module with named masked layers, whose classes are in its fields `conv` or `dense`, as in
-            `cs_jax.models`. With `batch_norm` the module must also have `wire` and a field `folded`.
+        model: Linen module with named masked layers. The fields `conv` and `dense` hold the classes of these layers, as
+            in `cs_jax.models`; one of the two fields is enough. With `batch_norm`, the module must also have a method
+            `wire` and a field `folded`.
         variables: "params", "masks" and, if the network has BatchNorm, "batch_stats".
         image_shape: shape of one image, for example (32, 32, 3).
         batch_norm: fold BatchNorm too.
 
     Returns:
-        The module with plain Flax layers, and its variables: "params", and "batch_stats" if norms are left.
+        The module with plain Flax layers, and its variables: "params", and "batch_stats" if a BatchNorm remains.
 
     Raises:
-        TypeError: the module lacks these fields or methods.
-        ConfigError: an entry is not finite.
-        ValueError: the model does not accept such images; a mask does not fit its weights; a BatchNorm has no layer to
-            fold it into; a masked layer is not of the classes in the fields; or the wiring is wrong.
+        TypeError: the module lacks a field or method named above.
+        ConfigError: an entry of `variables` is not finite.
+        ValueError: the model does not accept such images; a mask does not fit its weights; a BatchNorm cannot be
+            folded; the class of a masked layer is not in the fields; or the wiring is wrong.
     """
     equivalence.check_finite(variables)
     equivalence.check_accepts(model, variables, image_shape)
@@ -55,7 +56,7 @@ def fold(
     wrong = f"fields `conv` and `dense` of {name} do not cover all masked layers"
     if batch_norm and batch_stats:
         made, params = _without_norms(made), _folded(model, params, batch_stats)
-        batch_stats, wrong = {}, f"wiring of {name} is wrong, norms folded by it change the network"
+        batch_stats, wrong = {}, f"wiring of {name} is wrong: folding its norms changes the network"
     found = {"params": params, **({"batch_stats": batch_stats} if batch_stats else {})}
     unfit = f"{name} cannot be applied without masks{' and norms' if batch_norm else ''}"
     original, folded = equivalence.Network(model, variables), equivalence.Network(made, found)
@@ -64,9 +65,9 @@ def fold(
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """The module with plain Flax layers in place of masked layers; it needs the same variables without the masks.
+    """The module with plain Flax layers in place of masked layers. Its variables are the same, without "masks".
 
-    A user's own masked layer is replaced by a subclass that masks nothing.
+    A masked layer class that a user defined is replaced by a subclass without masks.
 
     Raises:
         TypeError: the module has none of the fields `LAYER_FIELDS`.
@@ -80,7 +81,7 @@ def plain(model: nn.Module) -> nn.Module:
 
 @functools.cache  # modules made from one class must compare equal
 def _unmasked(layer: type[nn.Module]) -> type[nn.Module]:
-    """The Flax base of a layer of `cs_jax.layers`; for other masked classes, a subclass that masks nothing."""
+    """The Flax base class of a layer of `cs_jax.layers`; for other masked classes, a subclass without masks."""
     if not issubclass(layer, Masked):
         return layer
     if layer.__module__ == Masked.__module__:
@@ -117,7 +118,11 @@ def _folded(model: nn.Module, params: PyTree, batch_stats: PyTree) -> PyTree:
 
 
 def _layers_and_norms(net: Wiring, output: Signal) -> list[tuple[str, BatchNorm]]:
-    """Pairs of a BatchNorm and the name of the layer before it."""
+    """Name of the preceding layer, and the BatchNorm, for each BatchNorm.
+
+    Raises:
+        ValueError: a BatchNorm does not follow a layer, or another node reads the layer too.
+    """
     pairs = []
     for norm in net.nodes:
         if not isinstance(norm, BatchNorm):
@@ -126,8 +131,8 @@ def _layers_and_norms(net: Wiring, output: Signal) -> list[tuple[str, BatchNorm]
         alone = norm.source != output and sum(norm.source in wiring.sources(node) for node in net.nodes) == 1
         if not (isinstance(before, Linear) and alone):
             raise ValueError(
-                f"norm {norm.name!r}: must follow a convolution or dense layer that nothing else reads, to be folded "
-                "into it"
+                f"norm {norm.name!r}: cannot be folded; must follow a convolution or dense layer whose output no other "
+                "layer reads"
             )
         pairs.append((before.name, norm))
     return pairs

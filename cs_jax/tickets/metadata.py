@@ -1,7 +1,7 @@
 """Metadata of a ticket: types, ranges and limits.
 
-`load_ticket` checks the metadata of a file with these before it builds anything from them, because the file may be
-hostile. `save_ticket` checks what its caller gives. A failed check raises a ConfigError of one line.
+`load_ticket` checks the metadata of a file before it builds a network, because the file may be hostile. `save_ticket`
+checks the metadata of the caller. A failed check raises a one-line ConfigError.
 """
 
 import json
@@ -32,7 +32,7 @@ Scale = Annotated[float, Meta(gt=0)]
 
 
 class Model(Struct, forbid_unknown_fields=True):
-    """Metadata of a model. A model of `cs_jax.models` has a name; a custom model may leave out every field."""
+    """Metadata of a model. A model of `cs_jax.models` has a name; a custom model may omit every field."""
 
     name: str | None = None
     num_classes: Annotated[int, Meta(ge=1, le=MAX_CLASSES)] | None = None
@@ -60,7 +60,7 @@ class _Common(Struct, kw_only=True):
 
 
 class GivenMetadata(_Common, kw_only=True):
-    """Metadata that a caller of `save_ticket` may give. Other keys are allowed too, with any JSON values."""
+    """Metadata from the caller of `save_ticket`. Other keys are allowed, with any JSON values."""
 
     mask_scale: Scale | None = None
 
@@ -76,7 +76,7 @@ class Layer(Struct, forbid_unknown_fields=True):
 
 
 class StoredMetadata(_Common, kw_only=True):
-    """Metadata of a file. Other keys are allowed too, with any JSON values."""
+    """Metadata of a file. Other keys are allowed, with any JSON values."""
 
     form: Literal["full", "compact"]
     mask_scale: Scale
@@ -95,12 +95,12 @@ def check(where: str, value: Any, holds: bool, rule: str) -> None:
 
 
 def quoted(name: str) -> str:
-    """A name of a file in quotes, on one line, shortened if it is long."""
+    """A name from a file in quotes, on one line, shortened if it is long."""
     return repr(shortened(name))
 
 
 def is_shape(value: Any) -> bool:
-    """True for a list or tuple of sizes >= 0 within the limits of rank and number of entries."""
+    """True for a list or tuple of sizes >= 0 with at most `MAX_RANK` sizes and `MAX_ENTRIES` entries."""
     counts = isinstance(value, list | tuple) and all(map(_is_count, value))
     return counts and len(value) <= MAX_RANK and _size(value) <= MAX_ENTRIES
 
@@ -116,15 +116,15 @@ def check_size(shape: list[int]) -> None:
 
 
 def _size(shape: list[int] | tuple[int, ...]) -> int:
-    """Number of entries, with 1 in place of 0: NumPy multiplies the sizes of empty arrays too."""
+    """Product of the sizes without zeros. NumPy limits this product for empty arrays too."""
     return math.prod(size or 1 for size in shape)
 
 
 def given_metadata(metadata: Any) -> dict[str, Any]:
-    """A caller's metadata after a round trip through JSON, without the keys that `save_ticket` writes itself.
+    """Metadata of the caller after a round trip through JSON, without the keys that `save_ticket` writes itself.
 
     Raises:
-        ConfigError: a value is not JSON, or has another type or range than `GivenMetadata` says.
+        ConfigError: a value is not JSON, or does not have the type and range in `GivenMetadata`.
     """
     if not isinstance(metadata, Mapping):
         raise ConfigError(f"metadata of type {type(metadata).__name__}: must be a dictionary")
@@ -136,13 +136,13 @@ def given_metadata(metadata: Any) -> dict[str, Any]:
 
 
 def check_metadata(about: Any) -> None:
-    """Raises a ConfigError unless a file's metadata are as `StoredMetadata` says."""
+    """Raises a ConfigError unless the metadata of a file have the types and ranges in `StoredMetadata`."""
     _check_json(about, "metadata")
     _check_classes(convert(about, StoredMetadata, "metadata"))
 
 
 def _check_classes(found: _Common) -> None:
-    """Raises if the number of class names differs from num_classes of the model."""
+    """Raises a ConfigError if the number of class names differs from num_classes of the model."""
     count = None if found.model is None else found.model.num_classes
     if count is not None and found.classes is not None:
         usual = len(found.classes) == count
@@ -150,9 +150,9 @@ def _check_classes(found: _Common) -> None:
 
 
 def _check_json(value: Any, where: str, depth: int = 0) -> None:
-    """Raises unless `value` is JSON with finite numbers and at most `MAX_DEPTH` levels.
+    """Raises a ConfigError unless `value` is JSON with finite numbers and at most `MAX_DEPTH` levels.
 
-    The json module converts other keys to text silently, and its errors do not name the place of a wrong value.
+    The json module silently converts keys of other types to strings, and its errors do not name the key of a value.
     """
     if depth > MAX_DEPTH:
         raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH} levels")

@@ -1,6 +1,6 @@
-"""Mask overlap compared with chance, and the share of mask entries that flipped.
+"""Mask overlap compared with chance, and the flip rate of masks.
 
-Masks are counted on the host in exact integers. An entry that is not 0 is kept.
+Kept entries are counted on the host in exact integers. An entry that is not 0 is kept.
 """
 
 import itertools
@@ -20,16 +20,17 @@ from cs_jax.core.trees import Path
 class Overlap(NamedTuple):
     """Overlap of two masks A and B, and its expectation for random masks.
 
-    Random masks have the same number of kept weights in each layer, drawn uniformly and independently for A and B. The
-    number of weights that both keep is then a sum of hypergeometric variables. A layer of n weights, of which A keeps a
-    and B keeps b, contributes mean `a * b / n` and variance `a * b * (n - a) * (n - b) / (n**2 * (n - 1))`.
+    In each layer, the random masks keep the same numbers of weights as A and B, drawn uniformly and independently. The
+    number of weights that both random masks keep is then a sum of hypergeometric variables. A layer of n weights, of
+    which A keeps a and B keeps b, contributes mean `a * b / n` and variance
+    `a * b * (n - a) * (n - b) / (n**2 * (n - 1))`.
     """
 
     kept: int  # weights that both keep, |A and B|
     of: tuple[int, int]  # weights that A keeps and weights that B keeps
-    iou: float  # Jaccard index |A and B| / |A or B|, in [0, 1]; 1 if both are empty
-    shared: float  # |A and B| / min(|A|, |B|), in [0, 1]; 1 if one is empty
-    chance: float  # mean of `shared` for random masks, in [0, 1]; 1 if one is empty
+    iou: float  # Jaccard index |A and B| / |A or B|, in [0, 1]; 1 if neither keeps a weight
+    shared: float  # |A and B| / min(|A|, |B|), in [0, 1]; 1 if A or B keeps no weight
+    chance: float  # mean of `shared` for random masks, in [0, 1]; 1 if A or B keeps no weight
     z: float | None  # (kept - mean) / standard deviation for random masks; None if the deviation is 0
 
 
@@ -53,15 +54,15 @@ class _Counts(NamedTuple):
 def overlap(masks: PyTree, others: PyTree) -> Overlap:
     """Overlap of the masks of two tickets over all layers.
 
-    The expectation uses the counts of each layer. Two tickets that only agree in the densities of their layers overlap,
-    but have a `z` near 0.
+    The expectation uses the counts of each layer. If two tickets agree only in the densities of their layers, their
+    masks overlap, but `z` is near 0.
 
     Args:
         masks: hard masks, arrays of any dtype and shape; an entry that is not 0 is kept.
         others: masks with the same paths and shapes; scales and dtypes may differ.
 
     Raises:
-        ConfigError: an array is only in one of the trees, or its shapes differ.
+        ConfigError: an array is in only one of the trees, or has different shapes in them, or a leaf is not an array.
 
     >>> overlap({"a": np.array([2.0, 2.0, 0.0, 0.0])}, {"a": np.array([2.0, 0.0, 0.0, 0.0])})
     Overlap(kept=1, of=(2, 1), iou=0.5, shared=1.0, chance=0.5, z=1.0)
@@ -81,7 +82,7 @@ def overlap_table(named: Mapping[str, PyTree]) -> list[NamedOverlap]:
         named: masks of each ticket, by the ticket's name; see `overlap`.
 
     Raises:
-        ConfigError: an array is missing in a ticket, or its shapes differ; names the ticket.
+        ConfigError: a ticket has other arrays or shapes than the first ticket; the message names the ticket.
     """
     kept = {name: _kept(masks, name) for name, masks in named.items()}
     for name, masks in kept.items():
@@ -93,14 +94,15 @@ def overlap_table(named: Mapping[str, PyTree]) -> list[NamedOverlap]:
 
 
 def flipped(masks: PyTree, before: PyTree) -> float:
-    """Flip rate: share of maskable weights that one mask keeps and the other removes, in [0, 1].
+    """Flip rate: share of maskable weights that only one of two masks keeps, in [0, 1].
 
     Args:
-        masks: hard masks, see `overlap`; at least one entry in all.
-        before: the same masks at an earlier time, for example one round before.
+        masks: hard masks, see `overlap`; at least one entry in total.
+        before: earlier masks with the same paths and shapes, for example of the previous round.
 
     Raises:
-        ConfigError: an array is only in one of the trees, its shapes differ, or there is no entry.
+        ConfigError: an array is in only one of the trees, or has different shapes in them; a leaf is not an array; or
+            there is no entry.
 
     >>> flipped({"a": np.array([2.0, 2.0, 0.0, 0.0])}, {"a": np.array([1.0, 0.0, 0.0, 0.0])})
     0.25
@@ -122,7 +124,7 @@ def _kept(masks: PyTree, what: str) -> dict[Path, np.ndarray]:
 
 
 def _compare(masks: PyTree, others: PyTree, what: str = "others") -> dict[Path, _Counts]:
-    """Counts of each layer, by path; `what` is the name of `others` in errors."""
+    """Counts of each layer, by path; `what` names `others` in error messages."""
     kept, kept_too = _kept(masks, "masks"), _kept(others, what)
     check_alike(kept, kept_too, what)
     return _counts(kept, kept_too)
@@ -138,7 +140,7 @@ def _counts(kept: Mapping[Path, np.ndarray], others: Mapping[Path, np.ndarray]) 
 
 
 def _overlap(counts: Iterable[_Counts]) -> Overlap:
-    """Overlap over layers, from exact sums that are rounded once."""
+    """Overlap over all layers, from exact sums that are rounded once."""
     counts = [count for count in counts if count.size > 0]
     both, one, other = (sum(count[index] for count in counts) for index in range(3))
     mean = sum((Fraction(count.one * count.other, count.size) for count in counts), Fraction(0))
@@ -155,7 +157,7 @@ def _overlap(counts: Iterable[_Counts]) -> Overlap:
 
 
 def _variance(count: _Counts) -> Fraction:
-    """Variance of the number of weights that both random masks keep."""
+    """Variance of the number of weights in a layer that two random masks both keep."""
     _, one, other, size = count
     ways = one * other * (size - one) * (size - other)
     return Fraction(ways, size**2 * (size - 1)) if ways else Fraction(0)  # 0 for size 1

@@ -1,9 +1,10 @@
-"""Shrinking: a smaller dense network that computes the same as a masked one, without channels that have no effect.
+"""Shrinking: removes the channels of a masked network that have no effect; the outputs stay the same.
 
-A channel has no effect if no later weight reads it. A channel is constant if no varying channel is read to compute it;
-its value is folded into the next layer. A convolution that pads with zeros does not see the constant at the border, so
-the constant cannot become a bias there, but all constant channels of a layer can be merged exactly into one. After a
-pass, fewer weights are nonzero and more channels may be removable, so passes are repeated until nothing changes.
+A channel has no effect if no later weight reads it. A channel is constant if it is computed from constant channels
+only; its value is folded into the next layer. At the border, a convolution with zero padding reads 0 instead of the
+constant. The constant then cannot become a bias, but all constant channels of a layer can be merged exactly into one.
+After a pass, fewer weights are nonzero and more channels may be removable, so passes are repeated until nothing
+changes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,22 +31,23 @@ Arrays = dict[str, np.ndarray]
 def shrink(
     model: nn.Module, variables: Mapping[str, PyTree], image_shape: Sequence[int]
 ) -> tuple[nn.Module, dict[str, PyTree]]:
-    """A smaller network of the same family with the outputs of a masked one in evaluation mode, to rounding.
+    """A smaller network of the same family, with the outputs of a masked network in evaluation mode, up to rounding.
 
-    It keeps the masks of the remaining weights, so it can be trained further as a ticket. Every layer keeps at least
-    one channel. The outputs of both networks are compared on random images before the result is returned.
+    The remaining weights keep their masks, so the smaller network can be trained further as a ticket. Every layer keeps
+    at least one channel. The outputs of both networks are compared on random images before the result is returned.
 
     Args:
-        model: Linen module with the methods `wire` and `resize`, as all of `cs_jax.models`; see `cs_jax.models.wiring`.
+        model: Linen module with the methods `wire` and `resize`, like all in `cs_jax.models`; see
+            `cs_jax.models.wiring`.
         variables: "params", "masks" and, if the network has BatchNorm, "batch_stats".
         image_shape: shape of one image, for example (32, 32, 3).
 
     Returns:
-        The module and its variables; the given ones if nothing can be removed.
+        The smaller module and its variables; `model` and `variables` if nothing can be removed.
 
     Raises:
         TypeError: the module does not describe its wiring.
-        ConfigError: a mask keeps no weight of its layer, or an entry is not finite.
+        ConfigError: a mask keeps no weight of its layer, or an entry of `variables` is not finite.
         ValueError: the model does not accept such images, or its wiring is wrong or does not fit the variables.
     """
     equivalence.check_finite(variables)
@@ -71,13 +73,13 @@ def shrink(
         equivalence.Network(smaller, found),
         image_shape,
         unfit=f"`resize` of {name} does not fit its wiring",
-        wrong=f"wiring of {name} is wrong, channels removed by it change the network",
+        wrong=f"wiring of {name} is wrong: removing channels changes the network",
     )
     return smaller, found
 
 
 def _check_masks(arrays: Arrays) -> None:
-    """Raises unless every mask keeps a weight."""
+    """Raises a ConfigError unless every mask keeps a weight."""
     for name, array in arrays.items():
         if name.startswith("masks/") and not array.any():
             layer = name.removeprefix("masks/").rpartition("/")[0]
@@ -85,10 +87,10 @@ def _check_masks(arrays: Arrays) -> None:
 
 
 def shrink_ticket(ticket: LoadedTicket) -> LoadedTicket:
-    """`shrink` of a ticket with a model of `cs_jax.models`; the result has no rewound network.
+    """Shrunk ticket, for a model of `cs_jax.models`; has no rewound network.
 
     Raises:
-        ConfigError: the ticket has a custom model, or a mask keeps no weight of its layer.
+        ConfigError: the ticket has a custom model, a mask keeps no weight of its layer, or an entry is not finite.
     """
     model, variables = shrink(*ticket.known_network())
     features = dict(model.features)  # pyright: ignore[reportAttributeAccessIssue]
@@ -102,7 +104,7 @@ class _Use(NamedTuple):
     layer: Linear
     weights: np.ndarray  # (window or positions, channels, out), masked
     constants: np.ndarray  # (channels,), NaN for a channel that varies
-    absorber: str | None  # name of the array that can take a constant added to the layer's output; None without one
+    absorber: str | None  # array to which a constant for the layer's output can be added; None if there is none
     sign: int  # sign of the constant in the absorber
 
     @property
@@ -112,7 +114,7 @@ class _Use(NamedTuple):
 
     @property
     def can_fold(self) -> np.ndarray:
-        """(channels,), True for channels that can be removed with at most a constant in their place."""
+        """(channels,), True for channels that can be removed, or replaced by a constant in the absorber."""
         folded = self.constants == 0 if self.absorber is None else ~np.isnan(self.constants)
         return ~self.is_read | folded
 
@@ -122,7 +124,7 @@ class _Plan(NamedTuple):
 
     kept: np.ndarray  # (channels,), bool
     merged: np.ndarray  # (channels,), bool: constant channels that a kept channel replaces
-    into: int  # index of that channel
+    into: int  # index of the kept channel that replaces the merged channels
 
 
 class _Network:
@@ -137,7 +139,7 @@ class _Network:
         self._fixed = wiring.fixed_spaces(net, output)
 
     def shrink_once(self) -> bool:
-        """One pass over all spaces and attention modules; True if something was removed."""
+        """Runs one pass over all spaces and attention modules; returns True if channels or heads were removed."""
         constants: list[np.ndarray] = []
         for node in self._nodes:
             constants.append(_constants(node, constants, self.arrays, self._image_channels))
@@ -167,7 +169,7 @@ class _Network:
         return _Use(layer, weights, constants, absorber, sign)
 
     def _fold(self, use: _Use, plan: _Plan) -> None:
-        """Moves the contribution of channels that will be removed into the arrays of a layer that reads them."""
+        """Moves the contribution of channels to be removed into the arrays of a layer that reads them."""
         constants = np.nan_to_num(use.constants)
         folded = ~plan.kept & use.can_fold & use.is_read
         if (constants[folded] != 0).any():
@@ -186,7 +188,7 @@ class _Network:
         self.arrays[name] = values.reshape(before.shape).astype(before.dtype)
 
     def _put_kernel(self, name: str, weights: np.ndarray) -> None:
-        """Replaces a kernel by masked weights; its mask, if it has one, removes the weights that are 0."""
+        """Replaces a kernel by masked weights. Its mask, if it has one, becomes 0 where the weights are 0."""
         mask = self.arrays.get(f"masks/{name}/kernel")
         scale = 1.0 if mask is None else float(mask.max())
         if mask is not None:
@@ -210,7 +212,7 @@ class _Network:
                     self.arrays[key] = self.arrays[key][..., kept]
 
     def _drop_heads(self, name: str) -> bool:
-        """Removes heads of an attention module that are not read or have constant values; True if there were any.
+        """Removes heads of an attention module that are not read or have constant values; returns True if it did.
 
         Attention weights sum to one, so a head whose values are only biases outputs these biases.
         """
@@ -290,9 +292,9 @@ def _constants(node: wiring.Node, found: Sequence[np.ndarray], arrays: Arrays, i
 def _plan(uses: Sequence[_Use]) -> _Plan:
     """Kept and merged channels of a space, from all layers that read it.
 
-    Channels that are constant for every reader, but cannot be folded for all of them, are merged into one channel: the
-    one with the largest constants. A channel is merged if the constant of that channel is nonzero wherever it is
-    needed.
+    Channels that are constant in every layer that reads them, but cannot be folded into all these layers, are merged
+    into the channel with the largest constants, `into`. A channel is merged only if, in each layer into which it cannot
+    be folded, the constant of `into` is nonzero.
     """
     removed = np.logical_and.reduce([use.can_fold for use in uses])
     if removed.all():
@@ -311,7 +313,7 @@ def _plan(uses: Sequence[_Use]) -> _Plan:
 
 
 def _slice_inputs(kernel: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """A kernel without the inputs of removed channels; its input axis may hold several flattened positions."""
+    """A kernel without the inputs of removed channels; its input axis may contain flattened spatial positions."""
     *window, inputs, outputs = kernel.shape
     positions = inputs // len(kept)
     sliced = kernel.reshape(*window, positions, len(kept), outputs)[..., kept, :]

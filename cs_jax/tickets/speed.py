@@ -1,7 +1,7 @@
 """Inference speed of a ticket's forms on this device: dense, masked, shrunk, with and without folded BatchNorm.
 
-A mask alone saves no time. The forms are timed in turns in one process, and the dense form is recommended unless
-another form is clearly faster.
+Multiplying by masks saves no time. The timings of the forms are interleaved in one process. The dense form is
+recommended unless another form is clearly faster.
 """
 
 import functools
@@ -24,21 +24,21 @@ from cs_jax.tickets.shrink import shrink
 from cs_jax.tickets.ticket import LoadedTicket, save_ticket
 
 DENSE = "dense"
-"""Reference form: the network with plain layers and masks multiplied in, as fast as the network before pruning."""
+"""Reference form: plain layers, masks multiplied into the weights. As fast as the network before pruning."""
 
 CLEARLY = 0.95
-"""Largest ratio to the time of the dense form at which a form is recommended; smaller gains may be noise."""
+"""Largest ratio of a form's time to the dense form's time at which the form is recommended, in (0, 1)."""
 
 LEAST_SECONDS = 0.02
-"""Minimum duration of a measurement: calls are repeated to reach it."""
+"""Approximate minimum duration of a measurement, in seconds: calls are repeated to reach it."""
 
 
 class Form(NamedTuple):
     """A way to serve a ticket."""
 
-    apply: Callable[[Any, jax.Array], Any]  # logits of variables and normalised images
+    apply: Callable[[Any, jax.Array], Any]  # from variables and normalised images to logits
     variables: PyTree
-    num_bytes: int  # of its arrays; for the masked form, of the compact ticket file
+    num_bytes: int  # size of the variables; for the masked form, size of the compact ticket file
     multiply_adds: int  # per image
 
 
@@ -47,22 +47,22 @@ class Measured(NamedTuple):
 
     form: str
     batch_size: int
-    seconds: float  # per call, median over turns
-    ratio: float  # of time to the dense form in the same turn, median over turns
+    seconds: float  # per call, median over repeats
+    ratio: float  # time divided by the time of the dense form in the same repeat, median over repeats
     lowest: float  # minimum of these ratios
-    upper: float  # third quartile
-    highest: float  # maximum
-    peak_bytes: int  # peak memory of a call with its variables, from the compiler's memory analysis
+    upper: float  # third quartile of these ratios
+    highest: float  # maximum of these ratios
+    peak_bytes: int  # memory of a call including the variables, from the compiler's memory analysis
     num_bytes: int  # see `Form`
     multiply_adds: int  # per image
     difference: float  # largest difference of logits from the masked form, relative to the largest logit
 
 
 def forms(ticket: LoadedTicket) -> dict[str, Form]:
-    """Forms of a ticket by name; the forms with folded BatchNorm only if the network has BatchNorm.
+    """Forms of a ticket by name. Forms with folded BatchNorm are included if the network has BatchNorm.
 
     Raises:
-        ConfigError: the ticket has a custom model, or a mask keeps no weight of its layer.
+        ConfigError: the ticket has a custom model, a mask keeps no weight of its layer, or an entry is not finite.
     """
     model, variables, shape = ticket.known_network()
     networks = {"masked": (model, variables)}
@@ -89,13 +89,13 @@ def _compact_size(ticket: LoadedTicket) -> int:
 
 
 def measure(found: Mapping[str, Form], image_shape: Sequence[int], *, batch_size: int, repeats: int) -> list[Measured]:
-    """Times every form at one batch size, in turns.
+    """Measurements of every form at one batch size; the timings of the forms are interleaved.
 
     Args:
         found: `forms` of a ticket.
         image_shape: shape of one image, for example (32, 32, 3).
         batch_size: images per call, >= 1.
-        repeats: number of turns, >= 1; times are medians over turns.
+        repeats: number of timings of each form, >= 1; times are medians over repeats.
     """
     images = jax.random.normal(jax.random.key(0), (batch_size, *image_shape))
     with for_serving():
@@ -116,7 +116,8 @@ def measure(found: Mapping[str, Form], image_shape: Sequence[int], *, batch_size
             lowest=min(ratios),
             upper=float(np.quantile(ratios, 0.75)),
             highest=max(ratios),
-            # On a CPU, serving convolutions call a library that hides its memory; training convolutions do not.
+            # On a CPU, serving convolutions call a library whose memory the compiler does not report. The memory is
+            # therefore from a compilation with training convolutions.
             peak_bytes=_peak_bytes(_compiled(form, images) if on_cpu else compiled[name]),
             num_bytes=form.num_bytes,
             multiply_adds=form.multiply_adds,
@@ -127,7 +128,7 @@ def measure(found: Mapping[str, Form], image_shape: Sequence[int], *, batch_size
 
 
 def _compiled(form: Form, images: jax.Array) -> Any:
-    """Compiled program of a form; always traced again, because `for_serving` changes the trace."""
+    """Compiled function of a form; always traced again, because `for_serving` changes the trace."""
     return jax.jit(lambda variables, images: form.apply(variables, images)).lower(form.variables, images).compile()
 
 
@@ -144,20 +145,20 @@ def _seconds(call: Callable[[], Any], count: int) -> float:
 
 
 def _peak_bytes(compiled: Any) -> int:
-    """Peak memory of a program, from the compiler's memory analysis."""
+    """Bytes of arguments, outputs and temporary arrays of a compiled function."""
     analysis = compiled.memory_analysis()
     return analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes
 
 
 def recommend(rows: Sequence[Measured]) -> str:
-    """Recommendation for one batch size: the smallest of the forms that are about as fast as the fastest.
+    """Recommendation for one batch size: the form with the fewest bytes among the fastest, or the dense form.
 
-    A form counts as faster than the dense form if its median ratio is at most `CLEARLY`, and if it was faster in three
-    of four turns.
+    A form counts as faster than the dense form if its median ratio is at most `CLEARLY` and the third quartile of its
+    ratios is below 1. Forms within a factor of `CLEARLY` of the lowest median ratio count as the fastest.
     """
     faster = [row for row in rows if row.ratio <= CLEARLY and row.upper < 1]
     if not faster:
-        return f"batch {rows[0].batch_size}: stay dense, no form is clearly faster"
+        return f"batch {rows[0].batch_size}: stay dense; no other form is clearly faster"
     limit = min(row.ratio for row in faster) / CLEARLY
     best = min((row for row in faster if row.ratio <= limit), key=lambda row: row.num_bytes)
     return f"batch {best.batch_size}: {best.form}, {1 / best.ratio:.2f} times as fast as dense"

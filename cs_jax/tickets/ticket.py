@@ -30,29 +30,29 @@ from cs_jax.tickets.metadata import check, given_metadata
 
 
 class TicketError(ConfigError):
-    """A file that is not a ticket, is damaged or is for another model; one line with the file and the reason."""
+    """A ticket file does not exist, is damaged, or does not fit the model. The message is one line with the path."""
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedTicket:
     """A ticket that `load_ticket` read from a file.
 
-    Arrays are JAX arrays. Without JAX's 64-bit mode, arrays of 64 bits are NumPy arrays, because JAX would narrow them.
+    Arrays are JAX arrays. Without JAX's 64-bit mode, 64-bit arrays are NumPy arrays, because JAX would narrow them.
     """
 
     variables: dict[str, PyTree]  # "params", "batch_stats", "masks", for `model.apply`
     rewound: dict[str, PyTree] | None  # "params", "batch_stats" before retraining; None if the file has none
-    model: nn.Module | None  # None if the file names no model and none was given
+    model: nn.Module | None  # None if neither the metadata nor the caller gives a model
     metadata: dict[str, Any]  # see `save_ticket`
 
     @property
     def density(self) -> float:
-        """Share of masked weights that are kept, in [0, 1]."""
+        """Share of maskable weights that are kept, in [0, 1]."""
         return self.metadata["density"]
 
     @property
     def found_masks(self) -> PyTree:
-        """Masks without the all-ones masks of the weights that metadata lists as "unmasked"."""
+        """Masks, without the all-ones masks of weights that the metadata list as "unmasked"."""
         leaves = trees.leaves_by_path(self.variables["masks"])
         return trees.nest({path: mask for path, mask in leaves.items() if trees.name(path) in self.metadata["layers"]})
 
@@ -68,7 +68,7 @@ class LoadedTicket:
         return self.model, self.variables, tuple(about["image_shape"])
 
     def normalize(self, images: ArrayLike) -> jax.Array:
-        """Normalised images for the model: (images - mean) / std, with the constants of its training.
+        """Normalised images for the model: (images - mean) / std, with the constants used in training.
 
         Args:
             images: (n, height, width, channels), pixel values from 0 to 255.
@@ -78,7 +78,10 @@ class LoadedTicket:
         """
         constants = self.metadata.get("normalization")
         if constants is None:
-            raise ConfigError("metadata: normalization: missing; save the ticket with it")
+            raise ConfigError(
+                "metadata: normalization: missing; pass metadata={'normalization': {'mean': ..., 'std': ...}} to "
+                "save_ticket"
+            )
         return normalize(jnp.asarray(images), *(jnp.asarray(constants[name], float) for name in ("mean", "std")))
 
 
@@ -92,29 +95,30 @@ def save_ticket(
     metadata: Mapping[str, Any],
     compact: bool = False,
 ) -> None:
-    """Writes a ticket atomically: a failure leaves the earlier file at `path` unchanged.
+    """Writes a ticket file atomically: a failure leaves an existing file at `path` unchanged.
 
-    Trained weights that the mask removes are stored as 0, so that the full and the compact form load to the same bits.
-    Rewound weights are stored whole, because random and reshuffled controls need them. Empty dictionaries are dropped.
+    Pruned weights are stored as 0, so that the full and the compact form load to the same bits. Rewound weights are not
+    pruned, because random and reshuffled controls need all of them. Empty dictionaries are not stored.
 
     Args:
         path: file to write; replaced if it exists. Its folder must exist.
         params: trained weights; nested dictionaries of float or integer arrays of up to 64 bits.
         batch_stats: BatchNorm or other model state, nested dictionaries of the same kind; {} if there is none.
-        masks: hard masks with the paths, shapes and dtypes of their weights. Entries are 0 or one scale that all masks
-            share. A weight that is never masked is absent.
-        rewound: "params" and "batch_stats" before retraining, with the structure of the trained ones; None if unknown.
+        masks: hard masks with the paths, shapes and dtypes of their weights. Entries are 0 or the mask scale, which is
+            the same in all masks. Weights without a mask have no entry.
+        rewound: "params" and "batch_stats" before retraining, with the paths, shapes and dtypes of `params` and
+            `batch_stats`; None if unknown.
         metadata: JSON values. Keys with a meaning, all optional: "model" (see below), "config" (settings of the run),
             "dataset", "classes" (names), "normalization" ("mean" and "std", a list of numbers by channel), "accuracy"
             (shares in [0, 1] by name), "versions", "unmasked" (names of weights that the model masks but the ticket
-            does not; their masks are ones and are not stored) and "mask_scale" (required if all masks are empty). Do
-            not store paths, hosts or times. Keys that this function writes itself are ignored, so the metadata of a
-            loaded ticket can be passed unchanged.
-        compact: store only kept weights, without the rewound network, for serving.
+            does not; their masks are ones and are not stored) and "mask_scale" (required if no mask keeps a weight).
+            Do not store paths, host names or times, so that equal tickets give equal files. Keys that this function
+            writes itself are ignored, so the metadata of a loaded ticket can be passed unchanged.
+        compact: for serving: store only the kept weights, and no rewound network.
 
     "model" is a dictionary of "name" (in `cs_jax.models.MODELS`, None for a custom model), "num_classes", "image_shape"
-    (height, width, channels), "dtype" of its computations (float32, the default, or bfloat16) and "features" (widths of
-    layers that `shrink` changed, by name).
+    (height, width, channels), "dtype" (of the computations: float32, the default, or bfloat16) and "features" (widths
+    of layers that `shrink` changed, by name).
 
     Raises:
         ConfigError: arrays, masks or metadata are not a valid ticket, or do not fit the model in the metadata.
@@ -136,7 +140,7 @@ def save_ticket(
 
 
 def _without_unmasked(masks: Arrays, given: Mapping[str, Any]) -> Arrays:
-    """Masks without the all-ones masks that metadata lists as "unmasked"."""
+    """Masks, without the all-ones masks of weights that the metadata list as "unmasked"."""
     names = {f"masks/{name}" for name in given.get("unmasked") or ()}
     for name in names & masks.keys():
         if (masks[name] != 1).any():
@@ -145,21 +149,22 @@ def _without_unmasked(masks: Arrays, given: Mapping[str, Any]) -> Arrays:
 
 
 def load_ticket(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> LoadedTicket:
-    """Reads a ticket that `save_ticket` wrote, bit for bit, after checking the file.
+    """Reads a ticket that `save_ticket` wrote, bit for bit, after checks of the file.
 
-    The hash detects damage, not forgery: anyone can write a ticket. A hostile file is refused or loads as an ordinary
-    network; no code from a file is executed.
+    The hash detects damage, not forgery: anyone can write a ticket. A hostile file raises an error or loads as an
+    ordinary network; code from a file is never executed.
 
     Args:
         path: file in the full or the compact form.
-        model: custom module of the ticket; default: the model of `cs_jax.models` in the metadata. The ticket is checked
-            against the module if the metadata have an "image_shape".
+        model: custom module of the ticket; default: the model of `cs_jax.models` in the metadata. The arrays are
+            checked against the module if the metadata have an "image_shape".
 
     Returns:
-        The ticket. Its `model` is None if the metadata name no model and none was given.
+        The ticket. Its `model` is None if neither the metadata nor `model` gives one.
 
     Raises:
-        TicketError: the file does not exist, is not a ticket, is damaged, or does not fit the model.
+        TicketError: the file does not exist, is not a ticket, is damaged, does not fit the model, or does not fit into
+            memory.
     """
     try:
         arrays, about = file_format.read(Path(path))
@@ -188,7 +193,7 @@ def _nest(arrays: Mapping[str, Any], prefix: str) -> PyTree:
 
 
 def _check_model(about: Mapping[str, Any], arrays: Arrays, model: nn.Module | None) -> nn.Module | None:
-    """The given model, or the model in the metadata, after comparing its leaves with the ticket; None without one."""
+    """The given model, or else the model in the metadata, after checks against the arrays; None if there is neither."""
     entry = about.get("model") or {}
     name, image_shape = entry.get("name"), tuple(entry.get("image_shape") or ())
     if model is not None:
@@ -213,9 +218,9 @@ def _check_model(about: Mapping[str, Any], arrays: Arrays, model: nn.Module | No
 
 
 def _check_features(name: str, features: Features, arrays: Arrays) -> None:
-    """Raises unless the model supports other layer widths and the ticket has the layers that have them."""
+    """Raises a ConfigError unless the model supports other layer widths and the ticket has the named layers."""
     supported = not features or has_field(name, "features")
-    check("metadata: model.features", features, supported, f"must be empty, {name} has fixed layer widths")
+    check("metadata: model.features", features, supported, f"must be empty, because {name} has fixed layer widths")
     for layer in features:
         known = any(key.startswith(f"params/{layer}/") for key in arrays)
         check("metadata: model.features", layer, known, "must be a layer of the ticket")
@@ -230,13 +235,19 @@ def _kind(dtype: DTypeLike) -> str:
 def _known_model(
     name: str, num_classes: int, image_shape: tuple[int, ...], dtype: str, features: Features
 ) -> tuple[nn.Module, dict[str, tuple]]:
-    """A model of `cs_jax.models` and `shapes_of` it; cached, because tracing its initialisation is slow."""
+    """A model of `cs_jax.models` and its `shapes_of`; cached, because tracing the initialisation is slow."""
     model = build(name, num_classes=num_classes, dtype=dtype, features=features)
     return model, shapes_of(model, image_shape)
 
 
 def shapes_of(model: nn.Module, image_shape: tuple[int, ...]) -> dict[str, tuple]:
-    """Shape and kind of every leaf by name, "params/conv0/kernel"; no array is allocated."""
+    """Shape and dtype of every leaf by name, "params/conv0/kernel"; allocates no arrays.
+
+    The dtype is "floats" for any float dtype.
+
+    Raises:
+        ConfigError: the model does not accept images of this shape.
+    """
     try:
         variables = jax.eval_shape(
             lambda: nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), **evaluation_mode(model)))
@@ -257,8 +268,8 @@ def shapes_of(model: nn.Module, image_shape: tuple[int, ...]) -> dict[str, tuple
 def dense_sizes(ticket: LoadedTicket) -> dict[str, int]:
     """Number of entries of each array of "params" and "batch_stats" in the dense network, by name.
 
-    For a shrunk ticket the dense network is the model of its family before shrinking. For a custom model it is the
-    ticket's own network. A name is like "params/conv0/kernel".
+    For a shrunk ticket, the dense network is the model with default layer widths. For a custom model, the dense network
+    has the layer widths of the ticket. Names are like "params/conv0/kernel".
     """
     entry = ticket.metadata.get("model") or {}
     if entry.get("name") is None:

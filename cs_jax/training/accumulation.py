@@ -1,4 +1,4 @@
-"""Gradient accumulation: a batch is computed in parts, one after another, in the memory of one part."""
+"""Gradient accumulation: computes a batch in parts, one after another, with the memory for one part."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ Compute = Callable[..., tuple[PyTree, PyTree]]
 
 
 def num_parts(count: int, part_size: int | None) -> int:
-    """Smallest number of parts of at most `part_size` examples for a batch of `count`; one part if it is None."""
+    """Smallest number of parts of at most `part_size` examples for `count` examples; 1 if `part_size` is None."""
     return 1 if part_size is None else -(-count // part_size)
 
 
@@ -23,11 +23,11 @@ def mean_over_parts(
     """Means over a batch, computed in the smallest number of parts of at most `part_size` examples.
 
     The sizes of the parts differ by at most one. With k parts, a part takes every k-th example, so that a batch that is
-    split over devices stays split. On a CPU the parts are unrolled, because XLA is slow inside a loop there
-    (jax-ml/jax#12868). On other devices parts of equal size are a loop.
+    split over devices stays split. On a CPU, the loop over the parts is unrolled, because XLA computes convolutions
+    slowly inside loops there (jax-ml/jax#12868). On other devices, the loop is unrolled only if the part sizes differ.
 
     Args:
-        part_size: examples of a part, at least 1; None computes the whole batch at once.
+        part_size: maximum number of examples in a part, at least 1; None computes the whole batch at once.
         compute: function of a carry and a part of every array. Returns the next carry, with the same shapes and dtypes,
             and means over the examples of the part.
         carry: carry for the first part.
@@ -52,7 +52,7 @@ def _unrolled(
     total = _zeros(means)
     for number in range(parts):
         part = [array[number::parts] for array in arrays]
-        # The barrier keeps a part from starting before the previous part ends: all would be in memory at once.
+        # Without the barrier, parts could be computed at the same time, and all would be in memory together.
         part, carry, total = lax.optimization_barrier((part, carry, total))
         carry, values = compute(carry, *part)
         total = _add(total, values, len(part[0]) / len(arrays[0]))

@@ -1,4 +1,4 @@
-"""Steps and evaluations of several runs in one program: states are stacked along a leading axis of runs."""
+"""Steps and evaluations of several runs in one compiled call: states are stacked along a leading axis of runs."""
 
 import dataclasses
 import functools
@@ -27,12 +27,12 @@ class _Stack:
 
     @functools.cached_property
     def kind(self) -> Hashable:
-        """Kind of each of the states; see `kind`."""
+        """Result of the function `kind` for the state of each run."""
         leaves, structure = jax.tree.flatten(self.states)
         return structure, tuple((leaf.shape[1:], leaf.dtype) for leaf in leaves)
 
     def rows(self) -> list[TrainState]:
-        """One state for each run, in place of its previous state."""
+        """States of the runs, in order; their arrays stay in the stack until a field is read."""
         return [_Row.of(self, number) for number in range(self.size)]
 
 
@@ -68,12 +68,12 @@ def _source(state: TrainState) -> tuple[_Stack, int] | None:
 
 
 def plain(state: TrainState) -> TrainState:
-    """State outside of a stack: a `TrainState`, for which compiled functions are not traced again."""
+    """Copy of a state as a `TrainState` outside of a stack, so that compiled functions are not traced again."""
     return TrainState(**{name: getattr(state, name) for name in _FIELDS})
 
 
 def _stacked(states: Sequence[TrainState]) -> _Stack:
-    """Stack of states. If they are all rows of one stack, in order, that stack is reused."""
+    """Stack of states. States that are all rows of one stack, in order, give this stack."""
     first = _source(states[0])
     if first is not None:
         stack, _ = first
@@ -83,7 +83,7 @@ def _stacked(states: Sequence[TrainState]) -> _Stack:
 
 
 def state_kind(state: TrainState) -> Hashable:
-    """`kind` of a state; does not read the arrays of a row."""
+    """Result of the function `kind` for a state; does not read the arrays of a row."""
     source = _source(state)
     return kind(plain(state)) if source is None else source[0].kind
 
@@ -107,7 +107,7 @@ def equal(a: ImageSet, b: ImageSet) -> bool:
 
 
 def _distinct(sets: Sequence[ImageSet]) -> tuple[tuple[int, ...], tuple[ImageSet, ...]]:
-    """For each run the position of its data set, and the data sets without repetitions."""
+    """For each run, the index of its data set in the second result: the data sets without repetitions."""
     found = {id(data): data for data in sets}
     places = list(found)
     return tuple(places.index(id(data)) for data in sets), tuple(found.values())
@@ -120,7 +120,7 @@ class _Inputs(struct.PyTreeNode):
     indices: Any  # (runs, batch); for several steps a list with an array of (steps, batch) for each run
     keys: Any  # a list with one PRNG key for each run; an array of keys once stacked
     hypers: Any  # a list with the hyperparameters of each run; scalars become (runs,) arrays once stacked
-    which: tuple[int, ...] = struct.field(pytree_node=False)  # each run's position in `sets`; static
+    which: tuple[int, ...] = struct.field(pytree_node=False)  # for each run, index of its data set in `sets`; static
 
     @classmethod
     def of(cls, inputs: Sequence[StepInputs], indices: Any) -> "_Inputs":

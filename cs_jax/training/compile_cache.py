@@ -1,4 +1,4 @@
-"""Keeps compiled programs on disk, so that later runs of the same networks start without compiling."""
+"""Compilation cache on disk, so that later runs of the same networks start without compiling."""
 
 import contextlib
 import hashlib
@@ -16,8 +16,8 @@ VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 def keep_programs() -> None:
     """Enable JAX's compilation cache in the user's cache folder, unless `VARIABLE` is set.
 
-    Does nothing if the folder cannot be written. Each kind of processor has a separate folder, because a program that
-    was compiled for one kind may crash on another.
+    Does nothing if the folder cannot be written. Each kind of processor has a separate folder, because code that was
+    compiled for one kind of processor may crash on another kind.
     """
     if VARIABLE in os.environ:
         return
@@ -30,12 +30,12 @@ def keep_programs() -> None:
         return
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # there are many small programs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # there are many small functions
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def processor() -> str:
-    """Hash of architecture and instruction set: equal for processors that run the same programs."""
+    """Hash of architecture and instruction set: equal for processors that can run the same compiled code."""
     about = platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

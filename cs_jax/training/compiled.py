@@ -1,4 +1,4 @@
-"""Compiled programs for one run: training steps, forward passes and BatchNorm statistics."""
+"""Compiled functions for a single run: training steps, forward passes and BatchNorm statistics."""
 
 import functools
 from typing import Any
@@ -19,9 +19,9 @@ from cs_jax.training.step import Recipe, StepInputs, StepMetrics, TrainState
 def _steps(
     recipe: Recipe, state: TrainState, inputs: StepInputs, bounds: tuple[Int[Array, ""], Int[Array, ""]]
 ) -> tuple[TrainState, StepMetrics]:
-    """Several steps in one compiled call, and the loss terms of all steps, which are 0 outside of the bounds.
+    """State after several steps in one compiled call, and loss terms of all steps, which are 0 outside the bounds.
 
-    The bounds are traced, so one program serves every call of an epoch, wherever the call starts.
+    The bounds are traced, so all calls of an epoch use the same compiled function.
 
     Args:
         recipe: static.
@@ -45,9 +45,9 @@ def compiled(recipe: Recipe, mesh_layout: MeshLayout | None = None, state: Train
     """Compiled forms of one step (`step.step`) and of several steps in one call (`_steps`).
 
     Args:
-        recipe: the programs are called with it.
+        recipe: recipe of the calls; `in_order` selects compiler options.
         mesh_layout: layout on several devices; None is the default device.
-        state: required with a mesh layout; output states get the shardings of a state with these shapes.
+        state: a state or its shapes, required with a mesh layout; gives the shardings of the output state.
     """
     is_ordered = recipe.in_order and jax.default_backend() == "cpu"
     if mesh_layout is None:
@@ -59,7 +59,7 @@ def compiled(recipe: Recipe, mesh_layout: MeshLayout | None = None, state: Train
 
 @functools.cache
 def _compiled(placed: tuple[MeshLayout, Any, tuple[Any, ...]] | None, is_ordered: bool) -> tuple[Any, Any]:
-    """Programs for one mesh layout and state shape.
+    """Compiled forms for one mesh layout and one set of state shapes.
 
     XLA's CPU compiler removes optimization barriers early and then merges equal computations, which needs more memory.
     With `is_ordered` the pass that removes the barriers is disabled.

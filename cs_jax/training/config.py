@@ -9,22 +9,22 @@ from cs_jax.core.settings import COUNT, DEVICES, POSITIVE, RUNTIME, Settings, at
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Settings):
-    """Settings that every training reads: search rounds, retraining and controls."""
+    """Settings for all training: search rounds, retraining and controls."""
 
     batch_size: Annotated[int, COUNT] = 128
     """Examples per step; the last batch of an epoch may be smaller."""
 
     accumulate: Annotated[int, COUNT] = 1
-    """Parts in which a batch is computed one after another, to save memory; must divide --batch-size. Their gradients
-    are averaged for one update; BatchNorm statistics are per part."""
+    """Number of parts in which a batch is computed, one after another, to save memory; must divide --batch-size.
+    Gradients are averaged over the parts for one update; BatchNorm normalizes each part separately."""
 
     remat: bool = False
     """Keep only the inputs of the network's blocks for the backward pass and recompute the rest: less memory, more
     time."""
 
     dtype: str = "float32"
-    """Type in which the network computes: float32 or bfloat16. Weights, their momentum, BatchNorm statistics, masks,
-    logits and the loss are float32 in both."""
+    """Data type in which the network computes: float32 or bfloat16. Weights, momentum of the weights, BatchNorm
+    statistics, masks, logits and the loss are always float32."""
 
     epochs: Annotated[int, COUNT] = 85
     """Epochs in each search round, and again in the ticket's retraining."""
@@ -33,20 +33,23 @@ class TrainingConfig(Settings):
     """Learning rate of the weights at the start of each round (SGD with Nesterov momentum 0.9)."""
 
     lr_schedule: Annotated[tuple[int, ...], RUNTIME] = (56, 71)
-    """Epochs of a round at which both learning rates drop, increasing; those after the last epoch have no effect."""
+    """Epochs of a round, increasing, at which the learning rates of weights and scores drop. Epochs after the end of
+    the round have no effect."""
 
     lr_drops: Annotated[tuple[float, ...], RUNTIME] = (0.1, 0.1)
-    """Factors of the drops, one for each epoch of --lr-schedule; without them, the preset's last factor each time."""
+    """Factors of the drops, one for each epoch of --lr-schedule. If only --lr-schedule is given, each drop has the
+    preset's last factor."""
 
     decay: Annotated[float, at_least(0)] = 1e-4
     """L2 weight decay of all weights, including BatchNorm and biases; scores do not decay."""
 
     data_parallel: Annotated[int | None, DEVICES, COUNT] = None
-    """Devices that share the examples of each batch, which must divide evenly; None is 1, or all devices where several
-    processes run together. Every number of devices computes the same step, up to rounding."""
+    """Number of devices that share the examples of each batch; must divide --batch-size. None is 1; in a run with
+    several processes, None uses all devices. The number changes the results only by rounding."""
 
     model_parallel: Annotated[int, DEVICES, COUNT] = 1
-    """Devices that share each large weight array with its scores and momentum, for networks too large for one."""
+    """Number of devices that share each large weight array with its scores and momentum, for networks that do not fit
+    on one device."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

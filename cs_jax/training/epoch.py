@@ -12,12 +12,12 @@ from cs_jax.data.stream import Images
 from cs_jax.training.step import ROUNDING_DRAWS, Hyperparams, StepInputs
 
 HOST_DRAWS = ROUNDING_DRAWS - 1
-"""Number folded into a phase's key for random draws on the host; larger than any step number, unused inside steps."""
+"""Number folded into a phase's key for random draws on the host; larger than any step number, not used by steps."""
 
 
 @dataclass(frozen=True, eq=False)
 class Epoch:
-    """One pass over training images: all that an executor needs besides recipe and state.
+    """One pass over training images: inputs of an executor, in addition to recipe and state.
 
     Attributes:
         data: training images, in device memory or streamed.
@@ -38,7 +38,7 @@ class Epoch:
 
     @property
     def num_steps(self) -> int:
-        """Steps of the whole epoch, with a smaller last batch included."""
+        """Number of steps of the whole epoch, including a smaller last batch."""
         return -(-len(self.order) // self.batch_size)
 
     def inputs(self, data: ImageSet, indices: Int[Array, "..."] | np.ndarray) -> StepInputs:
@@ -46,7 +46,7 @@ class Epoch:
         return StepInputs(data, indices, self.key, self.hyper)
 
     def call_ends(self, full: int, steps_per_call: int) -> Iterator[int]:
-        """Steps of the epoch that are done after each compiled call.
+        """Number of done steps of the epoch after each compiled call.
 
         A call ends at every multiple of `steps_per_call` up to `full`. After that, each call does one step.
 

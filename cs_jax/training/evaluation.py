@@ -33,7 +33,8 @@ class Evaluator(Placement):
             model: Linen module, called with `train=False`.
             variables: "params", "batch_stats" and "masks".
             data: images to classify.
-            batch_size: examples per call. Copies of an example fill the last batch; their logits are dropped.
+            batch_size: examples per batch. Copies of the last example fill the last batch; the logits of the copies are
+                dropped.
             on_batch: called before every compiled call; may raise an exception to stop.
 
         Raises:
@@ -68,8 +69,8 @@ class Evaluator(Placement):
     def estimate_statistics(self, model: nn.Module, variables: PyTree, data: Images, *, batch_size: int) -> PyTree:
         """BatchNorm statistics of a network with its masks: the "batch_stats" after one pass over `data`.
 
-        The examples come in an order that is shuffled but always the same: running averages weigh the last batches
-        most, and stored data may be sorted. Images are not augmented, and only full batches are used. After k batches,
+        Examples are in a fixed random order, because running averages give the last batches the largest weight, and
+        stored data may be sorted by class. Images are not augmented, and only full batches are used. After k batches,
         the initial statistics have the weight momentum**k. Weights do not change.
 
         Args:
@@ -105,7 +106,7 @@ def all_in_order(count: int, batch_size: int) -> Int[np.ndarray, "steps batch"]:
 
 
 def shuffled(count: int, batch_size: int) -> Int[np.ndarray, "steps batch"]:
-    """Indices of examples in an order that is shuffled but always the same, in full batches; the rest is left out.
+    """Indices of examples in a fixed random order, in full batches; the remaining examples are left out.
 
     >>> shuffled(5, 2)
     array([[2, 4],

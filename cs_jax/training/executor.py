@@ -14,18 +14,18 @@ from cs_jax.training.step import Recipe, StepInputs, StepMetrics, TrainState, in
 from cs_jax.training.streamed import Streamed
 
 STEPS_PER_CALL = 100
-"""Steps of one call on an accelerator: many, for few dispatches; few enough that a signal is handled soon."""
+"""Steps of one compiled call on an accelerator: few dispatches, but a signal is still handled soon."""
 
 
 class Executor(Evaluator):
     """Runs epochs and evaluations.
 
-    Each compiled call on images in device memory is one method, for subclasses to change: `take_steps`, `take_step`,
-    `classify` and `classify_all`.
+    Compiled calls on images in device memory are in four methods, which subclasses can override: `take_steps`,
+    `take_step`, `classify` and `classify_all`.
     """
 
     def init_variables(self, recipe: Recipe, key: Array, image_shape: tuple[int, ...]) -> dict[str, PyTree]:
-        """`step.init_variables`, created in their final shardings: no device needs room for whole arrays."""
+        """Result of `step.init_variables`, created with its final shardings, so no device has to hold whole arrays."""
         return init_variables(recipe, key, image_shape, place=self.mesh_layout and self.mesh_layout.state)
 
     def train_epoch(
@@ -35,8 +35,8 @@ class Executor(Evaluator):
 
         A call takes `STEPS_PER_CALL` steps on an accelerator. A call takes one step on a CPU, because XLA computes the
         weight gradient of a convolution 10 to 100 times slower inside a loop there (jax-ml/jax#12868). On streamed
-        images a call takes one step everywhere. At most two calls are in progress at a time, so signals are handled
-        between them.
+        images, a call takes one step on all devices. At most two calls are in progress at a time, so that signals are
+        handled soon.
 
         Args:
             recipe: static part of the step.
@@ -45,8 +45,8 @@ class Executor(Evaluator):
 
         Yields:
             After every call: number of steps done in this epoch, state, and loss terms of the call's steps. The state
-            is donated to the next call: copy what must be kept. The loss terms may not be computed yet; the loss
-            terms of the previous call are.
+            is donated to the next call: copy arrays that are needed later. The device may still be computing the loss
+            terms; the loss terms of the previous call are ready.
 
         Raises:
             ConfigError: a streamed example cannot be read.

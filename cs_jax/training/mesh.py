@@ -25,7 +25,7 @@ MIN_SIZE = 4096
 class MeshLayout:
     """A device mesh and the shardings of arrays on it. Devices that share a weight belong to one process.
 
-    Arrays of one shape always get the same sharding, so scores, masks, momentum and snapshot lie like their weights.
+    Arrays of the same shape always get the same sharding, so scores, masks and momentum are split like their weights.
 
     Attributes:
         mesh: has the axes "data" and "model".
@@ -47,11 +47,12 @@ class MeshLayout:
         """Check that a batch of `size` examples can be split evenly.
 
         Raises:
-            ConfigError: it cannot; gives the number of devices.
+            ConfigError: the batch cannot be split evenly; the message gives the number of devices.
         """
         parts = self.mesh.shape[DATA]
         if size % parts:
-            raise ConfigError(f"--batch-size {size}: must be a multiple of {parts}, the devices that share a batch")
+            devices = f"{parts}, the number of devices that share a batch"
+            raise ConfigError(f"--batch-size {size}: must be a multiple of {devices}")
 
     def batches(self, size: int) -> NamedSharding:
         """Sharding of several batches of `size` examples, (steps, batch): each row as in `batch`."""
@@ -60,9 +61,9 @@ class MeshLayout:
     def state(self, tree: PyTree) -> PyTree:
         """Shardings of weights, and of all arrays with the shapes of weights.
 
-        An array of at least `MIN_SIZE` entries is split over "model" along its longest axis that divides evenly into
-        parts of more than one entry; of equally long axes along the last. An array with axis names
-        (`flax.linen.with_partitioning`) is split only along the axis that is named "model".
+        An array of at least `MIN_SIZE` entries is split over "model", along the longest axis that can be divided into
+        equal parts of more than one entry. If several axes are longest, the last of these axes is split. An array with
+        axis names (`flax.linen.with_partitioning`) is split only along the axis that is named "model".
 
         Args:
             tree: arrays or their shapes; arrays with axis names are Flax boxes.
@@ -98,7 +99,7 @@ class MeshLayout:
         return jax.make_array_from_process_local_data(sharding, share, (size, *share.shape[1:]))
 
     def place(self, tree: PyTree, shardings: PyTree) -> PyTree:
-        """Arrays with the given shardings; arrays that have them already are not copied.
+        """Arrays with the given shardings; an array that already has its sharding is not copied.
 
         Args:
             tree: arrays, equal in every process.
@@ -122,8 +123,8 @@ def make_layout(data: int | None, model: int) -> MeshLayout | None:
     """Layout on a mesh of `data * model` devices; None for one device of one process.
 
     Args:
-        data: number of devices that share a batch. None is 1 in a single process; with several processes it is all
-            devices divided by `model`.
+        data: number of devices that share a batch. None is 1 in a single process. With several processes, None is the
+            number of all devices divided by `model`.
         model: number of devices that share each large array of weights.
 
     Raises:

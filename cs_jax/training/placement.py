@@ -1,4 +1,4 @@
-"""Places arrays where compiled programs need them: on the default device, or over a mesh of devices."""
+"""Places arrays for compiled functions: on the default device, or on a mesh of devices."""
 
 from dataclasses import dataclass
 
@@ -23,11 +23,11 @@ class Placement:
     mesh_layout: MeshLayout | None = None
 
     def place(self, tree: PyTree) -> PyTree:
-        """Weights, and arrays with the shapes of weights, where compiled steps need them."""
+        """Weights and arrays with the shapes of weights, placed for compiled steps."""
         return tree if self.mesh_layout is None else self.mesh_layout.place(tree, self.mesh_layout.state(tree))
 
     def copy(self, tree: PyTree) -> PyTree:
-        """Copies of weights, placed as by `place`; a step may be given the copies to donate."""
+        """Copies of weights, placed as in `place`, which can be donated to a step."""
         return jax.tree.map(jnp.copy, self.place(tree))
 
     def place_everywhere(self, tree: PyTree) -> PyTree:

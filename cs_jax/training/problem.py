@@ -1,4 +1,4 @@
-"""A training problem: model, data and random numbers; and a sparse network before it is retrained."""
+"""Training problem of a run: model, data and PRNG keys; and the ticket, a sparse network before its retraining."""
 
 import zlib
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from cs_jax.training.step import Recipe
 
 
 class Snapshot(NamedTuple):
-    """State that a rewind restores: all weights, masked or not, and the BatchNorm state."""
+    """State that a rewind restores: all weights, including weights without a mask, and the BatchNorm state."""
 
     params: PyTree
     batch_stats: PyTree
@@ -28,7 +28,7 @@ class Ticket(NamedTuple):
 
 
 PURPOSES = ("init", "order", "augment", "masks", "reinit", "random", "shuffled")
-"""Purposes of random numbers in a run, each with PRNG keys of its own; custom methods and controls may use others."""
+"""Purposes of random numbers in a run; each has separate PRNG keys. Custom methods and controls may add purposes."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Problem:
         """Indices into `train`, in the order of one epoch.
 
         Args:
-            phase: number of the search round, from 0; the retraining is the number after the last round.
+            phase: number of the search round, from 0; the retraining has the next number after the last round.
             epoch: number of the epoch in the phase, from 0.
         """
         if self.order is not None:
@@ -54,11 +54,11 @@ class Problem:
         return jax.random.permutation(self.key_for("order", phase, epoch), len(self.train))
 
     def init_variables(self, purpose: str = "init") -> dict[str, PyTree]:
-        """A fresh network: "params", "batch_stats" and "masks" of ones."""
+        """Newly initialized network: "params", "batch_stats" and "masks" of ones."""
         return self.executor.init_variables(self.recipe, self.key_for(purpose), self.train.image_shape)
 
     def init_ticket(self, purpose: str = "init") -> Ticket:
-        """A fresh network as a ticket that keeps every weight, unscaled."""
+        """Newly initialized network as a ticket: masks of ones keep every weight."""
         variables = self.init_variables(purpose)
         return Ticket(Snapshot(variables["params"], variables["batch_stats"]), variables["masks"])
 

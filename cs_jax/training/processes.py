@@ -1,4 +1,4 @@
-"""Several processes that share one run, on one or several hosts: start, agreement and end.
+"""Several processes that share one run, on one or several hosts: start, communication and end.
 
 All processes run the same program with the same settings. The first process, the leader, writes files and prints.
 """
@@ -46,7 +46,7 @@ class LostProcessError(RuntimeError):
 
 
 def start(coordinator: str, count: int | None, index: int | None, *, prog: str) -> None:
-    """Connect to the other processes of a run. Must be called before JAX looks for devices.
+    """Connect to the other processes of a run. Must be called before JAX initializes its devices.
 
     Args:
         coordinator: HOST:PORT of the first process, the same in all processes; or `AUTOMATIC`.
@@ -94,11 +94,11 @@ def _check(coordinator: str, count: int | None, index: int | None) -> None:
 
 @contextlib.contextmanager
 def _time_limit(coordinator: str, prog: str) -> Iterator[None]:
-    """Exit with an error message after `PATIENCE` seconds; JAX would crash later, without one."""
+    """Exit with an error message after `PATIENCE` seconds; JAX would crash later, without this message."""
 
     def give_up() -> None:
         what = f"not all processes connected within {PATIENCE} s"
-        _exit(f"{prog}: error: --coordinator {coordinator}: {what}; start all processes, able to reach this address", 2)
+        _exit(f"{prog}: error: --coordinator {coordinator}: {what}; start all processes on hosts that reach it", 2)
 
     timer = threading.Timer(PATIENCE, give_up)
     timer.daemon = True
@@ -110,7 +110,7 @@ def _time_limit(coordinator: str, prog: str) -> Iterator[None]:
 
 
 def _explain_abort(prog: str) -> None:
-    """Print an error message when JAX aborts this process, which it does when another process is lost."""
+    """Print an error message when JAX aborts this process because another process is lost."""
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: _exit(f"{prog}: error: {LostProcessError()}", 1))
     _handlers.append(handler)
     ctypes.CDLL(None).signal(signal.SIGABRT, handler)  # Python's signal handlers would run too late
@@ -132,7 +132,7 @@ def _exit(line: str, code: int) -> None:
 
 @contextlib.contextmanager
 def explain_lost_process() -> Iterator[None]:
-    """Turns errors of a computation that another process has left into a LostProcessError.
+    """Converts JAX errors that are caused by a lost process to a LostProcessError.
 
     Raises:
         LostProcessError: in place of JAX's error.
@@ -157,17 +157,17 @@ def is_leader() -> bool:
 
 
 def agree(number: int) -> int:
-    """Largest of the processes' numbers, each 0 or more. All processes must call this."""
+    """Largest number that a process has passed; numbers are at least 0. All processes must call this."""
     if not are_several():
         return number
     return int(np.max(multihost_utils.process_allgather(np.int32(number))))
 
 
 def from_leader(function: Callable[[], Any]) -> Any:
-    """Result of a function, a JSON value, that only the leader calls; the other processes wait for the result.
+    """Result of a function that only the leader calls, a JSON value; the other processes wait for the result.
 
     Raises:
-        ConfigError: the function raised it in the leader; raised in every process.
+        ConfigError: the function raised a ConfigError in the leader; every process raises it.
     """
     if not are_several():
         return function()
@@ -205,7 +205,7 @@ def check_same_everywhere(about: Mapping[str, Any]) -> None:
         about: JSON values by name.
 
     Raises:
-        ConfigError: values differ; names the first difference and its process; raised in every process.
+        ConfigError: values differ; every process raises it. The message names the first difference and its process.
     """
     if not are_several():
         return
@@ -216,7 +216,8 @@ def check_same_everywhere(about: Mapping[str, Any]) -> None:
             if other.get(name) != first.get(name):
                 raise ConfigError(
                     f"{name} {other.get(name)} in process {index} on host {other['host']}: must be the same in every "
-                    f"process, but is {first.get(name)} in process 0 on host {first['host']}"
+                    f"process, but is {first.get(name)} in process 0 on host {first['host']}; start all processes with "
+                    "the same value"
                 )
 
 
@@ -233,7 +234,7 @@ def _as_bytes(value: Any) -> np.ndarray:
 
 
 def gather_rows(share: np.ndarray, size: int) -> np.ndarray:
-    """Whole array of `size` rows from the share of each process, in the order of the processes."""
+    """Whole array of `size` rows, joined from the rows of each process, in the order of the processes."""
     if not are_several():
         return share
     padded = np.zeros((-(-size // jax.process_count()), *share.shape[1:]), share.dtype)

@@ -1,9 +1,9 @@
-"""Runs that share a device: equal computations of several runs are done by one program, each with its own numbers.
+"""Runs that share a device: computations of the same kind are done for several runs in one compiled call.
 
-Each run has a thread and is independent of the other runs. Only one thread is active at a time: it continues until its
-executor submits a computation, then sleeps until every run has submitted one. Host work of different runs therefore
-never overlaps. Then the submitted computations with the earliest place in an epoch are done, evaluations first, and the
-other runs wait. Runs that started at different times thus reach the same place, and stay together.
+Each run has a thread and is independent of the other runs. Only one thread is active at a time. A thread runs until its
+executor submits a computation. It then waits until every run has submitted a computation. Host work of different runs
+therefore never overlaps. The computations with the earliest place in an epoch are then done, evaluations first, while
+the other runs wait. Runs that started at different times therefore reach the same place, and stay together.
 """
 
 import functools
@@ -33,9 +33,9 @@ class _Call:
 
     run: int  # number of the run
     place: int  # place in the epoch: number of its first step, or `EVALUATION`
-    program: Callable[..., list[Any]]  # does calls of the same kind in one compiled call
-    kind: Hashable  # calls of equal program and kind can be done together
-    alone: Callable[[], Any]  # does this call alone
+    program: Callable[..., list[Any]]  # does several calls of the same kind in one compiled call
+    kind: Hashable  # calls with equal `program` and `kind` can be done together
+    alone: Callable[[], Any]  # does only this call
     static: Any  # recipe or model
     own: tuple[Any, ...]  # arguments of this run
     is_done: bool = False
@@ -44,19 +44,19 @@ class _Call:
 
 
 class Together:
-    """Runs several functions at once, each with an executor that shares compiled calls with the other executors."""
+    """Runs functions in threads, each with an executor that shares compiled calls with the other executors."""
 
     def __init__(self) -> None:
         self._active = threading.Condition()  # held by the thread that is active
         self._present = 0  # number of runs that have not ended
-        self._calls: list[_Call] = []  # submitted and not done, at most one of each run
+        self._calls: list[_Call] = []  # submitted and not done, at most one call per run
         self._sets: dict[int, tuple[ImageSet, ImageSet]] = {}  # data sets by id, each with the first equal data set
 
     def run(self, lives: Sequence[Callable[[Executor], Result]]) -> list[Result | BaseException]:
-        """Result or exception of every run, after all have ended. An exception in one run does not end the others.
+        """Result or exception of every run, after all runs have ended. An exception in a run ends only this run.
 
         Args:
-            lives: one function for each run; is called with the executor of the run.
+            lives: one function for each run, called with the executor of the run.
         """
         ends: list[Any] = [None] * len(lives)
 
@@ -89,7 +89,7 @@ class Together:
         return call.result
 
     def shared(self, data: ImageSet) -> ImageSet:
-        """The first known data set with equal examples, so that programs get equal data once."""
+        """The first known data set with equal examples, so that a compiled call receives equal data only once."""
         if id(data) not in self._sets:
             firsts = [first for seen, first in self._sets.values() if seen is first]
             found = next((first for first in firsts if batched_states.equal(first, data)), data)
@@ -112,7 +112,7 @@ class Together:
 
 
 def _do(calls: Sequence[_Call]) -> None:
-    """Do calls of one kind; an exception is passed to all of them."""
+    """Do calls of one kind; an exception is stored in all of these calls."""
     try:
         one = calls[0]
         each = zip(*(call.own for call in calls), strict=True)

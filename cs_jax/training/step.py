@@ -1,7 +1,7 @@
 """Train state and one optimizer step.
 
-A step is built from a `Recipe`, which is static and hashable: equal recipes share compiled code. State and `StepInputs`
-are traced, hyperparameters included, so a round compiles once per batch shape.
+A step is built from a `Recipe`, which is static and hashable: equal recipes share compiled code. State and
+`StepInputs`, including hyperparameters, are traced, so a round compiles the step once per batch shape.
 """
 
 import functools
@@ -36,7 +36,7 @@ class Hyperparams(NamedTuple):
 
 
 def soft_masks(scores: PyTree, hyper: Hyperparams, key: Array) -> PyTree:
-    """Masks of Continuous Sparsification. They are deterministic: `key` is unused."""
+    """Masks of Continuous Sparsification. The masks are deterministic: `key` is unused."""
     del key
     return masks.soft_mask(scores, hyper.temperature, init_value=hyper.init_value)
 
@@ -56,16 +56,17 @@ class Recipe:
         model: Linen module of masked layers, called with images and `train`.
         augment: name in `images.AUGMENTATIONS`.
         momentum: momentum of both optimizers (Nesterov), dimensionless.
-        decay: L2 factor, added to the gradient of every weight before momentum, BatchNorm and biases included.
+        decay: L2 factor. decay * weight is added to every gradient, including BatchNorm and biases, before momentum.
         step_masks: function of scores, hyperparameters and a PRNG key that returns the masks of one step, in the shapes
             of the scores.
         moves_weights: True if a step updates weights and scores, False if it updates scores only.
         part_size: maximum number of examples whose gradient is computed at once. A larger batch is computed in several
             parts, one after another, for one update. BatchNorm normalises each part separately, and the running
             averages are updated part by part. None computes the whole batch at once.
-        in_order: forces the compiler to keep the order of operations that saves memory. Needed with a part size, with
-            `nn.remat` in the model, or with scores in bfloat16. It costs no time and does not change any bit.
-        channels: channels that share a score; None gives each weight its own score.
+        in_order: makes the CPU compiler keep the order of operations that saves memory; no effect on other devices.
+            Needed with a part size, with `nn.remat` in the model, or with scores in bfloat16. Costs no time, and the
+            results are bit-identical.
+        channels: channels whose weights share a score; None gives each weight a separate score.
     """
 
     model: nn.Module
@@ -89,7 +90,7 @@ class TrainState(struct.PyTreeNode):
     masks: PyTree  # the fixed masks; {} where masks are learned from scores
     weight_momentum: optax.OptState
     score_momentum: optax.OptState
-    channels: Channels | None = struct.field(pytree_node=False)  # no default: rows of stacks need `__getattr__`
+    channels: Channels | None = struct.field(pytree_node=False)  # no default, so that `_Row.__getattr__` is called
 
     @property
     def wide_scores(self) -> PyTree:
@@ -98,7 +99,7 @@ class TrainState(struct.PyTreeNode):
 
 
 class StepInputs(NamedTuple):
-    """Inputs of one step, or of several steps in one compiled call, besides recipe and state; all traced."""
+    """Inputs of one step, or of several steps in one compiled call, in addition to recipe and state; all traced."""
 
     data: ImageSet  # images from which batches are taken
     indices: Int[Array, "*steps batch"] | np.ndarray  # examples of the batch, or one row for each step's batch
@@ -107,7 +108,7 @@ class StepInputs(NamedTuple):
 
 
 class LossInputs(NamedTuple):
-    """One batch as the loss function needs it: augmented, normalised, with the key that draws its masks."""
+    """One batch for the loss function, augmented and normalised, and the PRNG key of the masks."""
 
     images: Float[Array, "batch height width channels"]
     labels: Int[Array, " batch"]
@@ -144,7 +145,7 @@ def init_variables(
     If the recipe has channels, only arrays with scores have masks.
 
     Args:
-        recipe: names the model.
+        recipe: gives the model and the channels.
         key: PRNG key.
         image_shape: (height, width, channels).
         place: function from array shapes to shardings; None puts all arrays on the default device.
@@ -162,9 +163,9 @@ def _compiled_init(
     place: Callable[[PyTree], PyTree] | None,
     platform: str,
 ) -> Callable[[Array], dict[str, PyTree]]:
-    """Compiled `_init`, kept for networks that start from other keys."""
+    """Compiled `_init`, cached for other keys."""
     init = functools.partial(_init, model, channels, image_shape)
-    # No optimization on a CPU: the program runs once, and random number generation compiles slowly there.
+    # No optimization on a CPU: the compiled function runs once, and random number generation compiles slowly there.
     options = {"xla_backend_optimization_level": 0} if platform == "cpu" else None
     shardings = place and place(jax.eval_shape(init, jax.random.key(0)))
     return jax.jit(init, out_shardings=shardings, compiler_options=options)
@@ -191,7 +192,7 @@ def init_state(recipe: Recipe, params: PyTree, batch_stats: PyTree, *, scores: P
 
 
 def expand(channels: Channels | None, values: PyTree) -> PyTree:
-    """Masks in the shapes of the weights: a channel's value repeated over its weights; `values` without channels."""
+    """Masks in the shapes of the weights: the value of a channel, repeated over its weights; else `values`."""
     return values if channels is None else channels.selection.expand(values)
 
 
@@ -199,7 +200,7 @@ def network(channels: Channels | None, params: PyTree, batch_stats: PyTree, mask
     """Variables for `model.apply`: "params", "batch_stats" and "masks". Masks of arrays without scores are ones.
 
     Args:
-        channels: channels that share a score; None gives each weight its own score.
+        channels: channels whose weights share a score; None gives each weight a separate score.
         params: weights.
         batch_stats: {} for a model without BatchNorm.
         masks: masks of the arrays with scores, in the shapes of the weights.
@@ -248,7 +249,7 @@ def step(recipe: Recipe, state: TrainState, inputs: StepInputs) -> tuple[TrainSt
     """State after one update of weights and scores on one batch, and the loss terms of the step.
 
     Scores are updated if the state has scores; fixed masks do not change. Augmentation, masks and the rounding of
-    narrow scores are drawn from the key and the state's step number, so any step can be repeated on its own.
+    narrow scores are drawn from the key and the state's step number, so any single step can be repeated exactly.
     """
     data, indices, key, hyper = inputs
     images = AUGMENTATIONS[recipe.augment](jax.random.fold_in(key, state.step), data.images[indices])

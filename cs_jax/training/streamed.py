@@ -21,14 +21,14 @@ from cs_jax.training.step import Recipe, StepMetrics, TrainState
 
 @dataclass(frozen=True)
 class Streamed:
-    """A stream whose batches are placed on devices. Every compiled call gets one batch as its whole data set.
+    """A stream whose batches are placed on devices. The data set of every compiled call is one batch.
 
     Closing a generator ends the threads that read the stream.
 
     Attributes:
-        placement: where batches are needed.
+        placement: places batches on devices.
         stream: images in files.
-        batch_size: examples of a batch, over all processes.
+        batch_size: examples of a batch, in all processes together.
     """
 
     placement: Placement

@@ -346,7 +346,7 @@ def test_metrics_that_lack_epochs_are_told(run: Path, tmp_path: Path, capsys: py
     (folder / "summary.json").unlink()
     (folder / METRICS_FILE).write_text("")
     assert main(["train", "--resume", str(folder)]) == 2
-    told = "its metrics.jsonl is damaged: it lacks some of the 6 finished epochs; remove "
+    told = "its metrics.jsonl is damaged: not all 6 finished epochs have a valid line; remove "
     told += f"{folder / 'checkpoints'} to start from scratch"
     assert f"{folder}: {told}" in one_line(capsys)
 
@@ -477,7 +477,7 @@ def test_a_run_does_not_go_on_with_other_data(run: Path, tmp_path: Path, capsys:
     stored = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**stored, "data": "0" * 64}))
     assert main(["train", "--resume", str(folder)]) == 2
-    differ = f"--dataset digits: its examples differ from those that {folder} started with; use --data-dir"
+    differ = f"--dataset digits: its examples differ from the examples at the start of {folder}; use --data-dir"
     assert differ in one_line(capsys)
 
 

@@ -21,7 +21,7 @@ def test_a_second_holder_is_refused_with_the_first_ones_process_and_host(tmp_pat
     path = tmp_path / "run.lock"
     with Lock(path):
         holder = f"process {os.getpid()} on host {socket.gethostname()}"
-        message = f"^{tmp_path}: {holder} is writing to it; wait until it has finished$"
+        message = f"^{tmp_path}: {holder} is writing to this folder; wait until that process has finished$"
         with pytest.raises(LockedError, match=message), Lock(path):
             pass
         assert json.loads(path.read_text()) == {"process": os.getpid(), "host": socket.gethostname()}

@@ -77,7 +77,7 @@ def test_gradient_of_soft_mask_matches_the_formula() -> None:
 @pytest.mark.parametrize(
     "temperature, expected", [(1.0, [-0.5, -0.05, -0.02, -0.02]), (10.0, [-5.0, -0.5, -0.02, -0.02])]
 )
-def test_reset_forgets_positive_evidence_and_keeps_negative(temperature: float, expected: list[float]) -> None:
+def test_reset_limits_scores_to_the_initial_value(temperature: float, expected: list[float]) -> None:
     reset = masks.prune_scores(jnp.array([-0.5, -0.05, 0.0, 3.0]), temperature, init_value=-0.02)
     np.testing.assert_allclose(reset, expected, rtol=1e-6)
 

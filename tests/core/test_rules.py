@@ -225,7 +225,7 @@ def test_describe_prints_every_array_and_what_is_kept(capsys: pytest.CaptureFixt
     assert ["encoder/layer_1/bias", "8", "-", "8", "6.2%"] in rows
     assert ["head/kernel", "8×2", "no", "16", "12.3%"] in rows
     text = [" ".join(row) for row in rows[-2:]]
-    assert text[0] == "96 of 130 weights masked (73.8%), in 2 arrays"
+    assert text[0] == "96 of 130 weights have a mask (73.8%), in 2 arrays"
     assert text[1] == "24 of 96 weights to keep in all 2 arrays (density 0.25)"
 
 
@@ -294,7 +294,7 @@ INTEGER = {"kernel": np.ones((2, 2), np.int8), "other": {"kernel": np.ones((2, 2
         ),
         (lambda: cs_jax.select(NET, []), ValueError, r"where \[\]: must contain a glob or rule"),
         (lambda: cs_jax.select(NET, [Rule(), "a"]), TypeError, "where: must not mix globs and rules"),
-        (lambda: cs_jax.select(NET, 3), TypeError, "where 3: must be a glob, several globs, or a function"),
+        (lambda: cs_jax.select(NET, 3), TypeError, "where 3: must be a glob, a list of globs, or a function"),
         (
             lambda: cs_jax.select({"bias": np.ones(3)}),
             ValueError,
@@ -324,9 +324,9 @@ INTEGER = {"kernel": np.ones((2, 2), np.int8), "other": {"kernel": np.ones((2, 2
         (lambda: Rule(group=Block((0, 2))), ValueError, r"Block shape \(0, 2\): must have sizes of at least 1"),
         (lambda: Rule(group=Block(4)), TypeError, "Block shape 4: must be a tuple of whole numbers"),  # pyright: ignore
         (lambda: Rule(group=Axes(0)), TypeError, "Axes axes 0: must be a tuple of whole numbers"),  # pyright: ignore
-        (lambda: Rule(group=Head("a")), TypeError, "Head num_heads .'a',.: must be whole numbers"),  # pyright: ignore
+        (lambda: Rule(group=Head("a")), TypeError, "Head num_heads 'a': must be a whole number, or None"),  # pyright: ignore
         (lambda: Rule(group=NM(2.0, 4.0)), TypeError, "NM n and m .2.0, 4.0.: must be whole numbers"),  # pyright: ignore
-        (lambda: Rule(stacked=-1), ValueError, "stacked -1: must be a number of axes of at least 0, or None"),
+        (lambda: Rule(stacked=-1), ValueError, "stacked -1: must be a whole number of at least 0, or None"),
         (lambda: cs_jax.select(NET, "encoder/**"), ValueError, "selects all 4 leaves, including encoder/layer_0/bias"),
         (
             lambda: cs_jax.select({"kernel": np.ones((2, 2), complex)}, "kernel"),
@@ -355,12 +355,12 @@ INTEGER = {"kernel": np.ones((2, 2), np.int8), "other": {"kernel": np.ones((2, 2
         (
             lambda: cs_jax.select(NET, Rule(group=NM(2, 3))),
             ValueError,
-            r"'encoder/layer_0/kernel' of shape \(4, 8\): 2:3 needs an input axis that 3 divides; axis 0 has size 4",
+            r"'encoder/layer_0/kernel' of shape \(4, 8\): axis 0 has size 4; for a 2:3 pattern, .* multiple of 3",
         ),
         (
             lambda: cs_jax.select(NET, Rule(group=Axes((2,)))),
             ValueError,
-            r"of shape \(4, 8\): must have axis 2 of the group",
+            r"of shape \(4, 8\): Axes names axis 2; use axes from -2 to 1",
         ),
         (
             lambda: cs_jax.select(NET, Rule("head/bias", group="output_channel")),
@@ -370,55 +370,55 @@ INTEGER = {"kernel": np.ones((2, 2), np.int8), "other": {"kernel": np.ones((2, 2
         (
             lambda: cs_jax.select({"matrix": np.ones((2, 2))}, Rule("matrix", group="output_channel")),
             ValueError,
-            "weights 'matrix': ambiguous, the name does not indicate the input axis; set layout=",
+            "weights 'matrix': ambiguous: the name does not indicate the input axis; set layout=",
         ),
         (
             lambda: cs_jax.select(NET, Rule("head/kernel", group=Head(2))),
             ValueError,
-            "weights 'head/kernel': Head needs a query, key, value or output projection, and 'head' does not "
-            "indicate one; use Axes or Block as the group",
+            "weights 'head/kernel': Head requires a query, key, value or output projection, and the layer name 'head' "
+            "does not indicate one; use Axes or Block as the group",
         ),
         (
             lambda: cs_jax.select({"query": {"kernel": np.ones((4, 6))}}, Rule(group=Head())),
             ValueError,
-            r"of shape \(4, 6\): must have an axis of heads; use Head\(num_heads\)",
+            r"of shape \(4, 6\): must have an axis of heads; or give the number of heads, as in Head\(8\)",
         ),
         (
             lambda: cs_jax.select({"query": {"kernel": np.ones((4, 6))}}, Rule(group=Head(4))),
             ValueError,
-            "num_heads 4 must divide axis 1",
+            "Head num_heads 4 must divide 6, the size of axis 1",
         ),
         (
             lambda: cs_jax.select(ATTENTION, Rule("query/kernel", group=Head(4))),
             ValueError,
-            "num_heads 4 must be 2",
+            "Head num_heads 4 must be 2, the size of the axis of heads; or leave num_heads out",
         ),
         (
             lambda: cs_jax.select({"query": {"kernel": np.ones((4, 2, 3))}}, Rule(group="output_channel")),
             ValueError,
-            r"'query/kernel' of shape \(4, 2, 3\): ambiguous, a convolution .* set stacked=0 or stacked=1 in the rule",
+            r"'query/kernel' of shape \(4, 2, 3\): ambiguous: a 1D convolution kernel \(set stacked=0 in the rule\)",
         ),
         (
             lambda: cs_jax.select({"conv2_d_transpose": {"w": np.ones((3, 3, 4, 2))}}, Rule(group="output_channel")),
             ValueError,
-            "ambiguous, libraries differ in the input axis of a transposed convolution; set layout=",
+            "ambiguous: libraries differ in the input axis of a transposed convolution; set layout=",
         ),
         (
             lambda: cs_jax.select(NET, Rule("encoder/layer_0/kernel", target_density=0.9), target_density=0.5),
             ValueError,
-            "target_density 0.5: 16 weights cannot be met; .* keep 29, and the other arrays have 0",
+            "target_density 0.5: cannot keep exactly 16 weights; .* keep 29, and the other arrays have 0",
         ),
         (
             lambda: cs_jax.select(
                 NET, [Rule("encoder/layer_1/kernel", target_density=0.9), Rule()], target_density=0.5
             ),
             ValueError,
-            "target_density 0.5: 48 weights cannot be met; rules with targets and N:M patterns keep 58",
+            "target_density 0.5: cannot keep exactly 48 weights; rules with targets and N:M patterns keep 58",
         ),
         (
             lambda: cs_jax.select(NET, Rule(group="output_channel"), target_density=0.1),
             ValueError,
-            "10 of 96 weights would empty a layer of .*; one score in each layer needs 12 weights; use at least 0.125",
+            "keeps 10 of 96 weights, but one score in each layer of .* needs 12 weights; use at least 0.125",
         ),
         (lambda: jax.jit(lambda t: rules.check_density(t))(0.5), TypeError, "target_density: must not be traced"),
     ],

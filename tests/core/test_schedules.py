@@ -48,3 +48,8 @@ def test_learning_rate_of_the_authors_schedule() -> None:
 def test_drops_after_the_last_epoch_and_no_drops_do_nothing() -> None:
     assert schedules.learning_rate(3, 0.1, (56,), (0.1,)) == 0.1
     assert schedules.learning_rate(3, 0.1, (), ()) == 0.1
+
+
+def test_learning_rate_needs_one_drop_per_boundary() -> None:
+    with pytest.raises(ValueError, match=r"drops \(0.5,\): must have one factor per boundary, 2"):
+        schedules.learning_rate(3, 0.1, (1, 2), (0.5,))

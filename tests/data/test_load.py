@@ -280,7 +280,8 @@ def test_a_missing_set_is_reported_soon_with_the_command(
     monkeypatch.setattr(tfds_source, "CONNECT_SECONDS", 0.2)
     started = time.monotonic()
     with pytest.raises(
-        ConfigError, match=f"--dataset cifar10: is not in .*{reason}.*; prepare it once.*tfds.builder.'cifar10'"
+        ConfigError,
+        match=f"--dataset cifar10: is not in .*{reason}.*; prepare the data set once.*tfds.builder.'cifar10'",
     ):
         load_data(Config(data_dir=tmp_path))
     assert time.monotonic() - started < 15

@@ -291,7 +291,7 @@ def _damaged(run: Path, change: Any) -> None:
         (lambda run: (run / "config.json").write_text("[]"), "its config.json is damaged"),
         (
             lambda run: _damaged(run, lambda stored: stored["versions"].update(cs_jax="0.0.9")),
-            ": the run was made by cs_jax 0.0.9, this is ",
+            ": the run was made by cs_jax 0.0.9, but this is cs_jax ",
         ),
         (
             lambda run: _damaged(run, lambda stored: stored.pop("epochs")),

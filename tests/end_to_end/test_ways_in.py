@@ -127,7 +127,11 @@ def by_transformation(params: Any, dtype: Any) -> list[Any]:
 
 
 @pytest.mark.filterwarnings("ignore::cs_jax.UnfinishedSearchWarning")
-@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.float64, 1e-11)], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [(jnp.float32, 1e-5), (jnp.float64, 1e-11)],
+    ids=["float32", "float64"],
+)
 @pytest.mark.usefixtures("x64")
 def test_the_three_ways_in_agree(dtype: Any, tolerance: float) -> None:
     """Compares 30 steps with one reset, and the retraining after the rewind."""

@@ -149,11 +149,11 @@ def test_a_schedule_alone_has_the_presets_last_drop_for_each_of_its_epochs(
         ("--controls dense dense", "--controls dense dense: must name each control once"),
         (
             "--after none --controls dense reinit",
-            "--controls reinit: only dense is possible without a retraining after the search",
+            "--controls reinit: requires a retraining after the search; use --controls dense",
         ),
         (
             "--method supermask --controls random shuffled",
-            "--controls random shuffled: only dense is possible without a retraining after the search",
+            "--controls random shuffled: requires a retraining after the search; use --controls dense",
         ),
         (
             "--after finetine",
@@ -170,7 +170,10 @@ def test_a_schedule_alone_has_the_presets_last_drop_for_each_of_its_epochs(
         ("--scope layers", "--scope layers: must be one of global, layer"),
         ("--method gmp", "--target-density: required by --method gmp; give a share above 0 and at most 1"),
         ("--method random", "--target-density: required by --method random; give a share above 0 and at most 1"),
-        ("--method dense --target-density 0.1", "--target-density 0.1: --method dense prunes nothing"),
+        (
+            "--method dense --target-density 0.1",
+            "--target-density 0.1: --method dense prunes nothing; omit --target-density",
+        ),
         ("--prune-rate 0.1", "--prune-rate 0.1: requires --method imp or imp-c"),
         ("--method iss --prune-rate 0.1", "--prune-rate 0.1: requires --method imp or imp-c"),
         (
@@ -190,7 +193,7 @@ def test_a_schedule_alone_has_the_presets_last_drop_for_each_of_its_epochs(
         ("--frobnicate", "--frobnicate: unknown flag; --help lists all flags"),
         (
             "--epochs 3 cifar10",
-            "cifar10: not a flag; a preset (digits, fashion-mnist, cifar10, imagenet-resnet50) must be the first word",
+            "cifar10: not a flag; a preset (digits, fashion-mnist, cifar10, imagenet-resnet50) must be the first",
         ),
         ("--epochs", "--epochs: expected one argument"),
         ("--epochs 0", "--epochs 0: must be at least 1"),
@@ -202,7 +205,7 @@ def test_a_schedule_alone_has_the_presets_last_drop_for_each_of_its_epochs(
         ("--accumulate 3", "--accumulate 3: must divide --batch-size 64"),
         ("--accumulate 128", "--accumulate 128: must divide --batch-size 64"),
         ("--accumulate 1.5", "--accumulate 1.5: must be a whole number"),
-        ("--remat --model lenet300100", "--remat: --model lenet300100 does not support it"),
+        ("--remat --model lenet300100", "--remat: not supported by --model lenet300100; omit --remat"),
         ("--dtype float16", "--dtype float16: must be one of float32, bfloat16 (did you mean bfloat16?)"),
         ("--dtype bf16", "--dtype bf16: must be one of float32, bfloat16 (did you mean bfloat16?)"),
         ("--score-dtype float64", "--score-dtype float64: must be one of float32, bfloat16 (did you mean bfloat16?)"),
@@ -229,8 +232,8 @@ def test_a_schedule_alone_has_the_presets_last_drop_for_each_of_its_epochs(
         ("--final-temp inf", "--final-temp inf: must be a finite number of at least 1"),
         ("--mask-initial-value nan", "--mask-initial-value nan: must be a finite number of at least -80"),
         ("--mask-initial-value -81", "--mask-initial-value -81.0: must be a finite number of at least -80"),
-        ("--epochs 2", "--rewind-epoch 2: must be 0 to 1, an epoch of a round of 2"),
-        ("--rewind-epoch -1", "--rewind-epoch -1: must be 0 to 14, an epoch of a round of 15"),
+        ("--epochs 2", "--rewind-epoch 2: must be 0 to 1, because a round has 2 epochs"),
+        ("--rewind-epoch -1", "--rewind-epoch -1: must be 0 to 14, because a round has 15 epochs"),
         ("--lr-schedule 3 3", "--lr-schedule 3 3: must be increasing epochs from 0"),
         ("--lr-schedule -1 3", "--lr-schedule -1 3: must be increasing epochs from 0"),
         ("--lr-schedule 1 x", "--lr-schedule x: must be a whole number"),
@@ -343,7 +346,7 @@ def test_resume_takes_the_settings_of_the_run_and_flags_override_them(words: str
         ("--resume --keep 5", "--resume: expected one argument"),
         ("--resume a --resume={} --rounds=0", "--rounds 0: must be at least 1"),
         ("--resume {} --out b", "--out b: excludes --resume {}; give one of them"),
-        ("digits --resume {}", "--resume {}: excludes the preset digits; the run has its own settings"),
+        ("digits --resume {}", "--resume {}: excludes the preset digits; remove the preset"),
     ],
 )
 def test_what_resume_cannot_mean_is_told(words: str, message: str, tmp_path: Path) -> None:
@@ -372,14 +375,14 @@ def test_flags_that_a_method_makes_no_use_of_are_known(words: str, unused: list[
 
 def test_epochs_to_rewind_to_are_asked_of_methods_with_a_search_alone() -> None:
     assert parse("--method random --target-density 0.1 --epochs 1".split()).rewind_epoch == 2
-    with pytest.raises(ConfigError, match="^--rewind-epoch 2: must be 0 to 0, an epoch of a round of 1$"):
+    with pytest.raises(ConfigError, match="^--rewind-epoch 2: must be 0 to 0, because a round has 1 epochs$"):
         parse("--method imp --epochs 1".split())
 
 
 def test_dense_beside_the_dense_network_is_itself() -> None:
     asked = parse(["--method", "dense"])
     assert asked.controls == ("dense",) and asked.retrainings == ("ticket",)
-    with pytest.raises(ConfigError, match="^--controls dense reinit: --method dense has no masks to compare$"):
+    with pytest.raises(ConfigError, match="^--controls dense reinit: --method dense has no masks; omit --controls$"):
         parse("--method dense --controls dense reinit".split())
 
 

@@ -134,17 +134,17 @@ def magnitude_network(first: int, second: int) -> dict[str, Any]:
         (
             [0.4, 0.3, 0.2],
             [1, 3, 2],
-            "the error is highest at an end, so its barrier is half the difference of the ends",
+            "the error is highest at an end, so the error barrier is half the difference between the two ends",
         ),
         (
             [0.1, 0.3, 0.2],
             [1, 1, 2],
-            "the loss is highest at an end, so its barrier is half the difference of the ends",
+            "the loss is highest at an end, so the loss barrier is half the difference between the two ends",
         ),
         (
             [0.2, 0.2],
             [2, 1],
-            "error and loss are highest at an end, so their barriers are half the difference of the ends",
+            "error and loss are highest at an end, so both barriers are half the difference between the two ends",
         ),
     ],
 )
@@ -349,7 +349,7 @@ def test_the_command_writes_the_same_file_twice_but_for_the_time(run: Path, caps
     assert found[0]["settings"] == {"points": 3, "seed": 0}
     shown = capsys.readouterr().out
     assert re.search(r"^child 1 +0 .*\nchild 1 +1 .*\nchild 2 +0 .*\nchild 2 +1 ", shown, re.MULTILINE)
-    assert f"barrier: {100 * found[0]['barrier']:.2f} points of error" in shown
+    assert f"barrier: error {100 * found[0]['barrier']:.2f} percentage points" in shown
 
 
 def test_another_seed_trains_other_children(run: Path) -> None:
@@ -405,10 +405,14 @@ def compacted(run: Path) -> None:
     [
         (lambda run: (run / "config.json").unlink(), [], ": not a run directory; it has no config.json"),
         (lambda run: (run / "summary.json").unlink(), [], ": not finished; finish it with --resume "),
-        (lambda run: edited(run, after="none"), [], ": has no retraining; requires a run that retrains its ticket"),
-        (lambda run: edited(run, data="0" * 64), [], "--dataset digits: its examples differ from those that"),
+        (lambda run: edited(run, after="none"), [], ": has no retraining; choose a run that retrains its ticket"),
+        (
+            lambda run: edited(run, data="0" * 64),
+            [],
+            "--dataset digits: its examples differ from the examples at the start of",
+        ),
         (lambda run: edited(run, epochs="many"), [], "its settings: epochs 'many': must be a whole number"),
-        (compacted, [], ": its ticket file is compact; requires one with the rewound network"),
+        (compacted, [], ": its ticket file is compact; choose a run with the rewound network in this file"),
         (lambda run: None, ["--points", "1"], "--points 1: must be at least 2"),
         (lambda run: None, ["--seed", "-1"], "--seed -1: must be 0 to 4294967295"),
         (lambda run: None, ["--points", "many"], "argument --points: invalid int value: 'many'"),
@@ -428,7 +432,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
 def test_a_run_that_another_process_writes_to_is_left_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Lock(run / LOCK_FILE):
         assert commands.main(["connect", str(run)]) == 2
-    assert "is writing to it" in capsys.readouterr().err
+    assert "is writing to this folder" in capsys.readouterr().err
     assert not (run / CONNECTIVITY_FILE).exists()
 
 

@@ -61,7 +61,7 @@ def test_an_empty_layer_is_told_once_and_named_with_those_that_are_new() -> None
 
 @pytest.mark.parametrize(
     "allowed, advice",
-    [(False, "a higher --target-density"), (True, "a higher --target-density, or do not give --allow-empty-layers")],
+    [(False, "a higher --target-density"), (True, "a higher --target-density, or omit --allow-empty-layers")],
 )
 def test_what_to_change_for_an_empty_layer_follows_the_target_density(allowed: bool, advice: str) -> None:
     found = told(end(0, {"a": 0.5, "b": 0.0}), target_density=0.01, allow_empty_layers=allowed)
@@ -135,7 +135,7 @@ def test_what_is_next_to_nothing_is_told_too() -> None:
 
 
 def test_a_further_round_that_prunes_nothing_is_told_once() -> None:
-    text = "round 1 pruned nothing more; use fewer --rounds, or a higher --score-lr or --lmbda"
+    text = "round 1 changed the density by less than 1%; use fewer --rounds, or a higher --score-lr or --lmbda"
     assert told(*falling(0.5, 0.5, 0.5, 0.1)) == [[], [(StuckDensityWarning, text)], [], []]
 
 

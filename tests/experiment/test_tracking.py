@@ -261,7 +261,7 @@ def test_the_run_goes_on_without_a_tracker_that_fails_and_says_so_once(problem: 
     with pytest.warns(TrackerWarning) as caught:
         run(problem, gone, log)
     assert [str(warning.message) for warning in caught] == [
-        "Gone failed with ConnectionError: server gone; the run continues without it"
+        "Gone failed with ConnectionError: server gone; the run continues without this tracker"
     ]
     assert (gone.steps, gone.closed) == ([0, 1], 0)
     assert (log.steps, log.closed) == (list(range(8)), 1)
@@ -277,7 +277,7 @@ def test_a_tracker_can_end_the_run(problem: Problem, tracker: Tracker, error: ty
 
 def test_a_tracker_that_cannot_be_closed_is_told_and_the_others_are_closed() -> None:
     log = Log()
-    message = "^CannotClose failed with RuntimeError: still uploading; the run continues without it$"
+    message = "^CannotClose failed with RuntimeError: still uploading; the run continues without this tracker$"
     with pytest.warns(TrackerWarning, match=message):
         with Tracking(CONFIG, [CannotClose(), log]):
             pass

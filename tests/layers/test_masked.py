@@ -131,7 +131,7 @@ def test_vmapped_layers_have_a_mask_each() -> None:
     ids=["scan", "vmap"],
 )
 def test_a_transform_that_drops_masks_is_refused(make: Any) -> None:
-    with pytest.raises(ValueError, match="does not carry the collection 'masks'; name it with 'params'"):
+    with pytest.raises(ValueError, match="does not carry the collection 'masks'; name 'masks' with 'params'"):
         make().init(KEY, FLAT)
 
 
@@ -239,7 +239,7 @@ def test_a_masked_layer_can_be_extended() -> None:
 
 def test_the_mixin_on_the_wrong_side_is_refused() -> None:
     with pytest.raises(
-        TypeError, match=r"Late: Masked must be its first base class, .*; write class Late\(Masked, \.\.\.\)"
+        TypeError, match=r"Late: Masked must be the first base class, .*; write class Late\(Masked, \.\.\.\)"
     ):
         type("Late", (nn.Dense, layers.Masked), {})
 

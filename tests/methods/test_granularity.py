@@ -441,7 +441,7 @@ TAKERS = "requires --method cs or imp or imp-c or gmp or magnitude or random"
             "--target-multiply-adds 0.5 --channel-multiple 8",
             "--target-multiply-adds 0.5: must be at least 0.797, the share of the network with the fewest channels",
         ),
-        ("--target-density 0.001", "--target-density 0.001: 3 of 2880 weights would empty a layer"),
+        ("--target-density 0.001", "--target-density 0.001: keeps 3 of 2880 weights, but one score in each layer"),
     ],
 )
 def test_what_the_network_cannot_do_is_refused_before_anything_is_written(

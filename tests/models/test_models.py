@@ -300,5 +300,5 @@ def test_batch_norm_refuses_what_has_no_variance() -> None:
     variables = norm.init(KEY, jnp.ones((2, 3)))
     with pytest.raises(ValueError, match="a training batch must have at least 2 values per feature, not 1"):
         norm.apply(variables, jnp.ones((1, 3)), mutable=["batch_stats"])
-    with pytest.raises(ValueError, match="mask of a BatchNorm: must be None, because it is not supported"):
+    with pytest.raises(ValueError, match="BatchNorm mask: not supported; leave this argument out"):
         norm.apply(variables, jnp.ones((2, 3)), mask=jnp.ones((2, 3)), mutable=["batch_stats"])

@@ -430,7 +430,7 @@ def test_right_after_a_reset_there_is_no_ticket() -> None:
         pytest.warns(cs_jax.CollapsedLayerWarning),
         pytest.raises(
             ValueError,
-            match="needs a score above 0, to keep a weight; .* at the start of a search and right after next_round",
+            match="every score is 0 or below, so the ticket keeps no weight; take the ticket .*, before next_round",
         ),
     ):
         cs_jax.ticket_masks(cs_jax.next_round(state))
@@ -469,8 +469,8 @@ MASKED = jax.tree.map(lambda leaf: 1.0 * leaf, PARAMS)
         (
             lambda: make(target_density=0.01).init(PARAMS),
             ValueError,
-            "1 of 72 weights would empty a layer of hidden/kernel, out/kernel; one score in each layer needs 2 "
-            "weights; use at least 0.0278, or allow_empty_layers=True",
+            "keeps 1 of 72 weights, but one score in each layer of hidden/kernel, out/kernel needs 2 weights; "
+            "use at least 0.0278, or allow_empty_layers=True",
         ),
         (
             lambda: make().init({"bias": jnp.ones(3)}),
@@ -522,7 +522,7 @@ MASKED = jax.tree.map(lambda leaf: 1.0 * leaf, PARAMS)
         (
             lambda: cs_jax.next_round(STATE._replace(scores={})),
             ValueError,
-            "contains a ticket with fixed masks; a next round needs",
+            "contains a ticket with fixed masks; pass the state of a search",
         ),
         (lambda: jax.jit(cs_jax.ticket_masks)(STATE), TypeError, "scores: must not be traced; make a ticket outside"),
         (

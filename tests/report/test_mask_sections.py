@@ -173,7 +173,7 @@ def test_rounds_wait_for_the_sizes_of_layers(run: Path) -> None:
     write_masks(run, FIRST, SECOND)
     (run / "scores.json").unlink()
     report.write_report(run)
-    assert "rounds are not compared yet" in words(page(run))
+    assert "Rounds are not compared yet" in words(page(run))
     write_ticket(run)
     report.write_report(run)
     assert "round 0 round 1 250 83.33%" in words(page(run))
@@ -235,7 +235,7 @@ def broken(run: Path, **changes: np.ndarray | None) -> None:
         (lambda run: broken(run, **{"1/other": np.zeros(1, np.uint8)}), "round 1: 'other': unknown layer"),
         (
             lambda run: (broken(run), (run / TICKET_FILE).write_bytes(b"ticket")),
-            f"{TICKET_FILE}: not a file of save_ticket: 6 bytes",
+            f"{TICKET_FILE}: not a ticket file: 6 bytes",
         ),
     ],
 )
@@ -266,7 +266,7 @@ def test_bits_beyond_a_layers_weights_are_refused(tmp_path: Path) -> None:
     report.write_report(run)
     bits[-1] = 1
     safetensors.numpy.save_file({"0/a": bits}, run / MASKS_FILE)
-    with pytest.raises(ConfigError, match="round 0: 'a': bits after its 195 weights must be 0"):
+    with pytest.raises(ConfigError, match="round 0: 'a': bits after the 195 weights must be 0"):
         report.write_report(run)
 
 
@@ -283,7 +283,7 @@ def test_the_line_between_two_trainings_has_a_section(run: Path) -> None:
     report.write_report(run)
     text = words(page(run))
     assert "Test accuracy of the two networks: 90.00% and 81.00%." in text
-    assert "10.00 points of error, 1.4000 of loss" in text
+    assert "10.00 percentage points for the error and 1.4000 for the loss" in text
     assert "error 10.00% and 20.00% at the ends, 25.00% at most; loss 0.5 and 0.7 at the ends, 2 at most" in page(run)
     assert (run / "connectivity.png").exists()
 
@@ -291,8 +291,8 @@ def test_the_line_between_two_trainings_has_a_section(run: Path) -> None:
 @pytest.mark.parametrize(
     "changes, text",
     [
-        ({"barrier": 0.2}, "barrier 0.2: must be the barrier of its points, 0.1"),
-        ({"loss_barrier": 0.0}, "loss_barrier 0: must be the barrier of its points, 1.4"),
+        ({"barrier": 0.2}, "barrier 0.2: must be 0.1, the barrier of the points"),
+        ({"loss_barrier": 0.0}, "loss_barrier 0: must be 1.4, the barrier of the points"),
         ({"barrier": None}, "barrier None: must be a number"),
         ({"points": []}, "points: must have increasing shares from 0 to 1"),
         ({"points": LINE["points"][::-1]}, "points: must have increasing shares from 0 to 1"),

@@ -190,7 +190,7 @@ def test_the_page_says_what_came_out(tmp_path: Path) -> None:
     write(run / "summary.json", summary)
     report.write_report(run)
     text = words(page(run))
-    assert "−1.11 points vs dense" in text
+    assert "−1.11 percentage points vs dense" in text
     assert "ticket 12 1,234 3.12% 95.00% 96.11% dense 4 1,250 100.00% 95.00% 97.22%" in text
     assert "0 4 of 4 52.08% 80.79% 70.79% 1 4 of 4 4.17% 86.55% 76.55%" in text  # rounds
     assert "search 8 4.0 5,000 ticket 4 2.0 5,000 dense 4 2.0 5,000" in text
@@ -296,7 +296,7 @@ def test_a_network_without_mistakes_has_none_to_show(tmp_path: Path) -> None:
 def test_without_validation_set_the_page_says_so(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rounds=1, validation=False)
     assert run / "accuracy.png" not in report.write_report(run)
-    assert "There is no validation accuracy: the run has no validation set." in words(page(run))
+    assert "There is no validation accuracy, because the run has no validation set." in words(page(run))
     assert "ticket 8 149 8.25% - 93.18%" in words(page(run))
 
 
@@ -512,7 +512,7 @@ def test_the_command_refuses_several_runs_and_names_the_commands_that_compare(
 ) -> None:
     assert commands.main(["report", *given]) == 2
     assert capsys.readouterr().err == (
-        f"python -m cs_jax report: error: {named}: accepts one run directory; "
+        f"python -m cs_jax report: error: {named}: must be one run directory; "
         "to compare runs, use python -m cs_jax sweep SPEC and python -m cs_jax pareto SPEC\n"
     )
 

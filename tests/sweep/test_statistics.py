@@ -314,7 +314,7 @@ def test_what_is_not_tested_is_not_adjusted_for():
         return next(section.texts for section in built(results).sections if section.title == "Results and differences")
 
     assert told(CS) == ["No networks are compared, so nothing is tested."]
-    assert told([IMP[0], CS[0]])[1] == "No two compared networks share two seeds, so nothing is tested."
+    assert told([IMP[0], CS[0]])[1] == "No two compared networks have two seeds in common, so nothing is tested."
     assert told([*IMP, *CS])[0].endswith("p (Holm): p adjusted for 1 test of tickets.")
     controls = [*trio("cs", (0.8, 0.81, 0.8), control="random"), *trio("cs", (0.8, 0.81, 0.8), control="reinit")]
     assert told([*CS, *controls])[0].endswith("p (Holm): p adjusted for 2 tests of controls.")
@@ -327,7 +327,7 @@ def test_the_page_says_why_no_method_is_compared():
     assert best(page) == [["10%", "cs", "93.00% ± 2.00%", "3", "-", "-", "-", "-"]]
     elsewhere = built([*CS, *trio("snip", (0.8, 0.8, 0.9)), *trio("imp", (0.8, 0.8, 0.9), target=0.5)])
     assert elsewhere.sections[0].notes == [
-        "Methods are not compared: no ticket of another method has a target and a seed in common with imp, the sweep's "
+        "Methods are not compared: no ticket of another method has the target and seed of a ticket of imp, the sweep's "
         "reference."
     ]
 
@@ -558,4 +558,4 @@ def test_no_bar_or_band_leaves_the_accuracies_that_there_are():
 
 def test_the_page_says_what_deviations_are_and_where_the_best_were_chosen():
     text = built([*IMP, *CS]).sections[0].texts[0]
-    assert "the standard deviation of a sample (n - 1)" in text and "chosen on the test set" in text
+    assert "the sample standard deviation (n - 1)" in text and "selected by test accuracy" in text

@@ -368,7 +368,7 @@ def test_a_spec_with_one_more_seed_trains_that_alone(copied: Path, capsys: pytes
     before = times(copied)
     (copied / "quick.toml").write_text(FOUR.replace("[0, 1]", "[2, 0, 1]").replace('"imp", ', ""))
     assert sweep(copied / "quick.toml") == 2  # without imp it is another sweep
-    told = "out: holds another sweep: imp-density0.1-seed0 is missing from the spec; choose another --out\n"
+    told = "out: belongs to another sweep: imp-density0.1-seed0 is missing from the spec; choose another directory\n"
     assert told in one_line(capsys)
     more = FOUR.replace("[0, 1]", "[2, 0, 1]") + "[method.imp]\nlmbda = 1e-5\n"
     (copied / "quick.toml").write_text(more)
@@ -399,7 +399,7 @@ def test_another_sweep_in_the_same_folder_is_refused(
     other = written(tmp_path / "other.toml", FOUR.replace(old, new, 1))
     for command in ("sweep", "pareto"):
         assert commands.main([command, str(other), "--out", str(out)]) == 2
-        assert f"error: {out}: holds another sweep: {told}; choose another --out\n" in one_line(capsys)
+        assert f"error: --out {out}: belongs to another sweep: {told}; choose another directory\n" in one_line(capsys)
     assert times(swept) == before
 
 
@@ -417,7 +417,7 @@ def test_a_second_process_on_a_sweep_is_refused(
         assert f"out: process {os.getpid()} on host " in one_line(capsys)
     (tmp_path / "new").mkdir()
     spec = read_spec(swept / "quick.toml")
-    with Lock(tmp_path / "new" / "sweep.lock"), pytest.raises(ConfigError, match="is writing to it"):
+    with Lock(tmp_path / "new" / "sweep.lock"), pytest.raises(ConfigError, match="is writing to this folder"):
         run_sweep(spec, tmp_path / "new", [ANYWHERE], SweepObserver())  # the other is about to begin
     assert list((tmp_path / "new").iterdir()) == []
 
@@ -516,7 +516,7 @@ def test_failures_and_killed_workers_do_not_stop_the_other_runs_and_are_tried_ag
     failed, done = shown.out.splitlines()
     assert failed == f"2 of 3  wild-density0.1-seed0: failed: {failures['wild-density0.1-seed0']}"
     assert done.startswith("3 of 3  slow-density0.1-seed0: density 10.00%, test ")
-    resume = "failed runs may have other settings: correct the file if a retry cannot help; "
+    resume = "if a retry cannot help, correct the settings of failed runs in the spec; "
     resume += f"resume with: python -m cs_jax sweep {spec} --out {out}"
     log = out / "logs" / "wild-density0.1-seed0.txt"
     told = f"1 of 3 runs failed, first wild-density0.1-seed0: see {log}; {resume}"
@@ -628,7 +628,7 @@ def test_a_tpu_has_one_place(
     asked(monkeypatch, "tpu", 8)
     assert find_devices(None, 100) == find_devices(1, 100) == [Device((), {}, True)]
     assert sweep(written(tmp_path / "four.toml", FOUR), "--jobs", "2") == 2
-    told = "--jobs 2: must be 1 on a TPU, which one process holds as a whole"
+    told = "--jobs 2: must be 1 on a TPU, because one process holds all devices"
     assert one_line(capsys) == f"python -m cs_jax sweep: error: {told}\n"
     assert not (tmp_path / "out").exists()
 

@@ -161,10 +161,10 @@ def not_finite() -> LoadedTicket:
 @pytest.mark.parametrize(
     "given, complaint",
     [
-        (emptied(), "layer 'hidden1': its mask keeps no weight.*; --keep-shapes exports it without shrinking$"),
+        (emptied(), "layer 'hidden1': its mask keeps no weight.*; use --keep-shapes to export without shrinking$"),
         (
             ticket(Unwired(), (2, 2, 1)),
-            "model Unwired: does not declare its wiring.*; --keep-shapes exports it",
+            "model Unwired: does not declare its wiring.*; use --keep-shapes to export",
         ),
         (
             dataclasses.replace(ticket(*LENET), model=None),
@@ -172,7 +172,7 @@ def not_finite() -> LoadedTicket:
         ),
         (
             dataclasses.replace(ticket(*LENET), metadata={}),
-            r"^metadata: model.image_shape \[\]: must be height, width and channels$",
+            r"^metadata: model.image_shape \[\]: must be height, width and channels; save the ticket with them$",
         ),
         (not_finite(), "^params/classifier/bias: entries must be finite$"),
     ],
@@ -189,7 +189,7 @@ def test_a_format_that_computes_something_else_writes_nothing(tmp_path: Path, mo
     )
     monkeypatch.setitem(FORMATS, "larger", larger)
     with pytest.raises(
-        ConfigError, match="--to larger: logits of the export differ by 1.0e-03 of the largest; must be at most 0.0001"
+        ConfigError, match="--to larger: logits of the export differ by 1.0e-03 of the largest logit; must be at most"
     ):
         export_ticket(ticket(*LENET), "larger", tmp_path / "file")
     assert list(tmp_path.iterdir()) == []
@@ -209,7 +209,7 @@ def test_the_command_writes_beside_the_ticket_and_tells_size_and_difference(
     size, dense = path.stat().st_size, 4 * (16 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10)
     assert re.fullmatch(
         rf"{re.escape(str(path))}: {size:,} bytes, {size / dense:.1%} of the dense weights \({dense:,} bytes\); "
-        r"logits\s+differ\s+by\s+\d\.\de[-+]\d\d of the largest\n",
+        r"logits\s+differ\s+by\s+\d\.\de[-+]\d\d of the largest logit\n",
         capsys.readouterr().out,
     )
 
@@ -223,9 +223,9 @@ def test_the_command_writes_beside_the_ticket_and_tells_size_and_difference(
         ),
         ("{ticket}", "the following arguments are required: --to"),
         ("{folder} --to sparse", "is a folder or a device: must be a file"),
-        ("{folder}/text --to sparse", "not a file of save_ticket"),
+        ("{folder}/text --to sparse", "not a ticket file"),
         ("{folder}/none --to sparse", "cannot be read: No such file or directory"),
-        ("{ticket} --to sparse --out {folder}", "--out {folder}: must be a file, not a folder"),
+        ("{ticket} --to sparse --out {folder}", "--out {folder}: must be a file, not a folder; add a file name"),
         ("{ticket} --to sparse --out {folder}/a/b", "--out {folder}/a/b: the folder of the file must exist"),
         ("{ticket} --to sparse --out {ticket}", "--out {ticket}: must not overwrite the ticket"),
     ],

@@ -124,7 +124,7 @@ class NotFoldable(nn.Module):
 def test_a_norm_that_does_not_follow_a_layer_of_its_own_is_refused(model: nn.Module) -> None:
     variables = model.init(jax.random.key(0), jnp.zeros((1, 5)))
     with pytest.raises(
-        ValueError, match="norm 'first': must follow a convolution or dense layer that nothing else reads"
+        ValueError, match="norm 'first': cannot be folded; must follow a convolution or dense layer whose"
     ):
         fold.fold(model, variables, (5,), batch_norm=True)
     assert set(fold.fold(model, variables, (5,))[1]) == {"params", "batch_stats"}
@@ -171,8 +171,8 @@ class ThreeNorms(nn.Module):
 @pytest.mark.parametrize(
     "told, complaint",
     [
-        ("another epsilon", "^wiring of ThreeNorms is wrong, norms folded by it change the network: outputs differ by"),
-        ("swapped", "^wiring of ThreeNorms is wrong, norms folded by it change the network: outputs differ by"),
+        ("another epsilon", "^wiring of ThreeNorms is wrong: folding its norms changes the network: outputs differ by"),
+        ("swapped", "^wiring of ThreeNorms is wrong: folding its norms changes the network: outputs differ by"),
         ("partly", "wiring: misses 'norm1/bias'; name every layer in `wire`"),
         ("unknown", "wiring of layer 'norm3': no such layer in the params"),
     ],
@@ -201,7 +201,7 @@ def test_weights_that_are_not_finite_are_refused_by_name() -> None:
 def test_images_that_the_network_does_not_take_are_refused(make: Any) -> None:
     model = cs_jax.models.LeNet300100(num_classes=3)
     with pytest.raises(
-        ValueError, match=r"^image_shape \(5, 5, 1\): LeNet300100 with these variables does not accept it"
+        ValueError, match=r"^image_shape \(5, 5, 1\): not accepted by LeNet300100 with these variables"
     ) as caught:
         make(model, masked(model, (4, 4, 1)), (5, 5, 1))
     assert "\n" not in str(caught.value)

@@ -260,7 +260,7 @@ def test_a_network_of_ones_own_tells_how_it_is_wired() -> None:
 @pytest.mark.parametrize(
     "told, message",
     [
-        ("unpadded", "wiring of Mine is wrong, .*: outputs differ by"),
+        ("unpadded", "wiring of Mine is wrong: .*: outputs differ by"),
         ("partly", "wiring: misses 'classifier/bias'; name every layer in `wire`"),
         ("unknown", "wiring of layer 'convs': no such layer in the params"),
         ("twice", "wiring of layer 'conv': named twice; name each layer once in `wire`"),
@@ -339,7 +339,7 @@ def test_the_command_writes_a_smaller_ticket(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda path: path.write_bytes(b"no ticket"), "ticket.safetensors: not a file of save_ticket: 9 bytes, "),
+        (lambda path: path.write_bytes(b"no ticket"), "ticket.safetensors: not a ticket file: 9 bytes, "),
         (lambda path: path.unlink(), "ticket.safetensors: cannot be read: No such file"),
         (
             lambda path: ticket_of(path, name=None),
@@ -412,7 +412,7 @@ def test_a_ticket_that_was_shrunk_says_so(tmp_path: Path, capsys: pytest.Capture
         assert commands.main(["ticket", str(file)]) == 0
         assert ("hidden0 150" in capsys.readouterr().out) is says
         assert commands.main(["speed", str(file), "--batch-sizes", "1", "--repeats", "1"]) == 0
-        assert ("the ticket was shrunk before: dense means the shrunk network" in capsys.readouterr().out) is says
+        assert ("the ticket is already shrunk: dense means the shrunk network" in capsys.readouterr().out) is says
 
 
 @pytest.mark.parametrize("words", [["ticket"], ["export", "--to", "sparse"]])

@@ -319,7 +319,7 @@ def test_a_file_that_cannot_be_read_is_refused(tensors: dict[str, np.ndarray], t
         ('{"image_shape": [4, 4, 1], "normalization": {"mean": [NaN], "std": [1]}}', "metadata cs_jax: not valid JSON"),
         (
             '{"image_shape": [4, 4, 1], "normalization": {"mean": [], "std": [1]}}',
-            "--mean: 0 numbers; must be one for each of the 1 channels",
+            r"--mean: 0 numbers; must be one number, or one for each channel \(1\)",
         ),
     ],
 )
@@ -389,13 +389,16 @@ def test_what_export_wrote_says_itself_what_its_images_are(tmp_path: Path) -> No
     [
         (
             "--model lenet300100 --image-shape 4 4 1 --mean 1 2 --std 1 2 --out {out}",
-            "--mean: 2 numbers; must be one for each of the 1 channels",
+            "--mean: 2 numbers; must be one number, or one for each channel (1)",
         ),
         (
             "--model lenet300100 --image-shape 4 4 1 --mean 1 --std 0 --out {out}",
             "--std 0: must be above 0",
         ),
-        ("--model lenet300100 --image-shape 4 4 1 --mean 120 --out {out}", "--mean and --std: must be given together"),
+        (
+            "--model lenet300100 --image-shape 4 4 1 --mean 120 --out {out}",
+            "--mean and --std: must be given together; add the missing flag",
+        ),
         ("--model resnet6 --image-shape 4 4 1 --out {out}", "tensor 'bn0.bias': missing; must have shape [32]"),
         ("--model lenet300100 --image-shape 4 4 1 --out {file}", "must not overwrite the state dict"),
         ("--model lenet300100 --image-shape 4 4 1", "the following arguments are required: --out"),

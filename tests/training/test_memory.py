@@ -67,7 +67,11 @@ def two_steps(recipe: Recipe, data: ImageSet, batch_size: int) -> tuple[TrainSta
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 @pytest.mark.parametrize(
     "part_size, batch_size, step_masks",
-    [(4, 16, training_step.soft_masks), (4, 13, training_step.soft_masks), (1, 3, draw_masks)],
+    [
+        (4, 16, training_step.soft_masks),
+        (4, 13, training_step.soft_masks),
+        (1, 3, draw_masks),
+    ],
 )
 @pytest.mark.usefixtures("x64")
 def test_a_step_in_parts_is_the_step_of_the_whole_batch(

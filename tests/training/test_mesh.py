@@ -96,14 +96,16 @@ def test_more_devices_than_there_are_is_refused(data: int | None, model: int, me
 
 def test_a_batch_size_that_does_not_divide_is_refused_before_data_are_read() -> None:
     config = parser.parse(["digits", "--data-parallel", "3", "--data-dir", "/nowhere"])
-    with pytest.raises(ConfigError, match="--batch-size 64: must be a multiple of 3, the devices that share a batch"):
+    with pytest.raises(
+        ConfigError, match="--batch-size 64: must be a multiple of 3, the number of devices that share a batch"
+    ):
         prepare(config)
 
 
 def test_devices_that_would_share_no_weights_are_refused() -> None:
     config = parser.parse(["digits", "--model-parallel", "3"])
     with pytest.raises(
-        ConfigError, match="--model-parallel 3: divides no large weight array of --model resnet6; choose a divisor"
+        ConfigError, match="--model-parallel 3: splits no weight array of --model resnet6; choose a number"
     ):
         prepare(config)
 

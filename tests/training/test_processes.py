@@ -156,7 +156,7 @@ def test_a_coordinator_that_nobody_answers_for_is_told_in_time(tmp_path: Path) -
     assert ended.returncode == 2
     line = ended.stderr.splitlines()[-1]
     assert line.startswith("train.py: error: --coordinator 127.0.0.1:")
-    assert line.endswith(": not all processes connected within 1 s; start all processes, able to reach this address")
+    assert line.endswith(": not all processes connected within 1 s; start all processes on hosts that reach it")
 
 
 def test_an_environment_that_names_no_coordinator_is_refused(tmp_path: Path) -> None:

@@ -293,8 +293,8 @@ def test_runs_share_programs_unless_they_differ_in_what_is_built_in() -> None:
 
 def test_how_many_at_once_is_as_asked_or_as_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     several_alike = [small.SEARCH] * 5
-    assert autotune.choose_run_count(several_alike, 3) == (3, "3 runs in one program, as --tickets says")
-    assert autotune.choose_run_count(several_alike, 9) == (5, "5 runs in one program, as --tickets says")
+    assert autotune.choose_run_count(several_alike, 3) == (3, "3 runs in one program, as set by --tickets")
+    assert autotune.choose_run_count(several_alike, 9) == (5, "5 runs in one program, as set by --tickets")
     assert autotune.choose_run_count(several_alike, 1) == (1, "one after another")
     assert (
         autotune.choose_run_count(several_alike[:1], 9) == autotune.choose_run_count(several_alike[:1], None) == (1, "")

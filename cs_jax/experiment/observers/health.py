@@ -1,4 +1,4 @@
-"""Warnings about a search by Continuous Sparsification that goes wrong, at the end of each round.
+"""Warnings at the end of a round if a search by Continuous Sparsification goes wrong.
 
 Earlier warnings would be false alarms: with an initial score of 0 or less, every hard mask is empty in the first epochs
 of a round, and soft and hard accuracy agree only after the temperature has risen.
@@ -21,7 +21,7 @@ least 0.88 after round 0 with a final temperature of 50, 20 or 5."""
 
 
 class StuckDensityWarning(CsJaxWarning):
-    """A round left no weight at all, or pruned almost none. `layers` names all masked arrays if no weight is left."""
+    """A round left no weight at all, or pruned almost none. `layers` names all maskable arrays if no weight is left."""
 
     def __init__(self, message: str, layers: tuple[str, ...] = ()) -> None:
         super().__init__(message)
@@ -29,19 +29,20 @@ class StuckDensityWarning(CsJaxWarning):
 
 
 class Health(Observer):
-    """Warns at the end of a search round and recommends other settings. Each warning comes once in a run.
+    """Warns at the end of a search round and recommends other settings.
 
-    `search.search_ticket` gives the warnings about the ticket after the last round: empty layers, and all warnings
-    under a target density.
+    Each warning is given once in a run; for empty layers, once for each layer. After the last round,
+    `search.search_ticket` warns about empty layers of the ticket, and with a target also about soft masks.
 
     Args:
         config: settings of the run.
-        validation_examples: size of the validation set; 0 without one.
+        validation_examples: size of the validation set; 0 without a validation set.
 
     Warns:
-        StuckDensityWarning: no weight is left, or the round pruned none.
-        CollapsedLayerWarning: a layer has no weight left, while others have.
-        UnfinishedSearchWarning: soft and hard masks differ in accuracy by more than `ACCURACY_GAP` and two examples.
+        StuckDensityWarning: no weight is left; or, without a target, density is above 0.99 or changed by less than 1%.
+        CollapsedLayerWarning: a layer has no weight left, while other layers do.
+        UnfinishedSearchWarning: validation accuracy with soft and with hard masks differs by more than `ACCURACY_GAP`,
+            and by more than two examples.
     """
 
     def __init__(self, config: Config, validation_examples: int) -> None:
@@ -50,7 +51,7 @@ class Health(Observer):
         self._was_resumed_at_end = False
 
     def on_phase_start(self, progress: Progress) -> None:
-        # the process that saved the end of the round has given its warnings
+        # the process that saved this checkpoint has already given the warnings of this round
         self._was_resumed_at_end = progress.epoch == self._config.epochs
 
     def on_phase_end(self, progress: Progress) -> None:
@@ -100,7 +101,7 @@ class Health(Observer):
         if self._config.target is None:
             return "a higher --mask-initial-value, a lower --lmbda, or --target-density, which empties no layer"
         if self._config.allow_empty_layers:
-            return "a higher --target-density, or do not give --allow-empty-layers"
+            return "a higher --target-density, or omit --allow-empty-layers"
         return f"a higher {self._config.target_flag}"
 
 
@@ -122,7 +123,7 @@ def _stuck_density(previous: EpochRecord | None, end: EpochRecord, *, has_target
             "a higher --score-lr or --lmbda, or --target-density"
         )
     if previous is not None and abs(end.density - previous.density) < 0.01 * previous.density:
-        return "pruned nothing more; use fewer --rounds, or a higher --score-lr or --lmbda"
+        return "changed the density by less than 1%; use fewer --rounds, or a higher --score-lr or --lmbda"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Signals that stop a run: SIGINT, SIGTERM and SIGHUP end it at a step, where its state can be saved."""
+"""Signals that stop a run: SIGINT, SIGTERM and SIGHUP end the run after a step, where its state can be saved."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ AGREE_STEPS = 10
 """Steps between two checks in a run of several processes. A check waits for all processes and their devices."""
 
 MESSAGE_DELAY = 1.0
-"""Seconds between a signal and the message that the run is stopping, if it is still running then."""
+"""Seconds from a signal to the message that the run is stopping; a run that ends earlier prints no message."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -35,11 +35,11 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupts(Observer):
-    """Raises `Stopped` on SIGINT, SIGTERM and SIGHUP: at once, or at the next step inside `held`.
+    """Raises `Stopped` on SIGINT, SIGTERM and SIGHUP: at once, or inside `held` after the current step.
 
-    A second signal ends the process at once if it is SIGINT.
-    Outside `held`, Python raises the exception at any line, which may be in a library's callback that swallows it. The
-    exception is then raised again at the next step.
+    A SIGINT after another signal ends the process at once.
+    Outside `held`, Python can raise the exception in a callback of a library, which may ignore exceptions. `Stopped` is
+    then raised again after the next step.
 
     Args:
         main: the `Interrupts` of the main thread, for a run in another thread: only the main thread receives signals.
@@ -55,7 +55,7 @@ class Interrupts(Observer):
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
             self._installed = True
-            numbers = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores
+            numbers = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
             self._before = {number: signal.signal(number, self._handle) for number in numbers}
             self._read_fd, write_fd = os.pipe()
             os.set_blocking(write_fd, False)
@@ -76,7 +76,7 @@ class Interrupts(Observer):
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Context in which signals only raise at steps and batches, where the state of the run is consistent."""
+        """Context in which signals raise only between compiled calls, where the state of the run is consistent."""
         self._held = True
         try:
             yield
@@ -112,7 +112,7 @@ class Interrupts(Observer):
 
 
 def _reset_wakeup_fd(write_fd: int) -> None:
-    """Disconnects a forked child from the pipe: Ctrl-C of a terminal reaches the child too, and must count once."""
+    """Disconnects a forked child from the pipe: Ctrl-C in a terminal also reaches the child, but must count once."""
     current = signal.set_wakeup_fd(-1)
     if current not in (write_fd, -1):
         signal.set_wakeup_fd(current)
@@ -121,7 +121,7 @@ def _reset_wakeup_fd(write_fd: int) -> None:
 def _exit_on_second_sigint(read_fd: int) -> None:
     """Thread that ends the process at a SIGINT after another signal, even while the main thread waits for a device.
 
-    Python's signal handlers run only after that wait. The wakeup pipe receives a byte at once, the signal's number.
+    Python's signal handlers run only after this wait. The wakeup pipe receives the number of the signal at once.
     """
     received, is_message_printed = b"", False
     while True:

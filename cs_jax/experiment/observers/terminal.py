@@ -24,7 +24,7 @@ _HEADER = "phase     epoch     loss      lr   temp  density  val soft  val hard 
 
 
 class Terminal(Console):
-    """A console that raises BrokenPipeError if its reader has ended, as with `| head`. Rich would end the process."""
+    """Console that raises BrokenPipeError if the reader has ended, as with `| head`. Rich would end the process."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
@@ -36,16 +36,16 @@ def print_line(terminal: Console, line: str) -> None:
 
 
 _shown_by_thread: dict[int, Callable[..., None]] = {}
-"""Functions that show the warnings of threads with a run each. The main thread shows all other warnings."""
+"""Function that prints the warnings of a thread, by thread id. The main thread prints all other warnings."""
 
 
 @contextlib.contextmanager
 def warnings_as_lines(console: Console) -> Iterator[None]:
     """Context in which warnings are printed as lines.
 
-    Warnings of this package are printed every time; a warning about layers only if one of its layers is new. In a
-    thread other than the main thread, the context prints the warnings of that thread only, and the main thread must be
-    in such a context as well.
+    A warning that names layers is printed only if it names a new layer. All other warnings of this package are printed
+    every time. Outside the main thread, the context prints the warnings of the current thread only, and the main thread
+    must be in this context too.
     """
     seen_layers: set[str] = set()
 
@@ -93,13 +93,13 @@ def progress_bars(console: Console, *, width: int) -> bars.Progress:
 class ProgressDisplay(Observer):
     """Prints a line for each epoch and, on a terminal, a progress bar with the current step.
 
-    A context manager, which removes the bar at the end.
+    Context manager; removes the bar at the end.
 
     Args:
         console: where the lines and the bar are printed.
-        total_epochs: int > 0, of all phases together.
+        total_epochs: int > 0, number of epochs of all phases.
         epochs_done: int >= 0, epochs that earlier processes have done.
-        labels: names of the phases in their order; phases without a label have their own name.
+        labels: printed in place of the phase names, in the order of the phases; later phases are printed by name.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class ProgressDisplay(Observer):
     def on_steps(self, progress: Progress, total: int) -> None:
         if self._bar.disable or time.monotonic() < self._next_refresh:
             return
-        loss = np.asarray(progress.figures[-2:][0].loss).flat[-1]  # of the previous call: the last one may still run
+        loss = np.asarray(progress.figures[-2:][0].loss).flat[-1]  # previous call: the last call may still run
         self._next_refresh = time.monotonic() + REFRESH_SECONDS
         description = f"{self._label} epoch {progress.epoch} step {progress.step}/{total} loss {loss:.4f}"
         self._bar.update(self._task, completed=self._done + progress.step / total, description=description)
@@ -176,7 +176,7 @@ def print_result(console: Console, summary: dict[str, Any]) -> None:
 
 
 def print_tickets(console: Console, summaries: Sequence[dict[str, Any]]) -> None:
-    """Prints a line for each of several tickets that differ in their seeds, and the mean and standard deviation.
+    """Prints a table of tickets with different seeds: a row for each ticket, then mean and standard deviation.
 
     Args:
         console: output.

@@ -1,4 +1,4 @@
-"""Experiment tracking: metrics and score histograms of every epoch, for TensorBoard and for other trackers.
+"""Experiment tracking: metrics and score histograms of every epoch, for TensorBoard and other trackers.
 
 Trackers are called once per epoch, so they do not slow down the steps.
 """
@@ -41,11 +41,11 @@ class Tracker(Protocol):
         """Receives the metrics of an epoch at its end. The thread of the run waits for the call.
 
         Args:
-            step: number of earlier epochs over all phases, so from 0. It grows by 1 per call. A resumed run starts with
-                the epoch that it resumes, which it may have logged before.
+            step: number of earlier epochs in all phases, from 0; grows by 1 per call. A resumed run logs the epochs
+                after its checkpoint again, with the same step numbers.
             scalars: finite numbers by tag, such as "search/loss". A metric that does not apply is absent.
             histograms: float64 arrays by tag, such as "search/scores/conv0/kernel"; any shapes. The tracker may keep
-                them.
+                the arrays.
         """
 
     def close(self) -> None:
@@ -53,11 +53,11 @@ class Tracker(Protocol):
 
 
 class Tracking(Observer):
-    """Passes the metrics of every epoch to trackers. A context manager, which closes them.
+    """Passes the metrics of every epoch to trackers. Context manager; closes the trackers at the end.
 
     Args:
         config: settings of the run.
-        trackers: called one after another. A tracker that fails does not affect the others.
+        trackers: called one after another. A tracker that fails does not affect the other trackers.
 
     Raises:
         TrackingError: a tracker raised this error.
@@ -99,16 +99,16 @@ class Tracking(Observer):
             self._trackers = [other for other in self._trackers if other is not tracker]
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             warnings.warn(
-                f"{type(tracker).__name__} failed with {reason}; the run continues without it",
+                f"{type(tracker).__name__} failed with {reason}; the run continues without this tracker",
                 TrackerWarning,
                 stacklevel=3,
             )
 
 
 def scalars_of(record: EpochRecord) -> dict[str, float]:
-    """Numbers of an epoch by tag: the phase, a slash, and the name in metrics.jsonl. None is left out.
+    """Metrics of an epoch by tag, `PHASE/NAME` with the name in metrics.jsonl; without metrics that are None.
 
-    Further tags are `cross_entropy`, which is the loss minus the penalty, and `layer_density/LAYER`.
+    Further names are `cross_entropy`, which is the loss minus the penalty, and `layer_density/LAYER`.
     """
     figures = record._asdict()
     figures.pop("phase")
@@ -119,7 +119,7 @@ def scalars_of(record: EpochRecord) -> dict[str, float]:
 
 
 def histograms_of(progress: Progress) -> dict[str, np.ndarray]:
-    """Scores of each masked array by tag, as float64 copies; empty if the masks are fixed."""
+    """Scores of each maskable array by tag, as float64 copies; empty if the masks are fixed."""
     leaves = trees.leaves_by_path(progress.state.scores)
     # float32 cannot represent bucket edges between nearly equal scores
     return {f"{progress.phase}/scores/{trees.name(path)}": on_host(leaf).astype(float) for path, leaf in leaves.items()}
@@ -128,8 +128,9 @@ def histograms_of(progress: Progress) -> dict[str, np.ndarray]:
 class TensorBoard(Tracker):
     """Writes event files for TensorBoard, without TensorFlow.
 
-    Each process writes one file, created with the first metrics: a run that fails earlier leaves no file. Metrics
-    are on disk when `log` returns. If a resumed run repeats steps, TensorBoard shows the new values only.
+    Each start or resume of a run creates a new file together with the first metrics, so a run that fails earlier leaves
+    no file. Metrics are on disk when `log` returns. If a resumed run repeats steps, TensorBoard shows only the new
+    values.
 
     Args:
         folder: directory for event files; created with the first file.
@@ -178,11 +179,11 @@ class TensorBoard(Tracker):
 
 
 def _open(folder: Path) -> Any:
-    """A record writer for a new file. It writes in the calling thread: `SummaryWriter` loses errors in its thread."""
+    """Record writer for a new file, in the calling thread. `SummaryWriter` writes in a thread that loses errors."""
     from tensorboardX import RecordWriter  # slow to import, and not needed by every run
 
     folder.mkdir(parents=True, exist_ok=True)
-    number = len(list(folder.iterdir()))  # keeps two files of the same second apart
+    number = len(list(folder.iterdir()))  # a different name for two files of the same second
     return RecordWriter(str(folder / f"events.out.tfevents.{time.time():.0f}.{number}"))
 
 

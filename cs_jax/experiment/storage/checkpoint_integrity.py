@@ -46,7 +46,7 @@ class QuietLogs:
             sys.unraisablehook = self._unraisable_before
 
     def _unraisable(self, unraisable: "sys.UnraisableHookArgs") -> None:
-        """Ignores errors of writes that continue after a failed save: their event loop is already closed."""
+        """Ignores errors of writes that continue after a failed save, when the event loop is already closed."""
         if str(unraisable.exc_value) != "Event loop is closed":
             self._unraisable_before(unraisable)
 
@@ -61,7 +61,7 @@ def checksums(folder: Path) -> str:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Difference between a saved folder and its SHA256SUMS, in a few words; None for an intact folder."""
+    """Short description of a difference between a folder and its SHA256SUMS; None for an intact folder."""
     try:
         stored, found = (folder / CHECKSUMS).read_bytes(), checksums(folder).encode()
     except OSError as error:
@@ -82,7 +82,7 @@ def file_hash(file: Path) -> str:
 
 
 def check_free_space(folder: Path, tree: PyTree) -> None:
-    """Raises an OSError if the arrays do not fit on the disk. Quotas are not known here."""
+    """Raises an OSError if the arrays do not fit on the disk. Does not check disk quotas."""
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
     if shutil.disk_usage(folder).free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,4 +1,4 @@
-"""Reading of checkpoints: chooses the newest intact one, and restores it."""
+"""Chooses the newest intact checkpoint, and restores it."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ from cs_jax.training.problem import Problem, Snapshot
 
 
 class DamagedCheckpointWarning(CsJaxWarning):
-    """A checkpoint is damaged; the run resumes from an earlier one."""
+    """A checkpoint is damaged; the run resumes from an earlier checkpoint."""
 
 
 class CheckpointReader:
@@ -47,13 +47,15 @@ class CheckpointReader:
         self._config, self._problem, self._folder, self._orbax = config, problem, folder, orbax
 
     def choose(self) -> str | None:
-        """Name of the newest intact checkpoint; None if there are no checkpoints. Deletes unusable files.
+        """Name of the newest intact checkpoint; None if there are no checkpoints.
+
+        Deletes partial and damaged checkpoints, and snapshots that are newer than the chosen checkpoint.
 
         Raises:
             ConfigError: all checkpoints are damaged; nothing was deleted except partial checkpoints.
 
         Warns:
-            DamagedCheckpointWarning: for every damaged checkpoint that is newer.
+            DamagedCheckpointWarning: for every damaged checkpoint that is newer than the chosen checkpoint.
         """
         for partial in self._folder.glob(f"*{PARTIAL}"):
             shutil.rmtree(partial)
@@ -61,7 +63,7 @@ class CheckpointReader:
         if newest is None and damages:
             path, reason = next(iter(damages.items()))
             raise ConfigError(
-                f"{self._folder.parent}: no usable checkpoint ({path.name}: {reason}); "
+                f"--out {self._folder.parent}: no usable checkpoint ({path.name}: {reason}); "
                 f"remove {self._folder} to start from scratch"
             )
         for path, reason in damages.items():
@@ -69,14 +71,14 @@ class CheckpointReader:
             warnings.warn(message, DamagedCheckpointWarning, stacklevel=4)
             shutil.rmtree(path)
         stored = json.loads((newest / PROGRESS).read_text()) if newest else {"phase": SEARCH, "snapshot": None}
-        if stored["phase"] == SEARCH:  # snapshots of later positions: the run writes them again
+        if stored["phase"] == SEARCH:  # newer snapshots: the run writes them again
             shutil.rmtree(self._folder / START, ignore_errors=True)
             if stored["snapshot"] is None:
                 shutil.rmtree(self._folder / SNAPSHOT, ignore_errors=True)
         return newest.name if newest else None
 
     def read(self, name: str) -> Progress:
-        """The position that a checkpoint holds. All processes of the run must call this.
+        """Progress that is stored in a checkpoint. All processes of the run must call this.
 
         Raises:
             ConfigError: the checkpoint belongs to another network.
@@ -118,14 +120,17 @@ class CheckpointReader:
     def _read_arrays(self, path: Path, like: PyTree) -> PyTree:
         mismatch = self._find_mismatch(path, like)
         if mismatch:  # checked first: after a failed read, Orbax continues in the background and logs errors later
-            raise ConfigError(f"{self._folder.parent}: checkpoint {path.name} belongs to another network: {mismatch}")
+            raise ConfigError(
+                f"--out {self._folder.parent}: checkpoint {path.name} belongs to another network ({mismatch}); "
+                f"choose another --out, or remove {self._folder} to start from scratch"
+            )
         placed = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             like,
             self._problem.executor.shardings(like),
         )
         arrays = self._orbax.restore((path / ARRAYS).absolute(), args=ocp.args.StandardRestore(placed))  # pyright: ignore
-        if self._problem.executor.mesh_layout is None:  # as in a new run: not bound to a device, so no other programs
+        if self._problem.executor.mesh_layout is None:  # not bound to a device, as in a new run: no retracing
             arrays = jax.tree.map(jnp.array, on_host(arrays))
         return arrays
 

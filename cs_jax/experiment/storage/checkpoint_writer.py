@@ -18,7 +18,7 @@ class CheckpointWriter:
     """Saves one checkpoint at a time. A checkpoint has a temporary name until it is complete.
 
     Args:
-        folder: folder of the checkpoints; created with the first one.
+        folder: folder of the checkpoints; created with the first checkpoint.
         orbax: writes the arrays.
         keep: number of newest checkpoints that are not deleted.
         metrics: file that must be on the disk before a checkpoint is complete; None for no file.
@@ -35,12 +35,12 @@ class CheckpointWriter:
         return self._pending is not None and not self._pending.done()
 
     def start(self, name: str, tree: PyTree, about: str = "") -> None:
-        """Starts to save a checkpoint; all arrays have left the devices when this returns.
+        """Starts to save a checkpoint; when this returns, all arrays are copied to the host.
 
         Args:
             name: name of the checkpoint.
             tree: arrays of the checkpoint.
-            about: content of progress.json; "" for no such file.
+            about: content of progress.json; "" writes no such file.
 
         Raises:
             CheckpointError: the save failed at its start, for example because the disk is full.
@@ -73,7 +73,7 @@ class CheckpointWriter:
         self._thread.shutdown()
 
     def _commit(self, partial: Path, path: Path, about: str) -> None:
-        """Waits for the arrays, writes the other files, renames the checkpoint, and deletes old ones."""
+        """Waits for the arrays, writes the other files, renames the checkpoint, and deletes old checkpoints."""
         try:
             self._orbax.wait_until_finished()
             if not processes.is_leader():

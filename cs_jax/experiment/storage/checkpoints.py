@@ -1,4 +1,4 @@
-"""Checkpoints of a run: when they are saved, and restored."""
+"""Saves and restores the checkpoints of a run."""
 
 import json
 import time
@@ -25,12 +25,12 @@ MAX_WAIT = 0.02
 class Checkpoints(Observer):
     """Saves the checkpoints of a run in the background, and restores the newest one.
 
-    A context manager: no save is running when the context has ended.
+    Context manager; waits at its end for a running save.
 
     Args:
-        config: when checkpoints are saved, and how many of them are kept.
+        config: gives the intervals between checkpoints and the number of checkpoints to keep.
         problem: model and data.
-        folder: folder of the checkpoints; created with the first one.
+        folder: folder of the checkpoints; created with the first checkpoint.
         metrics: metrics.jsonl, which must be on the disk before a checkpoint is complete; None for no file.
 
     Attributes:
@@ -57,7 +57,7 @@ class Checkpoints(Observer):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # After an error, closing may fail for the same reason, and Orbax may log later: logs stay quiet.
+        # After an error, closing may fail for the same reason. Orbax may also log later, so logs stay silenced.
         try:
             self._writer.close()
             self._orbax.close()
@@ -84,10 +84,10 @@ class Checkpoints(Observer):
         self._save(progress)
 
     def save_latest(self) -> bool:
-        """Saves the current position and waits until it is on the disk. False if there is nothing to resume from.
+        """Saves the current progress and waits until it is on the disk. Returns False if there is no checkpoint.
 
         Raises:
-            NonFiniteLossError: loss or weights of the position are not finite; nothing was saved.
+            NonFiniteLossError: loss, weights or scores are not finite; nothing was saved.
         """
         if self._latest is not None:
             search.check_finite(self._latest)
@@ -96,15 +96,15 @@ class Checkpoints(Observer):
         return bool(self._saved)
 
     def restore(self) -> Progress | None:
-        """Position of the newest intact checkpoint; None if there are no checkpoints.
+        """Progress of the newest intact checkpoint; None if there are no checkpoints.
 
-        Damaged checkpoints are deleted if an earlier one is intact.
+        Damaged checkpoints are deleted if an earlier checkpoint is intact.
 
         Raises:
             ConfigError: all checkpoints are damaged, or the checkpoint belongs to another network.
 
         Warns:
-            DamagedCheckpointWarning: the newest checkpoint is damaged; an earlier one is used.
+            DamagedCheckpointWarning: the newest checkpoint is damaged; an earlier checkpoint is used.
         """
         name = processes.from_leader(self._reader.choose)
         if name is None:
@@ -134,7 +134,7 @@ class Checkpoints(Observer):
         self._next = started + max(self._config.checkpoint_seconds, seconds / MAX_WAIT)
 
     def _save_snapshot(self, progress: Progress) -> str | None:
-        """Hash of the snapshot's SHA256SUMS; None without a snapshot. Saves the snapshot if that was not done yet."""
+        """Hash of the snapshot's file SHA256SUMS; None without a snapshot. Saves the snapshot if it is not saved."""
         if progress.snapshot is None:
             return None
         path = snapshot_path(self._config, self._folder, progress.phase)

@@ -18,7 +18,7 @@ from cs_jax.methods import METHODS
 
 
 def to_json(config: Config) -> dict[str, Any]:
-    """The config's fields as JSON values: a tuple becomes a list, a path its text."""
+    """The config's fields as JSON values: a tuple becomes a list, a path becomes a string."""
     return json.loads(msgspec.json.encode(config, enc_hook=str))
 
 
@@ -30,7 +30,7 @@ def from_json(fields: Mapping[str, Any], source: str = "stored settings") -> Con
         source: name of the fields in error messages.
 
     Raises:
-        ConfigError: a field is missing, unknown, or has a value of another type or out of range.
+        ConfigError: a field is missing or unknown, or its value has the wrong type or is out of range.
     """
     stored = convert(dict(fields), _stored_type(), source)
     return Config(**{name: getattr(stored, name) for name in field_types(Config)})
@@ -61,13 +61,13 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], name_of: Call
 
 
 def of_program(config: Config) -> dict[str, Any]:
-    """The settings that affect compiled programs. Runs in which they are equal can share programs."""
+    """Settings that affect compiled functions. Runs in which these settings are equal can share compiled functions."""
     settings = effective(to_json(config))
     return {name: settings[name] for name, effect in effects(Config).items() if effect.compiled}
 
 
 def effective(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as `to_json` returns them, with the method's default in place of an `after` of None."""
+    """Settings as `to_json` returns them; if `after` is None, it is replaced by the method's default."""
     method = METHODS.get(settings.get("method", ""))
     if method is None or settings.get("after", "") is not None:
         return dict(settings)
@@ -82,7 +82,8 @@ def read_stored(path: Path, given_by: str) -> dict[str, Any]:
         given_by: flag or argument with the path, for error messages.
 
     Raises:
-        ConfigError: not a run directory, its config.json cannot be read, or another version of this package wrote it.
+        ConfigError: the path is not a run directory, its config.json cannot be read, or another version of cs_jax
+            wrote this file.
     """
     try:
         stored = json.loads((path / CONFIG_FILE).read_text())
@@ -96,7 +97,7 @@ def read_stored(path: Path, given_by: str) -> dict[str, Any]:
         raise ConfigError(f"{given_by} {path}: its {CONFIG_FILE} is damaged; choose another --out") from None
     if version != __version__:
         raise ConfigError(
-            f"{given_by} {path}: the run was made by cs_jax {version}, this is {__version__}; resume it with that "
-            "version, or choose another --out"
+            f"{given_by} {path}: the run was made by cs_jax {version}, but this is cs_jax {__version__}; use cs_jax "
+            f"{version}, or choose another --out"
         )
     return stored

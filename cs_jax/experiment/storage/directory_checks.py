@@ -17,25 +17,25 @@ def holds_run(path: Path) -> bool:
 
 
 def check_same_config(config: Config) -> None:
-    """Rejects a run directory with other settings than the config's.
+    """Raises if the run directory belongs to a run with other settings.
 
     Raises:
-        ConfigError: flags differ, or config.json cannot be used.
+        ConfigError: settings that affect the result differ, config.json cannot be read, or another version wrote it.
     """
     path = config.run_directory
     stored, current = config_file.read_stored(path, "--out"), config_file.to_json(config)
     if stored.keys() != current.keys():
-        raise ConfigError(f"{path}: its {CONFIG_FILE} was written by another version of cs_jax; choose another --out")
+        raise ConfigError(f"--out {path}: another version of cs_jax wrote its {CONFIG_FILE}; choose another --out")
     differences = config_file.differences(stored, current, flag)
     if differences:
         raise ConfigError(
-            f"{path}: holds a run with other settings: {differences}; choose another --out, "
-            f"or resume the run with --resume {path} alone"
+            f"--out {path}: holds a run with other settings: {differences}; choose another --out, "
+            f"or resume the run with only --resume {path}"
         )
 
 
 def check_free(config: Config) -> None:
-    """Rejects a directory that cannot become a run directory. Writes nothing.
+    """Raises if a directory cannot become a run directory. Writes nothing.
 
     Raises:
         ConfigError: the path is not empty, is a file, or cannot be written.
@@ -48,9 +48,9 @@ def check_free(config: Config) -> None:
             raise ConfigError(f"--out {path}: not empty and not a run directory; choose an empty or new one")
         nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     except OSError as error:
-        raise ConfigError(f"--out {path}: cannot be used: {error.strerror}; choose another one") from error
+        raise ConfigError(f"--out {path}: cannot be used: {error.strerror}; choose another directory") from error
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-        raise ConfigError(f"--out {path}: cannot be created: {nearest} is not a writable directory; choose another one")
+        raise ConfigError(f"--out {path}: cannot be created: {nearest} is not a writable directory; choose another")
 
 
 def _is_leftover(path: Path) -> bool:

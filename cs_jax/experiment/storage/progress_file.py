@@ -1,4 +1,4 @@
-"""Content of a checkpoint: a position as JSON, its arrays, and their shapes for reading."""
+"""Content of a checkpoint: a `Progress` as JSON values and arrays, and the shapes of the arrays for reading."""
 
 import functools
 from collections.abc import Mapping
@@ -21,11 +21,11 @@ from cs_jax.training.step import StepMetrics, TrainState
 
 
 def progress_to_json(progress: Progress, snapshot: str | None) -> dict[str, Any]:
-    """A position as JSON, without its arrays.
+    """A `Progress` as JSON values, without its arrays.
 
     Args:
-        progress: position to save.
-        snapshot: hash of the snapshot's SHA256SUMS; None without a snapshot.
+        progress: progress to save.
+        snapshot: hash of the snapshot's file SHA256SUMS; None without a snapshot.
     """
     fields = progress._asdict()
     del fields["state"], fields["figures"], fields["packed_masks"]
@@ -34,7 +34,7 @@ def progress_to_json(progress: Progress, snapshot: str | None) -> dict[str, Any]
 
 
 def progress_from_json(stored: Mapping[str, Any], arrays: Mapping[str, PyTree], snapshot: Snapshot | None) -> Progress:
-    """The position from the results of `progress_to_json` and `arrays_of`, and the snapshot."""
+    """Inverse of `progress_to_json` and `arrays_of`: the `Progress`, from JSON values, arrays and snapshot."""
     return Progress(
         phase=stored["phase"],
         round=stored["round"],
@@ -50,7 +50,7 @@ def progress_from_json(stored: Mapping[str, Any], arrays: Mapping[str, PyTree], 
 
 
 def arrays_of(progress: Progress) -> dict[str, PyTree]:
-    """Arrays of a position, without its snapshot; waits for steps that are still running."""
+    """Arrays of a `Progress`, without its snapshot; waits for steps that are still running."""
     arrays: dict[str, PyTree] = {"state": progress.state}
     if progress.figures:
         arrays["figures"] = step_figures(progress)
@@ -60,7 +60,7 @@ def arrays_of(progress: Progress) -> dict[str, PyTree]:
 
 
 def abstract_arrays(config: Config, problem: Problem, stored: Mapping[str, Any]) -> dict[str, PyTree]:
-    """Shapes and dtypes of `arrays_of` a position, from its JSON."""
+    """Shapes and dtypes of the result of `arrays_of`, from the result of `progress_to_json`."""
     state = abstract_state(config, problem, stored["phase"])
     arrays: dict[str, PyTree] = {"state": state}
     if stored["step"]:

@@ -31,17 +31,17 @@ class ScoresFile:
         self._write([])
 
     def num_rounds(self) -> int:
-        """Number of rounds in the file; 0 if it cannot be read."""
+        """Number of rounds in the file; 0 if the file cannot be read."""
         return len(self._read())
 
     def add(self, config: Config, progress: Progress, when: str) -> None:
-        """Adds histograms to a round, and removes later rounds, which an earlier process has left.
+        """Adds histograms to a round, and removes later rounds, which an earlier process has written.
 
-        The histograms count weights: a score that several weights share is counted once for each of them.
+        A score that is shared by several weights is counted once for each weight.
 
         Args:
             config: settings of the run.
-            progress: position at the start or end of the round.
+            progress: progress at the start or end of the round.
             when: "start" or "end".
         """
         rounds = self._read()
@@ -78,7 +78,7 @@ class MasksFile:
         self._path = directory / MASKS_FILE
 
     def rounds(self) -> set[str]:
-        """Numbers of the rounds in the file, as text; empty if it cannot be read."""
+        """Numbers of the rounds in the file, as strings; empty if the file cannot be read."""
         return {name.partition("/")[0] for name in self._read()}
 
     def add(self, config: Config, progress: Progress) -> None:

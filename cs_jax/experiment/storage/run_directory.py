@@ -1,4 +1,4 @@
-"""The directory of a run: opened under a lock, written during the run, truncated when the run resumes."""
+"""Directory of a run: locked and written during the run. Resuming a run removes the metrics after its checkpoint."""
 
 import contextlib
 import json
@@ -44,7 +44,8 @@ def open_run_directory(config: Config, *, new: bool) -> Iterator["RunDirectory"]
         new: True to start a run in an empty or new directory, False to use the directory of an existing run.
 
     Raises:
-        ConfigError: the directory or a file in it cannot be created, or another process writes to it.
+        ConfigError: the directory or a file in it cannot be created, the directory is not visible to every process, or
+            another process uses it or has just started a run there.
     """
     with contextlib.ExitStack() as stack:
         processes.from_leader(lambda: _enter(config.run_directory, stack, new=new))
@@ -63,10 +64,10 @@ def _enter(path: Path, stack: contextlib.ExitStack, *, new: bool) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out {path}: cannot be created: {error.strerror}; choose another one") from error
+        raise ConfigError(f"--out {path}: cannot be created: {error.strerror}; choose another directory") from error
     stack.enter_context(Lock(path / LOCK_FILE))
     if new and holds_run(path):
-        raise ConfigError(f"--out {path}: another process has just started a run there; choose another one")
+        raise ConfigError(f"--out {path}: another process has just started a run there; choose another directory")
     for entry in filter(files.is_temporary, path.iterdir()):
         entry.unlink()
 
@@ -89,7 +90,7 @@ class RunDirectory(Observer):
         self._scores, self._masks = ScoresFile(self.path), MasksFile(self.path)
 
     def begin(self, fingerprint: str) -> None:
-        """Writes the files of a run without epochs.
+        """Writes config.json, an empty metrics.jsonl, and a scores.json without rounds.
 
         Args:
             fingerprint: hash of the data.
@@ -103,7 +104,8 @@ class RunDirectory(Observer):
             self._scores.clear()
             self._write_json(CONFIG_FILE, stored)
         except OSError as error:
-            raise ConfigError(f"{self.path}: cannot be written: {error.strerror}") from error
+            message = f"--out {self.path}: cannot be written: {error.strerror}; choose another directory"
+            raise ConfigError(message) from error
 
     def check_same_data(self, fingerprint: str) -> dict[str, tuple[str, str]]:
         """Checks that the data is the same as at the start of the run.
@@ -121,17 +123,17 @@ class RunDirectory(Observer):
         if stored["data"] != fingerprint:
             dataset = self._config.dataset
             raise ConfigError(
-                f"--dataset {dataset}: its examples differ from those that {self.path} started with; "
+                f"--dataset {dataset}: its examples differ from the examples at the start of {self.path}; "
                 "use --data-dir with the same data"
             )
         before, now = stored["versions"], versions() | cores()
         return {name: (before.get(name, "none"), now[name]) for name in now if before.get(name) != now[name]}
 
     def truncate_to(self, progress: Progress | None) -> None:
-        """Removes metrics and scores of epochs after a checkpoint, because these epochs are trained again.
+        """Removes metrics of epochs after a checkpoint, because these epochs are trained again; checks the other files.
 
         Args:
-            progress: position of the checkpoint; None removes all epochs.
+            progress: progress of the checkpoint; None removes the metrics of all epochs, and all score histograms.
 
         Raises:
             ConfigError: a file lacks finished epochs, rounds or controls, which cannot be written again.
@@ -145,18 +147,18 @@ class RunDirectory(Observer):
         self._check_other_files(progress)
 
     def _truncate_metrics(self, epochs: int) -> None:
-        """Keeps the first lines of metrics.jsonl."""
+        """Keeps the first `epochs` lines of metrics.jsonl."""
         path = self.path / METRICS_FILE
         text = path.read_bytes() if path.exists() else b""
         lines = text.splitlines(keepends=True)[:epochs]
         if len(lines) < epochs or not all(map(_is_record, lines)):
-            raise self._lacks(f"its {METRICS_FILE} is damaged: it lacks some of the {epochs} finished epochs")
+            raise self._lacks(f"its {METRICS_FILE} is damaged: not all {epochs} finished epochs have a valid line")
         with open(path, "ab") as file:
             file.truncate(sum(map(len, lines)))
 
     def _check_other_files(self, progress: Progress) -> None:
         """Checks that masks and controls of finished phases are in their files."""
-        # The masks of a round at its end are written again when the run resumes.
+        # If the checkpoint is at the end of a round, resuming writes the masks of this round again.
         rewritten = progress.round if progress.epoch == self._config.epochs else None
         stored = self._masks.rounds()
         if any(str(number) not in stored for number in range(len(progress.round_ends)) if number != rewritten):
@@ -167,7 +169,7 @@ class RunDirectory(Observer):
             raise self._lacks(f"its {CONTROLS_FILE} lacks finished controls")
 
     def _lacks(self, fault: str) -> ConfigError:
-        return ConfigError(f"{self.path}: {fault}; remove {self.path / CHECKPOINTS_FOLDER} to start from scratch")
+        return ConfigError(f"--out {self.path}: {fault}; remove {self.path / CHECKPOINTS_FOLDER} to start from scratch")
 
     def on_phase_start(self, progress: Progress) -> None:
         if progress.state.scores and progress.epoch == progress.step == 0:
@@ -184,7 +186,7 @@ class RunDirectory(Observer):
             self._scores.add(self._config, progress, "end")
 
     def seconds(self, *phases: str) -> float:
-        """Sum of the seconds in metrics.jsonl, training and validation, over some phases; over all if none is given."""
+        """Seconds of training and validation in metrics.jsonl, summed over the given phases; by default over all."""
         epochs = map(json.loads, (self.path / METRICS_FILE).read_text().splitlines())
         return sum(epoch["seconds"] for epoch in epochs if not phases or epoch["phase"] in phases)
 
@@ -196,7 +198,7 @@ class RunDirectory(Observer):
         files.write_whole(self.path / PREDICTIONS_FILE, safetensors.numpy.save(dict(arrays)))
 
     def read_controls(self) -> dict[str, Any]:
-        """Results that `write_controls` wrote, by control; {} if the file cannot be read."""
+        """Results of the controls, by name of the control; {} if the file cannot be read."""
         try:
             results = json.loads((self.path / CONTROLS_FILE).read_text())
         except (OSError, ValueError):
@@ -214,7 +216,10 @@ class RunDirectory(Observer):
 
 
 class FollowerRunDirectory(RunDirectory):
-    """Run directory in processes other than the leader: reads the ticket and writes nothing."""
+    """Run directory in processes other than the leader: methods for results read and write nothing.
+
+    Only the leader may call `begin`, `truncate_to`, `check_same_data` and the methods of `Observer`.
+    """
 
     def seconds(self, *phases: str) -> float:
         del phases

@@ -24,7 +24,7 @@ class Format(NamedTuple):
 
     suffix: str  # replaces ".safetensors" in the name of the ticket file
     export: Callable[[PlainNetwork], bytes]  # content of a file
-    logits: Callable[[bytes, PlainNetwork, np.ndarray], np.ndarray]  # computed from a file, for images of 0 to 255
+    logits: Callable[[bytes, PlainNetwork, np.ndarray], np.ndarray]  # from content and pixels of 0 to 255 to logits
 
 
 FORMATS = {
@@ -33,14 +33,14 @@ FORMATS = {
     "stablehlo": Format(stablehlo.SUFFIX, stablehlo.export_stablehlo, stablehlo.logits),
     "sparse": Format(sparse.SUFFIX, sparse.export_sparse, sparse.logits),
 }
-"""Formats by name, the values of `--to`."""
+"""Formats by name; the names are the values of `--to`."""
 
 
 class Exported(NamedTuple):
     """Result of an export."""
 
-    size: int  # of the file, in bytes
-    dense_size: int  # of the weights and BatchNorm statistics of the dense network, in bytes of float32
+    size: int  # bytes of the file
+    dense_size: int  # bytes of the weights and BatchNorm statistics of the dense network in float32
     difference: float  # largest difference of logits, relative to the largest logit
     network: PlainNetwork
 
@@ -53,7 +53,7 @@ def export_ticket(
     keep_shapes: bool = False,
     fold: bool = False,
 ) -> Exported:
-    """Writes a ticket in another format, after checking that the content computes the logits of the masked network.
+    """Writes a ticket in another format, after a check that the written network has the logits of the masked network.
 
     All arrays are float32, for every training dtype.
 
@@ -68,8 +68,8 @@ def export_ticket(
         Sizes, the largest difference of logits, and the exported network.
 
     Raises:
-        ConfigError: unknown format or missing library; `path` is a folder or its folder does not exist; the ticket
-            cannot be shrunk or folded; or the logits differ.
+        ConfigError: the format is unknown or its library is missing; `path` is a folder, or its folder does not exist;
+            the ticket cannot be shrunk or folded; or the logits differ.
         OSError: the file cannot be written.
     """
     if to not in FORMATS:
@@ -77,13 +77,14 @@ def export_ticket(
     files.check_out(Path(path))
     network = make_plain_network(ticket, keep_shapes=keep_shapes, fold_batch_norm=fold)
     images = np.random.default_rng(0).integers(0, 256, (4, *network.image_shape)).astype(np.float32)
-    with jax.default_matmul_precision("highest"):  # accelerators multiply float32 with fewer bits otherwise
+    with jax.default_matmul_precision("highest"):  # by default, accelerators multiply float32 in lower precision
         content = FORMATS[to].export(network)
         wanted, got = masked_logits(ticket, images), FORMATS[to].logits(content, network, images)
     difference = float(np.abs(got - wanted).max() / max(np.abs(wanted).max(), 1e-30))
     if not difference <= AGREEMENT:
         raise ConfigError(
-            f"--to {to}: logits of the export differ by {difference:.1e} of the largest; must be at most {AGREEMENT:g}"
+            f"--to {to}: logits of the export differ by {difference:.1e} of the largest logit; must be at most "
+            f"{AGREEMENT:g}"
         )
     files.write_whole(Path(path), content)
     return Exported(len(content), 4 * sum(dense_sizes(ticket).values()), difference, network)

@@ -16,7 +16,9 @@ OPSET = 21
 
 
 def export_onnx(network: PlainNetwork) -> bytes:
-    """Model from "images" (batch, height, width, channels), float32 of 0 to 255, to "logits" (batch, num_classes).
+    """ONNX file with the input "images" and the output "logits".
+
+    "images" is float32 of shape (batch, height, width, channels), 0 to 255. "logits" is (batch, num_classes).
 
     Raises:
         ConfigError: jax2onnx is not installed.
@@ -36,13 +38,13 @@ def export_onnx(network: PlainNetwork) -> bytes:
             input_names=["images"],
             output_names=["logits"],
         )
-    # jax2onnx gets some intermediate shapes wrong; runtimes infer them, and would warn of the difference.
+    # jax2onnx writes wrong shapes of intermediate results. Runtimes infer the shapes, and would warn about differences.
     del model.graph.value_info[:]
     return model.SerializeToString()
 
 
 def logits(content: bytes, network: PlainNetwork, images: np.ndarray) -> np.ndarray:
-    """Logits of ONNX Runtime for images of 0 to 255."""
+    """Logits that ONNX Runtime computes for images with pixels of 0 to 255."""
     try:
         import onnxruntime  # pyright: ignore[reportMissingImports]
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Plain network that all export formats write: float32, without masks, with the normalisation of its images."""
+"""Plain network that all export formats write: float32, without masks, with the normalisation constants of images."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,20 +22,20 @@ from cs_jax.tickets.ticket import LoadedTicket
 
 @dataclass(frozen=True, eq=False)
 class PlainNetwork:
-    """A float32 network without masks, and the normalisation of its images."""
+    """A float32 network without masks, and the normalisation constants of its images."""
 
     model: nn.Module
-    variables: dict[str, PyTree]  # "params" and, if BatchNorm is left, "batch_stats"; float32
+    variables: dict[str, PyTree]  # "params" and, unless all BatchNorm is folded, "batch_stats"; float32
     image_shape: tuple[int, ...]  # of one image: height, width, channels
     normalization: Mapping[str, Any] | None  # "mean" and "std" by channel, for pixels of 0 to 255; None if unknown
 
     @property
     def about(self) -> dict[str, Any]:
-        """Image shape and normalisation as JSON values, for the metadata of files."""
+        """Image shape and normalisation constants as JSON values, for the metadata of files."""
         return {"image_shape": list(self.image_shape), "normalization": self.normalization}
 
     def input_of(self, images: ArrayLike) -> jax.Array:
-        """Normalised images (n, height, width, channels) from pixels of 0 to 255; unchanged without a normalisation."""
+        """Normalised images (n, height, width, channels) from pixels of 0 to 255; unchanged without constants."""
         images = jnp.asarray(images)
         if self.normalization is None:
             return images
@@ -65,7 +65,7 @@ def make_plain_network(
         if not keep_shapes:
             model, variables = shrink(model, variables, image_shape)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{error}; --keep-shapes exports it without shrinking") from error
+        raise ConfigError(f"{error}; use --keep-shapes to export without shrinking") from error
     try:
         model, variables = fold(model, variables, image_shape, batch_norm=fold_batch_norm)
     except (TypeError, ValueError) as error:
@@ -74,7 +74,7 @@ def make_plain_network(
 
 
 def masked_logits(ticket: LoadedTicket, images: np.ndarray) -> np.ndarray:
-    """Logits of the ticket with its masks, in float32; the reference for exports."""
+    """Logits of the masked network in float32, the reference for exports."""
     model, variables, image_shape = _network(ticket)
     masked = PlainNetwork(model, variables, image_shape, ticket.metadata.get("normalization"))
     return np.asarray(jax.jit(masked.logits)(images))
@@ -86,7 +86,10 @@ def _network(ticket: LoadedTicket) -> tuple[nn.Module, dict[str, PyTree], tuple[
     if ticket.model is None:
         raise ConfigError("ticket has a custom model; this command supports cs_jax.models only")
     if len(image_shape) != 3:
-        raise ConfigError(f"metadata: model.image_shape {list(image_shape)}: must be height, width and channels")
+        raise ConfigError(
+            f"metadata: model.image_shape {list(image_shape)}: must be height, width and channels; save the ticket "
+            "with them"
+        )
     equivalence.check_finite(ticket.variables)
     model = ticket.model.clone(dtype=None) if hasattr(ticket.model, "dtype") else ticket.model  # pyright: ignore[reportCallIssue]
     return model, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), ticket.variables), image_shape

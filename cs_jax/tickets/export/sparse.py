@@ -29,14 +29,14 @@ PARTS = ("data", "indices", "indptr", "shape")
 """Suffixes of the arrays that store a sparse matrix; "shape" is the shape of the kernel."""
 
 ABOUT = "cs_jax"
-"""Name of the JSON text with image shape and normalisation."""
+"""Name of the array that holds a JSON text with image shape and normalisation constants."""
 
 
 def export_sparse(network: PlainNetwork) -> bytes:
     """Content of an .npz file with the arrays of the network by name, "params/conv0/kernel".
 
-    The kernel of a dense layer is a matrix (in, out) in compressed sparse rows, in arrays with the suffixes `PARTS`.
-    Kernels of attention are such matrices too, with the axes of heads and head size flattened.
+    The kernel of a dense layer is stored as a matrix (in, out) in compressed sparse rows, in arrays with the suffixes
+    `PARTS`. Kernels of attention are stored in the same form, with the axes of heads and head size flattened.
     """
     outs = _attention_outs(network)
     arrays: dict[str, np.ndarray] = {ABOUT: np.array(json.dumps(network.about, sort_keys=True))}
@@ -55,17 +55,17 @@ def export_sparse(network: PlainNetwork) -> bytes:
 
 
 def read_sparse(file: str | Path | io.BytesIO) -> tuple[dict[str, csr_array | np.ndarray], dict[str, Any]]:
-    """Matrices and arrays of a file in the sparse format, and its image shape and normalisation.
+    """Matrices and arrays of a file in the sparse format, and its image shape and normalisation constants.
 
     Args:
-        file: path or content of the file. A damaged or hostile file is refused; nothing in it is executed.
+        file: path or content of the file. Code from a file is never executed.
 
     Returns:
-        By name, kernels of dense layers as SciPy's `csr_array` (in, out) and all other arrays as NumPy arrays; and a
+        Kernels of dense layers as SciPy's `csr_array` (in, out) and all other arrays as NumPy arrays, by name; and a
         dictionary of "image_shape" and "normalization".
 
     Raises:
-        ConfigError: the file is damaged or is not in the sparse format.
+        ConfigError: the file cannot be read, is damaged, or is not in the sparse format.
     """
     arrays, about = _read(file)
     stems = {stem for stem, _, part in (name.rpartition(".") for name in arrays) if stem and part in PARTS}
@@ -78,10 +78,10 @@ def read_sparse(file: str | Path | io.BytesIO) -> tuple[dict[str, csr_array | np
 
 
 def _matrix(data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, shape: np.ndarray) -> csr_array:
-    """Matrix from its parts, after checks: with a wrong index SciPy reads outside of the array."""
+    """Matrix from its parts, after checks, because SciPy reads outside the arrays if an index is wrong."""
     sizes = shape.tolist()
     if indptr.ndim != 1 or shape.ndim != 1 or not is_shape(sizes):
-        raise ValueError(f"matrix with row ends of shape {indptr.shape} and kernel shape {reprlib.repr(sizes)}")
+        raise ValueError(f"matrix with indptr of shape {indptr.shape} and kernel shape {reprlib.repr(sizes)}")
     rows, size = len(indptr) - 1, math.prod(sizes)
     if rows < 1 or size % rows:
         raise ValueError(f"matrix with {rows} rows and {size} entries")
@@ -91,7 +91,7 @@ def _matrix(data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, shape: np
 
 
 def logits(content: bytes, network: PlainNetwork, images: np.ndarray) -> np.ndarray:
-    """Logits of a network with the arrays of a file, for images of 0 to 255."""
+    """Logits of a network with the arrays of a file, for images with pixels of 0 to 255."""
     arrays, _ = _read(io.BytesIO(content))
     leaves = {}
     for name, array in read_sparse(io.BytesIO(content))[0].items():
@@ -102,7 +102,7 @@ def logits(content: bytes, network: PlainNetwork, images: np.ndarray) -> np.ndar
 
 
 def _read(file: str | Path | io.BytesIO) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays by name, and the dictionary of image shape and normalisation."""
+    """Arrays by name, and the dictionary of image shape and normalisation constants."""
     try:
         with zipfile.ZipFile(file) as archive:  # `np.load` accepts other files too, and members that are not arrays
             members = {member.filename: archive.read(member) for member in archive.infolist()}
@@ -123,7 +123,7 @@ _UNREADABLE = (
     *(zipfile.BadZipFile, zlib.error, struct.error, SyntaxError, TypeError),
     *(RuntimeError, NotImplementedError),  # members that are encrypted or have another compression
 )
-"""Exceptions of zipfile, NumPy and json for truncated, damaged and other files."""
+"""Exceptions of zipfile, NumPy and json for files that are truncated, damaged or in another format."""
 
 
 def _refused(file: str | Path | io.BytesIO, error: Exception) -> ConfigError:

@@ -1,4 +1,4 @@
-"""StableHLO export: a `jax.export` program that contains the weights, for processes with JAX."""
+"""StableHLO export: a function serialized by `jax.export`, with the weights as constants, for processes with JAX."""
 
 import jax
 import jax.export
@@ -11,11 +11,14 @@ from cs_jax.tickets.export.plain_network import PlainNetwork
 SUFFIX = ".stablehlo"
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-"""Platforms that the program can be compiled for."""
+"""Platforms for which the function can be compiled."""
 
 
 def export_stablehlo(network: PlainNetwork) -> bytes:
-    """Program from images (batch, height, width, channels), float32 of 0 to 255, to logits (batch, num_classes)."""
+    """Serialized function from images to logits.
+
+    Images are float32 of shape (batch, height, width, channels), 0 to 255. Logits are (batch, num_classes).
+    """
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *network.image_shape), jnp.float32)
     with convolution.for_serving():
@@ -24,5 +27,5 @@ def export_stablehlo(network: PlainNetwork) -> bytes:
 
 
 def logits(content: bytes, network: PlainNetwork, images: np.ndarray) -> np.ndarray:
-    """Logits of the program for images of 0 to 255."""
+    """Logits of the serialized function for images with pixels of 0 to 255."""
     return np.asarray(jax.export.deserialize(bytearray(content)).call(images))

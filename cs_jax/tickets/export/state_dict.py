@@ -33,7 +33,7 @@ Tensors = dict[str, np.ndarray]
 
 SUFFIX = ".pytorch.safetensors"
 
-FOLDED = "; BatchNorm is missing: export without --fold, a folded file cannot be imported"
+FOLDED = "; BatchNorm is missing: export without --fold, because folded files cannot be imported"
 
 
 class _Normalization(Struct, forbid_unknown_fields=True):
@@ -42,21 +42,21 @@ class _Normalization(Struct, forbid_unknown_fields=True):
 
 
 class _About(Struct):
-    """Metadata that the export writes; other keys are ignored."""
+    """Metadata that the export writes. Other keys are ignored."""
 
     image_shape: Shape | None = None
     normalization: _Normalization | None = None
 
 
 def export_state_dict(network: PlainNetwork) -> bytes:
-    """Content of a file with the state dict of the network, and image shape and normalisation as metadata."""
+    """Content of a safetensors file: the state dict of the network, with image shape and normalisation as metadata."""
     tensors = to_tensors(network.model, network.variables, network.image_shape[-1])
     about = json.dumps(network.about, sort_keys=True)
     return safetensors.numpy.save(tensors, {"format": "pt", "cs_jax": about})
 
 
 def logits(content: bytes, network: PlainNetwork, images: np.ndarray) -> np.ndarray:
-    """Logits of a network with the weights of a file, for images of 0 to 255."""
+    """Logits of a network with the weights of a file, for images with pixels of 0 to 255."""
     shapes = {name: leaf.shape for name, leaf in _by_name(network.variables).items()}
     found = from_tensors(_tensors(content), torch_names.entries(network.model, shapes, network.image_shape[-1]))
     read = PlainNetwork(network.model, found, network.image_shape, network.normalization)
@@ -68,7 +68,7 @@ def to_tensors(model: nn.Module, variables: Mapping[str, PyTree], image_channels
 
     Args:
         model: module of `cs_jax.models`.
-        variables: "params" and, if there is BatchNorm, "batch_stats", with masks already multiplied in; see `fold`.
+        variables: "params" multiplied by their masks and, if there is BatchNorm, "batch_stats"; see `fold`.
         image_channels: number of channels of the images, for networks that flatten them.
     """
     arrays = _by_name(variables)
@@ -85,7 +85,7 @@ def from_tensors(tensors: Mapping[str, np.ndarray], entries: Sequence[Entry]) ->
     """Variables from tensors with the names and shapes of `entries`.
 
     Raises:
-        ConfigError: names a tensor that is missing, unknown, or of another shape or dtype.
+        ConfigError: a tensor is missing, is unknown, has another shape, or has no float dtype.
     """
     wanted = {entry.name: entry for entry in entries}
     for name in wanted:
@@ -110,9 +110,9 @@ def load_state_dict(
     """A masked network with the weights of a PyTorch state dict in a safetensors file.
 
     The file must have the names and layouts that the export writes. Layer widths are taken from the tensors, so shrunk
-    networks can be read. In layers that can be masked, the mask is 0 for weights that are 0, and 1 for all others; a
-    network that was never pruned gets masks of ones. Weights keep their bits and dtypes, except that float64 becomes
-    float32 unless JAX's 64-bit mode is on.
+    networks can be read. In maskable layers, the mask is 0 for weights that are exactly 0, and 1 for all others. A
+    dense network therefore gets masks of ones. Weights keep their bits and dtypes, except that float64 becomes float32
+    unless JAX's 64-bit mode is on.
 
     Args:
         path: safetensors file.
@@ -123,8 +123,8 @@ def load_state_dict(
         The module, and its variables "params", "batch_stats" and "masks".
 
     Raises:
-        ConfigError: the file cannot be read or is not a state dict; the model is unknown; or a tensor is missing,
-            unknown, or of another shape.
+        ConfigError: the file cannot be read or is not a state dict; the model is unknown; the image shape is missing or
+            invalid; or a tensor is missing, is unknown, has another shape, or has no float dtype.
     """
     tensors, about = read(Path(path))
     return from_state_dict(tensors, model_name, image_shape or about.get("image_shape") or ())
@@ -133,7 +133,7 @@ def load_state_dict(
 def from_state_dict(
     tensors: Tensors, model_name: str, image_shape: Sequence[int]
 ) -> tuple[nn.Module, dict[str, PyTree]]:
-    """`load_state_dict` for tensors that were already read."""
+    """A masked network with the weights of tensors; see `load_state_dict`."""
     if model_name not in MODELS:
         raise ConfigError(f"model {model_name!r}: must be {one_of(model_name, MODELS)}")
     shape = tuple(image_shape)
@@ -150,7 +150,10 @@ def from_state_dict(
 
 
 def _model_of(name: str, tensors: Tensors, image_shape: tuple[int, ...]) -> nn.Module:
-    """The network with the classes and widths of the tensors; its default widths where a tensor is unusable."""
+    """Network with the number of classes and the layer widths of the tensors.
+
+    A layer has the default width if its tensor is missing or has no valid shape; `from_tensors` then raises an error.
+    """
     model = build(name, num_classes=1)
     net, output = wiring.wiring_of(model)
     shapes = {path: shape for path, (shape, _) in shapes_of(model, image_shape).items()}
@@ -179,7 +182,7 @@ def _model_of(name: str, tensors: Tensors, image_shape: tuple[int, ...]) -> nn.M
 
 
 def _is_folded(tensors: Mapping[str, np.ndarray], entries: Sequence[Entry]) -> bool:
-    """True if all kernels are there and all BatchNorm statistics are missing."""
+    """True if no kernel is missing and all BatchNorm statistics are missing."""
     kernels = [entry.name in tensors for entry in entries if entry.path.endswith("/kernel")]
     norms = [entry.name in tensors for entry in entries if entry.path.startswith("batch_stats/")]
     return all(kernels) and bool(norms) and not any(norms)
@@ -190,10 +193,10 @@ def _unmasked(shapes: Shapes) -> dict[str, tuple[int, ...]]:
 
 
 def read(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """Tensors of a safetensors file, and its "image_shape" and "normalization"; None for keys that are missing.
+    """Tensors of a safetensors file, and a dictionary of "image_shape" and "normalization", None if missing.
 
     Raises:
-        ConfigError: not a safetensors file, or metadata of another type than `export` writes.
+        ConfigError: the file is not a safetensors file, or its metadata have other types than `export` writes.
     """
     try:
         if not path.is_file():
@@ -210,7 +213,7 @@ def read(path: Path) -> tuple[Tensors, dict[str, Any]]:
 
 
 def _about(text: str) -> dict[str, Any]:
-    """Image shape and normalisation from the JSON text in a file's metadata."""
+    """Image shape and normalisation constants from the JSON text in a file's metadata."""
     about = decode(text.encode(), dict[str, Any], "metadata cs_jax")
     convert(about, _About, "metadata cs_jax")
     return {"image_shape": about.get("image_shape"), "normalization": about.get("normalization")}

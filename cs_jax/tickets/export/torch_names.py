@@ -1,9 +1,8 @@
 """PyTorch names and layouts of a network's arrays, and conversion in both directions.
 
-`ResNet` has the names of the authors' release, or of torchvision's ResNets if it has bottleneck blocks. Other networks
-are named as in the release: the path of the layer with dots, also after a stage. Kernels are (out, in, height, width)
-and (out, in). PyTorch flattens images with channels first, so a dense layer after flattening reads its inputs in
-another order.
+A name is the path of the layer with dots, also after a stage ("stage1.block2"), as in the authors' release. A `ResNet`
+with bottleneck blocks has the names of torchvision's ResNets. Kernels are (out, in, height, width) and (out, in).
+PyTorch flattens images with channels first, so a dense layer after flattening reads its inputs in another order.
 """
 
 import math
@@ -21,10 +20,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of arrays by name, "params/conv0/kernel"."""
 
 LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
-"""PyTorch's names of leaves, where they differ."""
+"""PyTorch's names of leaves that have another name in Flax."""
 
 COUNTER = "num_batches_tracked"
-"""Additional int64 scalar in the state of PyTorch's BatchNorm."""
+"""Name of an int64 scalar that PyTorch's BatchNorm has in addition."""
 
 TORCHVISION = {
     "conv0": "conv1",
@@ -39,10 +38,10 @@ TORCHVISION = {
 
 @dataclass(frozen=True)
 class Entry:
-    """An array with its name and layout in both libraries."""
+    """Name and layout of an array in both libraries."""
 
     path: str  # in cs_jax, "params/conv0/kernel"
-    name: str  # in PyTorch
+    name: str  # in PyTorch, "conv0.weight"
     shape: tuple[int, ...]  # in cs_jax
     axes_in: int | None = None  # number of input axes of a kernel, after the window axes; None for other arrays
     channels: int | None = None  # channels of the flattened images that a kernel reads; None for other arrays
@@ -75,7 +74,7 @@ class Entry:
 
 
 def _reordered(matrix: np.ndarray, *axes: int) -> np.ndarray:
-    """Rows in the order (first, second) reordered to (second, first); `axes` are the two sizes, one may be -1."""
+    """Matrix with rows in the order (first, second) reordered to (second, first); `axes` are the two sizes or -1."""
     rows, columns = matrix.shape
     return matrix.reshape(*axes, columns).swapaxes(0, 1).reshape(rows, columns)
 
@@ -84,9 +83,9 @@ def entries(model: nn.Module, shapes: Shapes, image_channels: int) -> list[Entry
     """Entries of all arrays of a network except masks.
 
     Args:
-        model: module of `cs_jax.models`, for its names and its wiring.
-        shapes: shapes of "params" and "batch_stats".
-        image_channels: number of channels of the images, for networks that flatten them.
+        model: module of `cs_jax.models`; gives the names and the wiring.
+        shapes: shapes of "params" and "batch_stats", by name.
+        image_channels: number of channels of the images, for networks that flatten images.
     """
     flattened = _flattened(model, shapes, image_channels)
     outs = {
@@ -113,7 +112,7 @@ def _torchvision_block(match: re.Match[str]) -> str:
 
 
 def _flattened(model: nn.Module, shapes: Shapes, image_channels: int) -> dict[str, int]:
-    """Number of channels of flattened images, by the name of the dense kernel that reads them."""
+    """Number of channels before flattening, by name of the dense kernel that reads the flattened images."""
     channels: list[int] = []
     found = {}
     for node in wiring.wiring_of(model)[0].nodes:

@@ -59,9 +59,17 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     return 0 if selects_tests(config) else None
 
 
+OPTIMIZED = {"golden", "training", "end_to_end", "tests"}
+"""Folders whose tests compile as a user's program does: their facts are about rounding, memory or whole runs."""
+
+
 @pytest.fixture(autouse=True, scope="module")
-def programs_of_a_module() -> Iterator[None]:
-    """Frees compiled programs after each module: they use memory maps, of which a process has 65,530."""
+def compiled_programs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compiles faster and optimizes less outside OPTIMIZED, and frees compiled programs after each module.
+
+    Compiled programs use memory maps, of which a process has 65,530.
+    """
+    jax.config.update("jax_disable_most_optimizations", request.path.parent.name not in OPTIMIZED)
     yield
     jax.clear_caches()
 

@@ -711,6 +711,7 @@ def test_scores_of_groups_make_masks_for_the_model() -> None:
     np.testing.assert_array_equal(sparse(X)[:, 0], sparse.layers[2].bias[0])
 
 
+@pytest.mark.slow
 def test_the_loop_finds_a_sparse_network() -> None:
     rngs = nnx.Rngs(0)
     plain = nnx.Sequential(nnx.Linear(4, 16, rngs=rngs), jax.nn.relu, nnx.Linear(16, 1, rngs=rngs))

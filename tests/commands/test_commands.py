@@ -223,6 +223,7 @@ def started(folder: Path, *words: str) -> Any:
         process.communicate()
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_with_143_and_the_run_goes_on(tmp_path: Path) -> None:
     with started(tmp_path) as process:
         asked = time.monotonic()
@@ -241,6 +242,7 @@ def test_sigterm_saves_and_exits_with_143_and_the_run_goes_on(tmp_path: Path) ->
     assert re.fullmatch(rf"resuming search 0 at epoch {epochs}, step \d+\n", first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gap", [0.02, 0.1])
 def test_a_second_sigterm_does_not_lose_the_save(gap: float, tmp_path: Path) -> None:
     with started(tmp_path, "--checkpoint-seconds", "1000") as process:
@@ -253,6 +255,7 @@ def test_a_second_sigterm_does_not_lose_the_save(gap: float, tmp_path: Path) -> 
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("0*") if path.suffix == ""] != []
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_with_the_first_ones_id(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,6 +298,7 @@ def test_a_second_sigint_ends_the_process_at_once_even_while_it_computes(tmp_pat
     assert error == "ended at once; run the same command to resume from the last checkpoint\n"
 
 
+@pytest.mark.slow
 def test_a_signal_that_has_to_wait_is_told_to_be_heard() -> None:
     script = (
         "import time\n"

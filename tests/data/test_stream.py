@@ -398,6 +398,7 @@ def assert_equal(one: Any, other: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+@pytest.mark.slow
 def test_streamed_images_train_and_are_evaluated_as_those_in_memory(stream: ImageStream) -> None:
     in_memory, order = stream.take(np.arange(43)), np.random.default_rng(3).permutation(43)
     ends = []
@@ -562,6 +563,7 @@ def finished(settings: Config, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_stops_inside_an_epoch_goes_on_to_the_same_ticket(
     settings: Config, finished: Path, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -599,6 +601,7 @@ def test_a_run_that_stops_inside_an_epoch_goes_on_to_the_same_ticket(
     assert len({options["crop_seed"] for _, options, _ in asked}) == 4  # two epochs of the search, two of the ticket
 
 
+@pytest.mark.slow
 def test_damage_inside_a_run_is_one_line_and_it_goes_on_once_it_is_repaired(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -623,6 +626,7 @@ def test_damage_inside_a_run_is_one_line_and_it_goes_on_once_it_is_repaired(
     assert (tmp_path / "run" / TICKET_FILE).read_bytes() == (finished / TICKET_FILE).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_ticket_of_streamed_images_is_verified_and_connected(
     settings: Config, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -651,6 +655,7 @@ def test_the_smallest_step_is_checked_without_reading(settings: Config, monkeypa
         prepare_experiment.prepare(dataclasses.replace(settings, model="vgg16"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_streamed_steps_are_the_same_on_several_devices(stream: ImageStream) -> None:
     """Batches of eight over four devices; each device has all three examples of the last batch."""

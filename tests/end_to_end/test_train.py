@@ -177,6 +177,7 @@ def test_the_same_command_gives_the_same_numbers(quick_run: Path, tmp_path: Path
     assert (quick_run / TICKET_FILE).read_bytes() == (tmp_path / "again" / TICKET_FILE).read_bytes()
 
 
+@pytest.mark.slow
 def test_plain_lines_and_the_table_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*QUICK, "--val-set-size", "0", "--controls", "--out", str(tmp_path / "run")]
     assert train.main(words) == 0
@@ -214,7 +215,7 @@ def test_fashion_mnist_from_the_prepared_set(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_cifar10_from_the_prepared_set(tmp_path: Path) -> None:
     words = "cifar10 --epochs 1 --rounds 1 --rewind-epoch 0 --max-train-examples 256 --val-set-size 256".split()
-    words += ["--data-dir", prepared("cifar10"), "--out", str(tmp_path / "run")]
+    words += ["--no-report", "--controls", "--data-dir", prepared("cifar10"), "--out", str(tmp_path / "run")]
     assert train.main(words) == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["ticket"]["num_all_weights"] == 272_282
 

@@ -98,6 +98,7 @@ def stopped_at(config: Config, problem: Problem, folder: Path, moment: int, *oth
         saved.save_latest()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::cs_jax.UnfinishedSearchWarning")
 @pytest.mark.parametrize("reset", ["paper", "released"])
 def test_a_run_stopped_at_a_step_or_evaluation_ends_with_the_same_bits(
@@ -128,6 +129,7 @@ def test_a_resumed_run_uses_the_programs_of_a_new_one(problem: Problem, tmp_path
     assert compiled.compiled_step._cache_size() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score_dtype", ["float32", "bfloat16"])
 def test_without_a_target_it_goes_on_too_and_after_many_stops(
     problem: Problem, tmp_path: Path, score_dtype: str
@@ -195,6 +197,7 @@ class SlowWriter(CheckpointWriter):
         super().start(*arguments)
 
 
+@pytest.mark.slow
 def test_saves_that_take_long_come_less_often(
     problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

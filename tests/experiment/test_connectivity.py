@@ -330,6 +330,7 @@ def content(run: Path) -> dict[str, Any]:
     return json.loads((run / CONNECTIVITY_FILE).read_text())
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_same_file_twice_but_for_the_time(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = []
     for _ in range(2):
@@ -352,6 +353,7 @@ def test_the_command_writes_the_same_file_twice_but_for_the_time(run: Path, caps
     assert f"barrier: error {100 * found[0]['barrier']:.2f} percentage points" in shown
 
 
+@pytest.mark.slow
 def test_another_seed_trains_other_children(run: Path) -> None:
     losses = []
     for seed in ("0", "4294967295"):
@@ -360,6 +362,7 @@ def test_another_seed_trains_other_children(run: Path) -> None:
     assert len(set(losses)) == 4
 
 
+@pytest.mark.slow
 def test_a_ticket_that_is_read_back_trains_to_what_its_run_has(run: Path) -> None:
     config, ticket = connectivity.read_run(run)
     problem, _ = prepare(config)
@@ -381,6 +384,7 @@ def test_children_differ_in_their_batches_alone(run: Path) -> None:
     assert found["barrier"] == found["loss_barrier"] == 0
 
 
+@pytest.mark.slow
 def test_a_report_that_is_there_is_written_anew(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert commands.main(["report", str(run)]) == 0
     assert "Linear mode connectivity" not in (run / "report.html").read_text()

@@ -66,6 +66,7 @@ def test_golden_layer(path: Path) -> None:
         assert reference.distance(reset, pruned) <= exact
 
 
+@pytest.mark.slow
 @by_name(STEP_FILES)
 @pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["float64", "float32"])
 @pytest.mark.usefixtures("x64")
@@ -333,6 +334,7 @@ def _check_ticket(arrays: dict[str, np.ndarray], ticket: Ticket, recorder: Recor
         np.testing.assert_array_equal(recorder.states["ticket_start"][name], array)
 
 
+@pytest.mark.slow
 @by_name(FLOAT32_SEARCH_FILES)
 def test_golden_search_starts_alike_in_float32(path: Path) -> None:
     """Cross-entropy of the first two steps in float32; later steps differ by the chaos of rounding errors."""

@@ -32,9 +32,10 @@ seeds = [0, 1]
 [settings]
 model = "lenet300100"
 rounds = 2
-epochs = 25
-lr_schedule = [20]
+epochs = 10
+lr_schedule = [8]
 lr_drops = [0.1]
+max_train_examples = 640
 checkpoint_seconds = 0.3
 
 [method.cs]

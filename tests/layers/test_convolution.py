@@ -46,6 +46,7 @@ def test_results_and_gradients_are_those_of_jax(sizes: tuple[int, ...], options:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, wanted)
 
 
+@pytest.mark.slow
 def test_tickets_can_be_vectorised_over() -> None:
     layer, (images, _) = MaskedConv(4, (3, 3)), arrays(6, 6)
     masks = jax.vmap(lambda key: layer.init(key, images))(jax.random.split(jax.random.key(2), 3))
@@ -55,6 +56,7 @@ def test_tickets_can_be_vectorised_over() -> None:
         np.testing.assert_allclose(found[index], one, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_on_a_cpu_every_convolution_of_a_network_is_kept_from_its_input_s_making() -> None:
     model = MODELS["resnet6"]()
     images = jnp.ones((2, 8, 8, 1))

@@ -57,6 +57,7 @@ def config(request: pytest.FixtureRequest) -> Config:
     return dataclasses.replace(CONFIG, method=request.param)
 
 
+@pytest.mark.slow
 def test_dense_keeps_every_weight_from_initialisation(config: Config, problem: Problem) -> None:
     dense = CONTROLS[DENSE](problem, find_ticket(config, problem))
     fresh = problem.init_variables()
@@ -236,6 +237,7 @@ def test_a_control_is_added_by_one_line(problem: Problem, tmp_path: Path, monkey
     assert_equal(phases.starts["first-half"].params, phases.starts["ticket"].params)
 
 
+@pytest.mark.slow
 def test_a_control_of_ones_own_is_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CONTROLS, "first-half", first_half)
     words = "--model lenet300100 --method snip --target-density 0.2 --epochs 2 --rewind-epoch 0 --lr 0.01 --controls"

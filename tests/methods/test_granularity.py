@@ -206,6 +206,7 @@ def test_layers_that_are_a_multiple_keep_one() -> None:
             assert np.asarray(before)[np.asarray(after) > 0].min() > below.max(initial=-np.inf)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["cs", "imp", "gmp", "magnitude", "random"])
 def test_every_method_keeps_whole_channels_that_conv_b_reads(method: str, by_channel: Problem) -> None:
     config = dataclasses.replace(CHANNEL, method=method, target_density=0.5)
@@ -278,6 +279,7 @@ def test_the_dense_network_is_the_same_at_both_granularities(by_channel: Problem
     assert len(jax.tree.leaves(whole["masks"])) == 5 and len(jax.tree.leaves(scored["masks"])) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [{"target_density": 0.5}, SHARE])
 def test_a_search_that_goes_on_ends_with_the_same_bits(
     target: dict[str, Any], by_channel: Problem, tmp_path: Path
@@ -315,6 +317,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_summary_has_the_multiply_adds_of_the_shrunk_and_the_dense_network(run_folder: Path) -> None:
     ticket = json.loads((run_folder / "summary.json").read_text())["ticket"]
     assert ticket["dense_multiply_adds"] == multiply_adds(TinyResNet(), (8, 8, 1))
@@ -322,6 +325,7 @@ def test_the_summary_has_the_multiply_adds_of_the_shrunk_and_the_dense_network(r
     assert ticket["num_masked_weights"] == 8 * 72 + 16 * 144
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODELS, "tiny_resnet", TinyResNet)
     assert train.main([*COMMAND, "--out", str(tmp_path / "again")]) == 0
@@ -329,6 +333,7 @@ def test_the_same_seed_gives_the_same_bytes(run_folder: Path, tmp_path: Path, mo
         assert (tmp_path / "again" / name).read_bytes() == (run_folder / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_ticket_has_masks_of_ones_where_nothing_could_be_masked(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,6 +364,7 @@ def test_the_report_shows_a_run_by_channel(run_folder: Path, monkeypatch: pytest
     assert (run_folder / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_two_children_of_a_ticket_are_connected(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODELS, "tiny_resnet", TinyResNet)
     assert commands.main(["connect", str(run_folder), "--points", "2"]) == 0
@@ -465,6 +471,7 @@ class Miswired(ConvNet):
         return super().wire(net, x)
 
 
+@pytest.mark.slow
 def test_a_run_whose_wiring_is_wrong_keeps_its_ticket_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -599,6 +599,7 @@ def test_a_method_is_added_by_one_line(problem: Problem, monkeypatch: pytest.Mon
         parser.parse([*WORDS, "--method", "every-second", "--target-density", "0.5"])
 
 
+@pytest.mark.slow
 def test_a_model_is_added_by_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODELS, "tiny", Net)
     words = "--model tiny --method magnitude --target-density 0.25 --max-train-examples 48".split()

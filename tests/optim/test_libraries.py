@@ -87,6 +87,7 @@ def train_pure(apply: Any, start: Any, tx: Any, digits: Any) -> tuple[Any, Any]:
     return cs_jax.masked_params(params, opt_state), opt_state
 
 
+@pytest.mark.slow
 def test_a_linen_model(digits: Any) -> None:
     model = nn.Sequential([nn.Dense(48), nn.relu, nn.Dense(32), nn.relu, nn.Dense(10)])
     images, labels = digits
@@ -97,6 +98,7 @@ def test_a_linen_model(digits: Any) -> None:
     check_ticket(opt_state, paths, accuracy(model.apply(masked, images[1280:]), labels[1280:]))
 
 
+@pytest.mark.slow
 def test_an_equinox_model(digits: Any) -> None:
     """The whole module is optimised, activation functions included."""
     images, labels = digits
@@ -124,6 +126,7 @@ def test_an_equinox_model(digits: Any) -> None:
     check_ticket(opt_state, [f"layers/{i}/weight" for i in range(3)], accuracy(logits, labels[1280:]))
 
 
+@pytest.mark.slow
 def test_a_haiku_model(digits: Any) -> None:
     images, labels = digits
     net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([48, 32, 10])(x)))
@@ -144,6 +147,7 @@ class Cnn(nnx.Module):
         return self.head(nnx.relu(self.hidden(x.reshape(len(x), -1))))
 
 
+@pytest.mark.slow
 def test_an_nnx_model_with_its_optimizer(digits: Any) -> None:
     """BatchNorm statistics are updated by the model, weights by `nnx.Optimizer`."""
     images, labels = digits

@@ -256,6 +256,7 @@ def test_a_scan_over_steps_is_the_loop() -> None:
     assert_close(scan((PARAMS, tx.init(PARAMS))), looped, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_vmapped_searches_are_the_single_ones() -> None:
     tx = make(target_density=0.25)
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), PARAMS)

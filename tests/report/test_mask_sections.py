@@ -137,6 +137,7 @@ def test_a_method_without_scores_whose_file_has_no_round_has_no_section_on_them(
     assert "Scores" not in words(page(run)) and "scores.json" not in words(page(run))
 
 
+@pytest.mark.slow
 def test_a_page_says_of_rounds_and_scores_what_is_true_of_its_method(run: Path) -> None:
     said = {}
     for method in ("cs", "iss", "gmp", "imp"):
@@ -179,6 +180,7 @@ def test_rounds_wait_for_the_sizes_of_layers(run: Path) -> None:
     assert "round 0 round 1 250 83.33%" in words(page(run))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rates, log, alt",
     [
@@ -309,6 +311,7 @@ def test_a_damaged_line_is_refused(run: Path, changes: dict[str, Any], text: str
     assert text in str(error.value) and "connectivity.json" in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_real_run_has_all_of_its_masks_in_its_report(tmp_path: Path) -> None:
     out = tmp_path / "run"
     asked = "--model lenet300100 --epochs 2 --rounds 2 --rewind-epoch 1 --max-train-examples 100 --controls"

@@ -249,12 +249,15 @@ def test_text_out_of_files_is_only_ever_shown(tmp_path: Path) -> None:
     "shape",
     [
         {"epochs": 1, "rounds": 1, "layers": ("kernel",), "classes": ("no", "yes"), "dense": False},
-        {
-            "epochs": 1,
-            "rounds": 10,
-            "layers": tuple(f"block{index}/kernel" for index in range(160)),
-            "image": (224, 224, 3),
-        },
+        pytest.param(
+            {
+                "epochs": 1,
+                "rounds": 10,
+                "layers": tuple(f"block{index}/kernel" for index in range(160)),
+                "image": (224, 224, 3),
+            },
+            marks=pytest.mark.slow,
+        ),
         {"epochs": 1, "rounds": 1, "classes": tuple(f"class {index}" for index in range(40)), "image": (8, 300, 4)},
     ],
     ids=["least", "many-layers-and-rounds", "many-classes"],

@@ -51,7 +51,7 @@ TROUBLE = (
     'methods = ["wild", "slow", "random"]\ndensities = [0.1]\nseeds = [0]\n'
     + QUICK
     + '[method.wild]\nmethod = "imp"\nlr = 1e30\n'
-    + '[method.slow]\nmethod = "imp"\nepochs = 40\ncheckpoint_seconds = 0.0\n'
+    + '[method.slow]\nmethod = "imp"\nepochs = 20\ncheckpoint_seconds = 0.0\n'
 )
 """A run that fails, a run that is long enough to be killed, and another run."""
 
@@ -336,6 +336,7 @@ def test_every_run_of_a_sweep_has_its_result_and_no_checkpoints(swept: Path) -> 
         assert "test" in (out / "logs" / f"{name}.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_of_a_sweep_is_the_one_that_train_makes(swept: Path, tmp_path: Path) -> None:
     words = "--model lenet300100 --rounds 1 --epochs 2 --rewind-epoch 1 --lr-schedule 1 --lr-drops 0.1 --controls"
     asked = "--method imp --target-density 0.1 --seed 1 --no-report --keep 1"
@@ -364,6 +365,7 @@ def test_checkpoints_that_a_killed_sweep_left_in_a_finished_run_are_removed(copi
     assert not left.exists()
 
 
+@pytest.mark.slow
 def test_a_spec_with_one_more_seed_trains_that_alone(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = times(copied)
     (copied / "quick.toml").write_text(FOUR.replace("[0, 1]", "[2, 0, 1]").replace('"imp", ', ""))
@@ -499,6 +501,7 @@ class Killing(SweepObserver):
             time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_failures_and_killed_workers_do_not_stop_the_other_runs_and_are_tried_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -528,9 +531,9 @@ def test_failures_and_killed_workers_do_not_stop_the_other_runs_and_are_tried_ag
     told = f"not finished: wild-density0.1-seed0 failed: {failures['wild-density0.1-seed0']}\n"
     assert told in capsys.readouterr().out
     # Settings of failed runs may change; settings of finished runs may not.
-    written(spec, TROUBLE.replace("lr = 1e30", "lr = 0.05").replace("epochs = 40", "epochs = 39"))
+    written(spec, TROUBLE.replace("lr = 1e30", "lr = 0.05").replace("epochs = 20", "epochs = 19"))
     assert sweep(spec, "--jobs", "1") == 2
-    assert "holds another sweep: slow-density0.1-seed0 has epochs 39 (was 40); " in one_line(capsys)
+    assert "belongs to another sweep: slow-density0.1-seed0 has epochs 19 (was 20); " in one_line(capsys)
     written(spec, TROUBLE.replace("lr = 1e30", "lr = 0.05"))
     assert sweep(spec, "--jobs", "1") == 0
     assert "3 of 3  wild-density0.1-seed0: density 10.00%, test " in capsys.readouterr().out
@@ -538,6 +541,7 @@ def test_failures_and_killed_workers_do_not_stop_the_other_runs_and_are_tried_ag
     assert (out / "runs" / "random-density0.1-seed0" / TICKET_FILE).stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_when_a_run_is_done_costs_the_next_one_alone(tmp_path: Path) -> None:
     text = 'methods = ["random", "magnitude", "imp"]\ndensities = [0.1]\nseeds = [0]\n' + QUICK
     watcher = Killing(tmp_path, {"random": 0, "imp": 0})
@@ -572,6 +576,7 @@ def worker(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_a_worker_whose_sweep_has_died_saves_its_run_and_leaves(tmp_path: Path) -> None:
     with worker(tmp_path / "early") as early, worker(tmp_path / "busy") as busy:
         assert early.stdin is not None and busy.stdin is not None and busy.stdout is not None

@@ -48,6 +48,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("to", ["safetensors", "sparse"])
 def test_a_network_that_was_read_back_computes_the_same(family: str, to: str, tmp_path: Path) -> None:
@@ -56,6 +57,7 @@ def test_a_network_that_was_read_back_computes_the_same(family: str, to: str, tm
     assert found.size == (tmp_path / "file").stat().st_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bottleneck", "vit"])
 def test_a_program_computes_the_same_in_a_process_without_cs_jax(family: str, tmp_path: Path) -> None:
     given = ticket(*FAMILIES[family])
@@ -315,6 +317,7 @@ def test_files_of_other_kinds_are_no_sparse_networks(tmp_path: Path) -> None:
             read_sparse(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_the_guide_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}

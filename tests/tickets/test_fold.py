@@ -23,6 +23,7 @@ def difference(model: nn.Module, variables: Any, other: nn.Module, others: Any, 
     return float(np.abs(got - wanted).max() / np.abs(wanted).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_a_folded_network_computes_the_same_in_float32(family: str, batch_norm: bool) -> None:
@@ -44,6 +45,7 @@ def test_a_folded_network_computes_the_same_in_float64(family: str, x64: None) -
     assert difference(model, variables, plain, found, image_shape) <= 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_shrunk_network_can_be_folded(family: str) -> None:
     model, image_shape = FAMILIES[family]

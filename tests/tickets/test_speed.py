@@ -45,6 +45,7 @@ def test_forms_of_a_network_are_what_it_can_be_served_as(path: Path) -> None:
     assert width <= 150 and forms["shrunk"].multiply_adds == 16 * width + width * 100 + 100 * 10
 
 
+@pytest.mark.slow
 def test_norms_are_folded_where_there_are_some() -> None:
     model = ResNet6(num_classes=3)
     variables = jax.jit(lambda key: model.init(key, jnp.zeros((1, *IMAGE)), train=False))(jax.random.key(0))

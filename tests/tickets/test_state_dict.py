@@ -84,6 +84,7 @@ def test_kernels_have_output_channels_first() -> None:
     assert tensors["bn0.num_batches_tracked"].dtype == np.int64 and tensors["bn0.num_batches_tracked"].shape == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_there_and_back_is_bit_identical_for_every_family(family: str, batch_norm: bool) -> None:
@@ -97,7 +98,10 @@ def test_there_and_back_is_bit_identical_for_every_family(family: str, batch_nor
     assert same_bits(state_dict.from_tensors(tensors, entries), variables)
 
 
-@pytest.mark.parametrize("name, image_shape", [("resnet6", (8, 8, 1)), ("conv2", (4, 4, 3)), ("vit_tiny", (8, 8, 3))])
+@pytest.mark.parametrize(
+    "name, image_shape",
+    [("resnet6", (8, 8, 1)), ("conv2", (4, 4, 3)), pytest.param("vit_tiny", (8, 8, 3), marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("shrunk", [False, True])
 def test_a_file_there_and_back_is_bit_identical(
     name: str, image_shape: tuple[int, ...], shrunk: bool, tmp_path: Path
@@ -131,6 +135,7 @@ def run_in_torch(python: str, program: str, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folds, keep_shapes", [(False, True), (False, False), (True, False)])
 def test_pytorch_computes_the_same_with_the_module_of_the_guide(
     folds: bool, keep_shapes: bool, torch_python: str, tmp_path: Path
@@ -202,6 +207,7 @@ BODIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", BODIES)
 def test_pytorch_s_functions_compute_the_same_for_other_families(
     family: str, torch_python: str, tmp_path: Path

@@ -105,6 +105,7 @@ def test_parts_are_as_few_as_fit_and_take_every_example_once(count: int, part_si
     assert accumulation.num_parts(count, part_size) == len(sizes)
 
 
+@pytest.mark.slow
 def test_statistics_of_batch_norm_take_the_parts_in_turn(synthetic: ImageSet) -> None:
     recipe = Recipe(ResNet(num_classes=4, stage_sizes=(1,), widths=(2,)), part_size=8)
     state = search_state(recipe, synthetic)
@@ -135,14 +136,16 @@ def test_an_epoch_in_parts_is_that_of_whole_batches(lenet: Recipe, synthetic: Im
 
 BLOCKS = {
     "resnet": ResNet(num_classes=4, stage_sizes=(1, 1), widths=(2, 4), param_dtype=jnp.float64),
-    "bottleneck": BottleneckResNet(num_classes=4, stage_sizes=(1, 1), widths=(2, 4), param_dtype=jnp.float64),
+    "bottleneck": BottleneckResNet(num_classes=4, stage_sizes=(1,), widths=(2,), param_dtype=jnp.float64),
     "vgg": VGG(num_classes=4, stage_sizes=(1, 2), widths=(2, 4), param_dtype=jnp.float64),
     "conv": ConvNet(num_classes=4, widths=(2, 4), param_dtype=jnp.float64),
-    "vit": VisionTransformer(num_classes=4, depth=2, width=8, num_heads=2, param_dtype=jnp.float64),
+    "vit": VisionTransformer(num_classes=4, depth=1, width=8, num_heads=2, param_dtype=jnp.float64),
 }
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name != "conv" else name for name in BLOCKS]
+)
 @pytest.mark.usefixtures("x64")
 def test_gradients_are_the_same_where_activations_are_computed_again(name: str) -> None:
     data = make_data(6, 16, float)
@@ -173,6 +176,7 @@ def temporaries(recipe: Recipe, data: ImageSet) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_less_memory_is_needed_in_parts_and_where_activations_are_computed_again() -> None:
     data = make_data(32, 24)
     fields: dict[str, Any] = {"num_classes": 4, "stage_sizes": (3,), "widths": (8,)}
@@ -181,6 +185,7 @@ def test_less_memory_is_needed_in_parts_and_where_activations_are_computed_again
     assert temporaries(Recipe(ResNet(**fields, remat=True), in_order=True), data) < 0.6 * whole
 
 
+@pytest.mark.slow
 def test_the_order_that_saves_memory_does_not_change_a_step_s_bits(synthetic: ImageSet) -> None:
     recipe = Recipe(ResNet(num_classes=4, stage_sizes=(1,), widths=(3,)))
     ordered = dataclasses.replace(recipe, in_order=True)
@@ -220,8 +225,19 @@ def test_snip_ranks_weights_the_same_in_parts() -> None:
     assert min(jax.tree.leaves(same)) > 0.999
 
 
+@pytest.mark.slow
 def test_a_run_in_parts_ends_with_a_ticket(tmp_path: Path) -> None:
-    words = "digits --no-report --controls --epochs 1 --rounds 1 --rewind-epoch 0 --max-train-examples 100".split()
-    words += ["--accumulate", "4", "--remat", "--score-lr", "20", "--out", str(tmp_path / "run")]
+    words = "digits --no-report --controls --epochs 1 --rounds 1 --rewind-epoch 0".split()
+    words += [
+        "--max-train-examples",
+        "100",
+        "--accumulate",
+        "4",
+        "--remat",
+        "--score-lr",
+        "20",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     summary = run(parser.parse(words))
     assert 0 < summary["ticket"]["density"] < 1

@@ -120,6 +120,7 @@ def on_one_device() -> dict[str, np.ndarray]:
         return device_counts.train(problem)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 1), (4, 1), (8, 1), (2, 4)], ids=lambda shape: "{}x{}".format(*shape))
 @pytest.mark.usefixtures("x64")
 def test_fifty_steps_are_the_same_on_any_number_of_devices(
@@ -138,6 +139,7 @@ def test_fifty_steps_are_the_same_on_any_number_of_devices(
     assert 0.1 < kept.mean() < 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_scores_are_rounded_at_random_alike_on_several_devices(problem: Problem) -> None:
     config = dataclasses.replace(CONFIG, score_dtype="bfloat16")
@@ -204,6 +206,7 @@ CONFIG = dataclasses.replace(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [((4, 1), (1, 1)), ((4, 1), (8, 1)), ((1, 1), (2, 2))])
 @pytest.mark.usefixtures("x64")
 def test_a_run_goes_on_on_another_number_of_devices(

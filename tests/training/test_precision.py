@@ -81,6 +81,7 @@ def test_hidden_products_of_a_transformer_are_bfloat16() -> None:
     assert BFLOAT16 in found["dot_general"]
 
 
+@pytest.mark.slow
 def test_weights_momentum_scores_and_statistics_stay_float32(synthetic: ImageSet) -> None:
     recipe = small_resnet(jnp.bfloat16)
     state = search_state(recipe, synthetic)
@@ -112,6 +113,7 @@ def gradients(recipe: Recipe, data: ImageSet) -> Any:
     return differentiate(recipe, state.params, state.scores, state, batch)[0]
 
 
+@pytest.mark.slow
 def test_gradients_are_close_to_those_of_float32(synthetic: ImageSet) -> None:
     narrow, wide = (gradients(small_resnet(dtype), synthetic) for dtype in (jnp.bfloat16, None))
     for part, reference in zip(narrow, wide, strict=True):  # of weights, of scores
@@ -163,6 +165,7 @@ def narrow_search(config: Config, problem: Problem, steps: int, rate: float) -> 
     return state
 
 
+@pytest.mark.slow
 def test_tiny_updates_move_bfloat16_scores_on_average(problem: Problem) -> None:
     """Ten steps, each 1/50 of the gap between two bfloat16 numbers: rounding to nearest would lose all of them."""
     moved = {}
@@ -174,6 +177,7 @@ def test_tiny_updates_move_bfloat16_scores_on_average(problem: Problem) -> None:
     assert moved["bfloat16"] == pytest.approx(moved["float32"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_step_with_bfloat16_scores_can_be_repeated_and_draws_anew_in_the_next(problem: Problem) -> None:
     recipe, data = problem.recipe, problem.train
     state = search_state(recipe, data, dtype=jnp.bfloat16)
@@ -213,6 +217,7 @@ class Dtypes(Observer):
         self.on_phase_start(progress)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, target", [("cs", None), ("cs", 0.25), ("iss", 0.25), ("supermask", None), ("supermask-iss", None)]
 )
@@ -233,6 +238,7 @@ def test_every_method_with_scores_keeps_them_in_their_dtype(
         assert density * entries == round(target * entries)
 
 
+@pytest.mark.slow
 def test_weights_that_a_stochastic_search_pruned_stay_pruned_in_bfloat16(problem: Problem) -> None:
     """The score of a pruned weight is no bfloat16 number; rounding must not raise it."""
     config = dataclasses.replace(
@@ -261,6 +267,7 @@ def test_checkpoints_expect_scores_of_the_dtype(problem: Problem, phase: str) ->
 WORDS = "digits --no-report --controls --seed 3".split()
 
 
+@pytest.mark.slow
 def test_a_run_in_bfloat16_writes_a_ticket_that_knows_it(tmp_path: Path) -> None:
     words = f"--epochs 1 --rounds 1 --rewind-epoch 0 --max-train-examples 128 --out {tmp_path}/run".split()
     settings = parser.parse([*WORDS, *words, "--dtype", "bfloat16", "--score-dtype", "bfloat16", "--score-lr", "20"])
@@ -276,7 +283,7 @@ def test_a_run_in_bfloat16_writes_a_ticket_that_knows_it(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_digits_train_as_well_in_bfloat16(tmp_path: Path) -> None:
     accuracies = []
-    for number, flags in enumerate(([], ["--dtype", "bfloat16"], ["--score-dtype", "bfloat16"])):
+    for number, flags in enumerate(([], ["--dtype", "bfloat16", "--score-dtype", "bfloat16"])):
         config = parser.parse([*WORDS, "--out", str(tmp_path / str(number)), *flags])
         accuracies.append(run(config)["ticket"]["test_accuracy"])
-    assert min(accuracies[1:]) >= accuracies[0] - 0.01
+    assert accuracies[1] >= accuracies[0] - 0.01

@@ -59,6 +59,7 @@ def said(process: subprocess.Popen, timeout: float = 300) -> list[str]:
     return process.communicate(timeout=timeout)[0].splitlines()
 
 
+@pytest.mark.slow
 def test_two_processes_of_two_devices_compute_what_one_does(tmp_path: Path) -> None:
     both = start([HELPERS / "device_counts.py", tmp_path, "4x1"], tmp_path)
     with jax.enable_x64(True):
@@ -137,6 +138,7 @@ def _wait_for_checkpoint(folder: Path, epochs: int, process: subprocess.Popen) -
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_processes_that_were_started_differently_are_refused_by_name(tmp_path: Path) -> None:
     both = start([TRAIN, *QUICK, "--out", "run"], tmp_path, (["--lr", "0.1"], ["--lr", "0.2"]))
     for process in both:

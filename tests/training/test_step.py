@@ -47,6 +47,7 @@ def copy(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: np.array(leaf), tree)
 
 
+@pytest.mark.slow
 def test_a_step_is_nesterov_with_decay_on_weights_and_without_on_scores(lenet: Recipe, synthetic: ImageSet) -> None:
     """Two steps by the formula `v = 0.9 v + g; p -= lr (g + 0.9 v)`, with g of the loss through the masks."""
     recipe = dataclasses.replace(lenet, augment="none")
@@ -120,6 +121,7 @@ def epoch(
     return calls, last, jax.tree.map(lambda *calls: np.concatenate(calls), *figures) if figures else None
 
 
+@pytest.mark.slow
 def test_equal_recipes_share_compiled_code(synthetic: ImageSet) -> None:
     before = compiled.compiled_step._cache_size()
     for _ in range(2):

@@ -59,8 +59,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     return 0 if selects_tests(config) else None
 
 
-OPTIMIZED = {"golden", "training", "end_to_end", "tests"}
-"""Folders whose tests compile as a user's program does: their facts are about rounding, memory or whole runs."""
+OPTIMIZED = {"commands", "end_to_end", "golden", "sweep", "tests", "training"}
+"""Folders whose tests compile as in a user's program: they are about rounding, memory, or runs in other processes."""
 
 
 @pytest.fixture(autouse=True, scope="module")

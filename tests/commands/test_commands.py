@@ -448,7 +448,7 @@ def test_runs_that_are_killed_at_any_moment_end_with_the_same_bytes(
 ) -> None:
     """A real run: anywhere, in the search, at the reset, at the rewind, in the retraining, while saving."""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    words = "digits --epochs 3 --lr-schedule 2 --lr-drops 0.1 --no-report --checkpoint-seconds 0.3".split()
+    words = "digits --epochs 3 --lr-schedule 2 --lr-drops 0.1 --no-report --controls --checkpoint-seconds 0.3".split()
     words += ["--max-train-examples", "640"]
     assert kill_resume.main(kills, number, seed=0, words=words) == 0
     assert capfd.readouterr().out.splitlines()[-1] == f"{kills} of {kills} ended with the same bytes"

@@ -214,10 +214,11 @@ def test_fashion_mnist_from_the_prepared_set(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_cifar10_from_the_prepared_set(tmp_path: Path) -> None:
-    words = "cifar10 --epochs 1 --rounds 1 --rewind-epoch 0 --max-train-examples 256 --val-set-size 256".split()
-    words += ["--no-report", "--controls", "--data-dir", prepared("cifar10"), "--out", str(tmp_path / "run")]
+    words = "cifar10 --model lenet300100 --epochs 1 --rounds 1 --rewind-epoch 0 --max-train-examples 256".split()
+    words += ["--val-set-size", "256", "--no-report", "--controls"]
+    words += ["--data-dir", prepared("cifar10"), "--out", str(tmp_path / "run")]
     assert train.main(words) == 0
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["ticket"]["num_all_weights"] == 272_282
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["ticket"]["num_all_weights"] == 953_010
 
 
 @pytest.mark.parametrize(

@@ -64,23 +64,20 @@ def continuous_sparsification(
         rounds: planned rounds, at least 1; with a target, the density falls to the target over these rounds.
         final_temp: temperature of a round's last epoch, finite, at least 1.
         init_value: initial score (s0 in the paper), at least -80; controls the density if there is no target.
-        penalty: weight of the sum of all masks (lambda in the paper), at least 0. `update` applies the penalty; leave
-            it out of the loss.
+        penalty: weight of the sum of all masks (lambda in the paper), at least 0. Leave this penalty out of the loss.
         target_density: share of the masked weights that the ticket keeps, in (0, 1]; None sets no target.
         where: rules that select the masked weights, as for `select`.
         allow_empty_layers: whether a ticket may prune all weights of a masked array.
         score_dtype: float dtype of the scores; None: each weight array's dtype, at least float32.
 
     Returns:
-        Transformation whose `update` requires `params` and `masked_params`. Updates are NaN if `masked_params` is
-        not the result of the function `masked_params` for the same weights and state; only the smallest masked array is
-        checked.
+        Transformation whose `update` requires `params` and `masked_params`. Updates are NaN if
+        `masked_params` does not fit weights and state; only the smallest masked array is checked.
 
     Raises:
         ValueError: an argument, where concrete, is out of range. In `init`: as for `select`. In `update`: a tree does
             not fit the state, or `masked_params` is `params`.
-        TypeError: an argument has a wrong type. In `init`: a leaf is not an array. In `update`: `params` or
-            `masked_params` is missing.
+        TypeError: an argument has a wrong type. In `init`: a leaf is not an array. In `update`: an argument is missing.
 
     >>> from cs_jax import current_masks
     >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}

@@ -16,7 +16,7 @@ from cs_jax.core.errors import ConfigError, closest, in_words, one_of
 from cs_jax.core.schema import parse_words
 from cs_jax.core.settings import COUNT, NOT_NEGATIVE, Settings, bare_type, field_types, flag
 from cs_jax.data.config import DataConfig
-from cs_jax.experiment.config import Config
+from cs_jax.experiment.config import CHOICES, Config
 from cs_jax.experiment.presets import DEFAULT_PRESET, PRESETS
 from cs_jax.experiment.storage.config_file import from_json, read_stored
 from cs_jax.experiment.storage.paths import CONFIG_FILE
@@ -156,6 +156,7 @@ def _print_help(defaults: Config, **about: Any) -> None:
         declared_in, text = _help_texts(kind)[name]
         if kind is Config:
             value = getattr(defaults, name)
+            text += f" One of: {', '.join(CHOICES[name])}." if name in CHOICES else ""
             text += f" (default: {'none' if value is None else in_words(value)})"
         groups[declared_in].add_argument(flag(name), dest=name, help=text.replace("%", "%%"), **_argument(hint))
     parser.print_help()

@@ -16,6 +16,10 @@ SEARCH, TICKET = "search", "ticket"
 """Names of phases. Each control is a phase too, with the name of the control."""
 
 
+CHOICES = {"method": METHODS, "model": MODELS}
+"""Values of the fields that name an entry of a registry; `--help` lists them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(DataConfig, MethodConfig):
     """Search for a sparse ticket, by default with Continuous Sparsification; rewind it, retrain it and write a report.
@@ -45,8 +49,7 @@ class Config(DataConfig, MethodConfig):
     density over all layers)."""
 
     model: str = "resnet20"
-    """Network: resnet20, resnet32 or resnet56 (for CIFAR-10), resnet8 or resnet6 (smaller), resnet50 (224x224 images),
-    vgg16, conv2, conv4, conv6, vit_tiny or lenet300100."""
+    """Network: resnet20, resnet32 and resnet56 are for CIFAR-10, resnet50 for images of 224x224 pixels."""
 
     out: Annotated[Path | None, FILES] = None
     """Run directory; None is runs/PRESET-seedSEED, or runs/PRESET-METHOD-seedSEED for methods other than cs. If
@@ -68,11 +71,11 @@ class Config(DataConfig, MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_choice("method", METHODS)
+        for name, choices in CHOICES.items():
+            self._check_choice(name, choices)
         if METHODS[self.method].searches:
             inside = f"must be 0 to {self.epochs - 1}, because a round has {self.epochs} epochs"
             self._check("rewind_epoch", 0 <= self.rewind_epoch < self.epochs, inside)
-        self._check_choice("model", MODELS)
         for name, default in (("remat", False), ("dtype", "float32")):
             works = getattr(self, name) == default or has_field(self.model, name)
             self._check(name, works, f"not supported by --model {self.model}; omit {flag(name)}")

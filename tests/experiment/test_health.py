@@ -20,7 +20,9 @@ CONFIG = dataclasses.replace(small.SEARCH, epochs=3, rounds=4, lmbda=1e-8)
 def end(number: int, layers: dict[str, float], soft: float | None = 0.9, hard: float | None = 0.9) -> EpochRecord:
     """Record of a round's last epoch; all layers have one size."""
     density = sum(layers.values()) / len(layers)
-    return EpochRecord("search", number, 2, 50.0, 0.05, 1.0, 0.1, density, layers, None, soft, hard, 100.0, 1.0)
+    return small.RECORD._replace(
+        round=number, density=density, layer_density=layers, soft_accuracy=soft, hard_accuracy=hard
+    )
 
 
 def told(*ends: EpochRecord, examples: int = 100, first: int = 0, **changes: Any) -> list[list[tuple[type, str]]]:

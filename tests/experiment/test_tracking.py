@@ -118,10 +118,12 @@ def test_an_epoch_is_logged_with_every_figure_that_it_has(problem: Problem) -> N
 
 
 def test_figures_without_a_meaning_are_left_out() -> None:
-    record = EpochRecord("ticket", None, 3, None, 0.1, 2.0, 0.5, 0.25, {"head": 0.25}, None, None, None, 100.0, 1.0)
+    record = small.RECORD._replace(
+        phase="ticket", round=None, temperature=None, density=0.25, layer_density={"head": 0.25}, soft_accuracy=None
+    )
     assert tracking.scalars_of(record) == {
-        "ticket/epoch": 3.0,
-        "ticket/learning_rate": 0.1,
+        "ticket/epoch": 2.0,
+        "ticket/learning_rate": 0.05,
         "ticket/loss": 2.0,
         "ticket/penalty": 0.5,
         "ticket/cross_entropy": 1.5,
